@@ -1,0 +1,16 @@
+"""Token-weighted Direct Preference Optimization (TwDPO) and AttentionPO (arXiv 2605.21883).
+
+The files of this package are the pipeline, in this order; a file imports only from files above it:
+
+    config, files          one flat config per entry point; atomic writes and content hashes
+    toy, pairs, chat       the embedded default; preference pairs; chat template and tokens
+    rows                   which sequences share a micro-batch, and their attention mask
+    judge, attention       the judge prompt in both orders; the attention row of its verdict
+    align, weights_file    judge tokens -> training tokens; raw attention on disk
+    weights, batch         weight sources and their post-processing; collate and the label shift
+    logratio, losses       log-probs and weighted log-ratios; pair losses
+    metrics                what a step and an evaluation report
+    dist, model            process group and FSDP2 plan; the policy and its tokenizer
+    extraction, reference  the judge pass; the reference pass and its cache
+    checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
+"""

@@ -1,0 +1,208 @@
+"""Save, resume, export. No pickle is ever written or read.
+
+OUT/checkpoints/step-0000500/  sharded tensors (model, AdamW moments, RNG states) and manifest.json, which holds the
+                               step, the world size, and size and sha256 of each file. It is written last, and the
+                               folder renamed into place after it: a folder named step-* is complete.
+OUT/final, OUT/best            Hugging Face models
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from twdpo.config import InputError, TrainConfig, changed_settings, to_json
+from twdpo.dist import Process
+from twdpo.files import hash_file, remove, write_atomic, write_json
+from twdpo.model import DTYPES, Policy, load_model_config
+
+MANIFEST = "manifest.json"
+RUN_FILES = ("config.json", "metrics.jsonl", "rejected_rows.jsonl", "checkpoints", "final", "best")
+
+
+def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, sharded as they are; moments that don't exist yet are made, as zeros."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in policy.named_parameters():
+        moments = optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in moments:
+                moments[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+            state[f"optim.{moment}.{name}"] = moments[moment]
+        state[f"model.{name}"] = parameter.detach()
+    persistent = policy.state_dict().keys()
+    return state | {f"model.{name}": buffer for name, buffer in policy.named_buffers() if name in persistent}
+
+
+def rng_tensors(process: Process) -> dict[str, torch.Tensor]:
+    """The random states of this process, under its own names."""
+    states = {f"rng.cpu.{process.rank}": torch.get_rng_state()}
+    if process.device.type == "cuda":
+        states[f"rng.cuda.{process.rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, Path | None]:
+    """(config with its output folder, that folder, the checkpoint to resume from or None). All ranks.
+
+    Raises InputError when the folder holds a run and neither --resume nor --overwrite is given, or when a resumed run's
+    settings differ from the stored ones.
+    """
+    return process.on_main(lambda: _open_run(config))
+
+
+def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
+    name = Path(config.model).name or "toy"
+    run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.resume and not config.output_dir:
+        if config.resume == "auto":
+            raise InputError("--resume needs --output-dir, the folder of the run to go on with")
+        run_dir = Path(config.resume).resolve().parent.parent
+    checkpoint = find_checkpoint(run_dir, config.resume) if config.resume else None
+    config = replace(config, output_dir=str(run_dir))
+    if (run_dir / "config.json").exists():
+        if config.resume:
+            stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+            if changed := changed_settings(stored, config):
+                raise InputError(f"--resume: {run_dir} was started with other settings:\n  " + "\n  ".join(changed))
+        elif config.overwrite:
+            for file in RUN_FILES:
+                remove(run_dir / file)
+        else:
+            raise InputError(f"{run_dir} holds a run: go on with it (--resume), replace it (--overwrite), or choose "
+                             "another --output-dir")
+    if config.resume and not checkpoint:
+        print(f"--resume: no complete checkpoint in {run_dir}: starting at step 0")
+    write_json(run_dir / "config.json", to_json(config))
+    return config, run_dir, checkpoint
+
+
+def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, progress: dict[str, object],
+                    process: Process, keep_last: int) -> Path:
+    """Write the checkpoint of `step`, then delete all but the last `keep_last` (0: keep all). All ranks.
+
+    progress: JSON values of the loop to restore, returned by `load_checkpoint`.
+    """
+    path = checkpoint_path(run_dir, step)
+    temporary = path.with_name(f".{path.name}.tmp")
+    process.on_main(lambda: (remove(temporary), temporary.mkdir(parents=True)))
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    dcp.save(state_tensors(policy, optimizer) | rng_tensors(process), storage_writer=writer)
+    # Each process hashes what it wrote.
+    mine = temporary.glob(f"shard-{process.rank + 1:05d}-*")
+    hashes = process.gather({file.name: hash_file(file) for file in mine})
+
+    def finish() -> None:
+        known = {name: digest for part in hashes for name, digest in part.items()}
+        files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
+                 for file in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"step": step, "world_size": process.world_size, "progress": progress,
+                                          "files": files})
+        for file in temporary.iterdir():
+            sync_to_disk(file)
+        remove(path)
+        os.rename(temporary, path)
+        sync_to_disk(path.parent)
+        for old in list_checkpoints(run_dir)[:-keep_last] if keep_last else []:
+            remove(old)
+
+    process.on_main(finish)
+    return path
+
+
+def sync_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that --resume names, or None when `auto` finds none. Raises InputError."""
+    if resume == "auto":
+        checkpoints = list_checkpoints(run_dir)
+        return checkpoints[-1] if checkpoints else None
+    if not (Path(resume) / MANIFEST).is_file():
+        raise InputError(f"--resume {resume}: no {MANIFEST} there, so it is no complete checkpoint")
+    return Path(resume)
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, process: Process
+                    ) -> tuple[int, dict[str, object]]:
+    """Restore model, optimizer and random states in place: (step, progress). All ranks.
+
+    Raises InputError when a file is missing, extra or changed, and names it. Another world size may read it; the
+    random states are then those of the processes that exist in both.
+    """
+    manifest = read_manifest(path)
+    problems = process.gather(check_files(path, manifest, process))
+    if first := next((problem for part in problems for problem in part), None):
+        raise InputError(f"checkpoint {path} is damaged: {first}. Resume from another one with --resume DIR")
+    tensors = state_tensors(policy, optimizer)
+    rng = rng_tensors(process) if process.rank < manifest["world_size"] else {}
+    dcp.load(tensors | rng, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    for moments in optimizer.state.values():
+        moments["step"] = torch.tensor(float(manifest["step"]))
+    for name, state in rng.items():
+        (torch.cuda if ".cuda." in name else torch).set_rng_state(state)
+    return manifest["step"], manifest["progress"]
+
+
+def read_manifest(path: Path) -> dict[str, object]:
+    """manifest.json of a checkpoint. Raises InputError."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {path}: {MANIFEST} can't be read ({error})") from error
+
+
+def check_files(path: Path, manifest: dict[str, object], process: Process) -> list[str]:
+    """What is wrong with a checkpoint's files; the processes share the hashing."""
+    files, present = manifest["files"], {file.name for file in path.iterdir()} - {MANIFEST}
+    problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
+    problems += [f"{name} does not belong to it" for name in sorted(present - files.keys())]
+    for name in sorted(files.keys() & present)[process.rank::process.world_size]:
+        if (path / name).stat().st_size != files[name]["size"] or hash_file(path / name) != files[name]["sha256"]:
+            problems.append(f"{name} has changed")
+    return problems
+
+
+def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype: str, process: Process) -> None:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, in `save_dtype`. All ranks.
+
+    source: the model folder that training started from; an empty `save_dtype` is its own.
+    """
+    full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def write(temporary: Path) -> None:
+        model_config = load_model_config(source)
+        dtype = DTYPES[save_dtype] if save_dtype else model_config.dtype or torch.float32
+        with torch.device("meta"):  # the shell's dtype is what config.json will say
+            shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
+        for name in shell.all_tied_weights_keys:
+            state.pop(name, None)
+        shell.save_pretrained(temporary, state_dict=state)
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", temporary / "generation_config.json")
+        tokenizer.save_pretrained(temporary)
+
+    process.on_main(lambda: write_atomic(path, write))

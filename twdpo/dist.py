@@ -1,0 +1,113 @@
+"""Process group, progress on the first process, and the FSDP2 plan. One process runs the same code as many."""
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from twdpo.metrics import Totals
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place: rank of world_size, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *values) -> None:
+        """Print on the first process, above a progress bar if one runs."""
+        if self.is_main:
+            tqdm.write(" ".join(map(str, values)))
+
+    def progress(self, items=None, **options):
+        """tqdm with rate and time left on the first process, nothing elsewhere."""
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets a line now and then
+        return tqdm(items, disable=not self.is_main, dynamic_ncols=True, smoothing=0.1, mininterval=interval, **options)
+
+    def broadcast(self, value):
+        """The first process's value (any picklable object), on all. All ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every process's value, on all. All ranks."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function):
+        """Call `function()` on the first process while the others wait; its error is raised on all. All ranks."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = function()
+            except Exception as raised:  # noqa: BLE001 - carried to every process, so that none waits for ever
+                error = raised
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value
+
+
+def start() -> Process:
+    """Join the process group of torchrun, or make one of this process alone."""
+    transformers_logging.disable_progress_bar()  # its bars would tear ours
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one, and restore what `start` changed."""
+    transformers_logging.enable_progress_bar()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard_policy(policy: torch.nn.Module, layers: list[torch.nn.Module], compute_dtype: torch.dtype, device) -> None:
+    """FSDP2: one group a layer, then the rest (embedding, norm, head) as the root, whose forward holds the loss.
+
+    Parameters stay fp32, gradients are summed in fp32 over the processes.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32))
+    # The root's inputs hold reference log-probs and weights: casting them to bf16 would round them.
+    # Without reshard_after_forward the root would stay whole after an evaluation, and hide its parameters.
+    fully_shard(policy, mesh=mesh, reshard_after_forward=True,
+                mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False))
+    for module in policy.modules():  # neither setting is recursive
+        if isinstance(module, FSDPModule):
+            # Sum, not mean: the loss is divided by the pairs of the global batch already.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sum_over_processes(totals: Totals, device: torch.device) -> Totals:
+    """Totals over all processes. All ranks."""
+    names = sorted(totals)
+    stacked = torch.stack([totals[name] for name in names]).to(device)
+    sums, peaks = stacked[:, :3].contiguous(), stacked[:, 3:].contiguous()
+    dist.all_reduce(sums)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return dict(zip(names, torch.cat([sums, peaks], dim=1)))

@@ -1,0 +1,61 @@
+"""Files that are never half written, and hashes that name their content."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the result to `path`: a reader sees the whole file or none.
+
+    `write` may make a file or a folder. A folder that already stands at `path` is moved aside first and deleted last.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        write(temporary)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.is_dir():
+            os.rename(path, old)
+        os.replace(temporary, path)
+        remove(old)
+    finally:
+        remove(temporary)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a JSON value, hex; equal for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def hash_to_int64(value: object) -> int:
+    """A signed 64-bit key of a JSON value, to index it in a tensor."""
+    return int.from_bytes(bytes.fromhex(hash_json(value))[:8], "little", signed=True)

@@ -1,0 +1,242 @@
+"""The judge prompt, in both orders, and where each answer's tokens stand in it.
+
+The prompt is built from pieces, so the place of an answer is known by construction and never searched for.
+Round 0 shows the chosen answer as A, round 1 the rejected one.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from twdpo.chat import Answer, encode, encode_pieces, overlapping, printed_answers, special_pattern, template_pieces
+from twdpo.config import InputError
+from twdpo.pairs import BadRow, Pair
+
+ROUNDS = 2
+QUESTION_FLOOR = 64  # tokens: a question is not cut below this while answers still have tokens to give
+ANSWER_FLOOR = 8  # tokens: a pair whose answers would keep fewer (of at least as many) is not judged
+
+JUDGE_PROMPTS = {
+    # Paper Fig. 6.
+    "paper": """\
+Please act as an impartial judge and evaluate the quality of the two responses to the user prompt displayed below. \
+You will be given answer A and answer B. Your job is to evaluate which answer is better.
+
+Consider if the answers are helpful, relevant, and concise. Helpful means the answer correctly responds to the prompt \
+or follows the instructions. Relevant means all parts of the response closely connect or are appropriate to what is \
+being asked. Concise means the response is clear and not verbose or excessive.
+
+Then consider the creativity and novelty of the answers when needed. Finally, identify any missing important \
+information in the answers that would be beneficial to include when responding to the user prompt.
+
+After providing your explanation, you must output exactly one of the following choices as your final verdict:
+
+1. Answer A is better: A
+2. Answer B is better: B
+
+<|The Start of User Prompt|>
+{question}
+<|The End of User Prompt|>
+
+<|The Start of Answer A|>
+{answer_a}
+<|The End of Answer A|>
+
+<|The Start of Answer B|>
+{answer_b}
+<|The End of Answer B|>
+
+Now, output one of the following identifiers and nothing else (no quotes, no spaces, no new lines, no thinking or \
+reasoning, ...): A or B.
+
+Your choice:""",
+    # For small contexts and the toy.
+    "short": """\
+Which answer to the question is better?
+
+Question: {question}
+
+Answer A: {answer_a}
+
+Answer B: {answer_b}
+
+Reply with A or B only.
+
+Better answer:""",
+}
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """Both judge inputs of a pair. Sides: 0 chosen, 1 rejected.
+
+    input_ids[round]: tokens of the input; its last position is the query that predicts the verdict.
+    ranges[round][side]: [first, stop) of the side's tokens in that input.
+    ids[side], spans_N2[side]: the judge tokens of the answer and the characters of the row's answer that they cover,
+    clipped to it; the same in both rounds.
+    """
+
+    input_ids: tuple[np.ndarray, np.ndarray]
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    ids: tuple[np.ndarray, np.ndarray]
+    spans_N2: tuple[np.ndarray, np.ndarray]
+
+
+def load_judge_prompt(name: str) -> str:
+    """The text of `paper`, `short` or a file. Raises InputError when a placeholder is missing or repeated."""
+    text = JUDGE_PROMPTS.get(name)
+    if text is None:
+        try:
+            text = Path(name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--judge-prompt is {name!r}: neither {' nor '.join(JUDGE_PROMPTS)} nor a text file that "
+                             f"can be read ({error})") from error
+    for field in ("question", "answer_a", "answer_b"):
+        if text.count("{" + field + "}") != 1:
+            raise InputError(f"--judge-prompt {name}: {{{field}}} must stand in it once, not "
+                             f"{text.count('{' + field + '}')} times")
+    return text
+
+
+def show_question(pair: Pair) -> str:
+    """What the judge sees of the conversation: a single user turn as plain text, else `role: text` blocks."""
+    if len(pair.messages) == 1:
+        return pair.messages[0][1]
+    return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
+
+
+class JudgeInputs:
+    """Builds judge inputs for one tokenizer and prompt; `counts` holds what was cut or tokenised apart."""
+
+    def __init__(self, tokenizer, prompt: str, max_length: int):
+        """max_length: most tokens of one input. Raises InputError when the chat template does not print the prompt."""
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.pattern = special_pattern(tokenizer)
+        self.counts = Counter()
+        try:
+            before, after = template_pieces(tokenizer, [("user", "")], [0], generation_prompt=True)
+        except ValueError as error:
+            raise InputError(f"the chat template of {tokenizer.name_or_path} can't show the judge prompt: {error}"
+                             ) from error
+        split = re.split(r"\{(question|answer_a|answer_b)\}", before + prompt + after)
+        # Fixed text as a piece, a field by its name.
+        self.parts = [part if place % 2 else (part, False) for place, part in enumerate(split)]
+
+    def build(self, pair: Pair) -> JudgedPair:
+        """Both rounds of one pair. Raises ValueError when it can't be judged, with the reason."""
+        _, _, (chosen, rejected) = printed_answers(self.tokenizer, pair)
+        question = show_question(pair)
+        judged, length, question_tokens = self._build(question, chosen, rejected)
+        if length <= self.max_length:
+            return judged
+        whole = [len(ids) for ids in judged.ids]
+        question, judged, length = self._cut_question(question, chosen, rejected, length, question_tokens)
+        if length > self.max_length:
+            judged = self._cut_answers(question, chosen, rejected, judged, length, whole)
+        return judged
+
+    def _cut_question(self, question, chosen, rejected, length, question_tokens):
+        """Drop tokens of the question from the left, down to the floor."""
+        self.counts["judge questions cut"] += 1
+        judged = None
+        while length > self.max_length and len(question_tokens) > QUESTION_FLOOR:
+            keep = max(QUESTION_FLOOR, len(question_tokens) - (length - self.max_length))
+            start = int(question_tokens[len(question_tokens) - keep][0])
+            question = question[max(start, 1):]  # a token may share its characters with the one before: still advance
+            judged, length, question_tokens = self._build(question, chosen, rejected)
+        if judged is None:
+            judged, length, question_tokens = self._build(question, chosen, rejected)
+        return question, judged, length
+
+    def _cut_answers(self, question, chosen, rejected, judged, length, whole):
+        """Keep the first tokens of both answers: the largest common number that fits."""
+        self.counts["judge answers cut"] += 1
+        other = length - sum(whole)
+        keep = max(whole)
+        while keep > 0:
+            while sum(min(keep, num) for num in whole) > self.max_length - other and keep > 0:
+                keep -= 1
+            if any(min(keep, num) < min(ANSWER_FLOOR, num) for num in whole) or keep == 0:
+                break
+            short = [Answer(answer.text[:int(spans_N2[min(keep, num) - 1, 1]) - answer.start], answer.start)
+                     for answer, spans_N2, num in zip((chosen, rejected), judged.spans_N2, whole)]
+            cut, length, _ = self._build(question, *short)
+            if length <= self.max_length:
+                return cut
+            keep -= 1
+        raise ValueError(f"a judge input of {self.max_length} tokens leaves its answers {max(keep, 0)} tokens of "
+                         f"{whole[0]} and {whole[1]}, fewer than {ANSWER_FLOOR}: raise --max-judge-length or use "
+                         "--judge-prompt short")
+
+    def _build(self, question: str, chosen: Answer, rejected: Answer):
+        """(JudgedPair, tokens of the longer round, spans of the question's tokens in the question)."""
+        sides = (chosen, rejected)
+        apart = any(self.pattern.search(text) for text in (question, chosen.text, rejected.text))
+        self.counts["judge inputs that spell a special token, tokenised in pieces"] += apart
+        rounds = [self._round(question, sides, swapped, apart) for swapped in (False, True)]
+        if any(rounds[0][1][side] != rounds[1][1][side] for side in (0, 1)):
+            # The text around A and B makes an answer's border tokens differ: tokenised apart they can't.
+            self.counts["judge inputs whose answers merge with the prompt, tokenised in pieces"] += 1
+            rounds = [self._round(question, sides, swapped, apart=True) for swapped in (False, True)]
+        _, ids, spans_N2, _, _ = rounds[0]
+        judged = JudgedPair(tuple(np.array(each[0], dtype=np.int32) for each in rounds),
+                            tuple(each[3] for each in rounds),
+                            tuple(np.array(side, dtype=np.int32) for side in ids),
+                            tuple(side.astype(np.int32) for side in spans_N2))
+        return judged, max(len(each[0]) for each in rounds), rounds[0][4]
+
+    def _round(self, question: str, sides: tuple[Answer, Answer], swapped: bool, apart: bool):
+        """One order: (input ids, ids per side, spans per side, ranges per side, spans of the question's tokens)."""
+        shown = {"question": question, "answer_a": sides[swapped].text, "answer_b": sides[not swapped].text}
+        pieces = [part if isinstance(part, tuple) else (shown[part], True) for part in self.parts]
+        place, starts = 0, {}
+        for part, (text, _) in zip(self.parts, pieces):
+            if not isinstance(part, tuple):
+                starts[part] = place
+            place += len(text)
+        ids, spans_T2 = (encode_pieces(self.tokenizer, pieces) if apart
+                         else encode(self.tokenizer, ["".join(text for text, _ in pieces)])[0])
+
+        def locate(field: str) -> tuple[int, int]:
+            return overlapping(spans_T2, starts[field], starts[field] + len(shown[field]))
+
+        ranges = tuple(locate("answer_b" if swapped == (side == 0) else "answer_a") for side in (0, 1))
+        side_ids, side_spans = [], []
+        for side, (first, stop) in enumerate(ranges):
+            field = "answer_b" if swapped == (side == 0) else "answer_a"
+            side_ids.append(ids[first:stop])
+            clipped = np.clip(spans_T2[first:stop] - starts[field], 0, len(sides[side].text))
+            side_spans.append(clipped + sides[side].start)
+        first, stop = locate("question")
+        question_spans = np.clip(spans_T2[first:stop] - starts["question"], 0, len(question))
+        return ids, tuple(side_ids), tuple(side_spans), ranges, question_spans
+
+
+def build_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], progress=iter
+                       ) -> tuple[dict[int, JudgedPair], list[BadRow]]:
+    """Judge inputs by pair key, and the rows that have none."""
+    judged, bad = {}, []
+    for pair in progress(pairs):
+        try:
+            judged[pair.key] = inputs.build(pair)
+        except ValueError as error:
+            bad.append(BadRow(pair.where, str(error), pair.to_row()))
+    return judged, bad
+
+
+def verdict_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that spell A and B as a next token, with and without the leading space.
+
+    Raises InputError when the tokenizer has no single token for one of them.
+    """
+    found = []
+    for letter in "AB":
+        ids = {encode(tokenizer, [text])[0][0][-1] for text in (letter, " " + letter)}
+        ids = sorted(id for id in ids if tokenizer.decode([id]).strip() == letter)
+        if not ids:
+            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no token for the verdict {letter!r}")
+        found.append(ids)
+    return tuple(found)

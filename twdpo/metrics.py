@@ -1,0 +1,58 @@
+"""What a training step and an evaluation report. Rewards are beta times summed log-ratios.
+
+reward_* are unweighted (TRL's rewards/accuracies and rewards/margins); weighted_reward_* use the token weights. A tie
+counts one half in an accuracy.
+"""
+
+import math
+
+import torch
+
+from twdpo.batch import PairBatch
+from twdpo.logratio import segment_sum
+
+Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count, largest absolute value
+
+
+def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float
+                 ) -> dict[str, torch.Tensor]:
+    """One value a pair of every metric, without gradient. P pairs, S sequences, N response tokens."""
+    reward_S = beta * segment_sum(logps_N.detach() - batch.ref_logps_N, batch.seq_lens_S)
+    metrics = {"loss": loss_P.detach()}
+    for name, reward in (("reward", reward_S), ("weighted_reward", beta * ratio_S.detach())):
+        margin_P = reward[0::2] - reward[1::2]
+        metrics[f"{name}_accuracy"] = (margin_P.sign() + 1) / 2
+        metrics[f"{name}_margin"] = margin_P
+    return metrics | {name: value.detach() for name, value in extra.items()}
+
+
+def add_totals(totals: Totals, metrics: dict[str, torch.Tensor], coefficient_P: torch.Tensor) -> None:
+    """Add a micro-batch to running totals; pairs of coefficient 0 don't count."""
+    real = coefficient_P > 0
+    for name, value_P in metrics.items():
+        value_P = torch.where(real, value_P.double(), 0.0)
+        total = torch.stack([value_P.sum(), (value_P ** 2).sum(), real.sum().double(), value_P.abs().max()])
+        if name in totals:
+            total = torch.cat([(totals[name] + total)[:3], torch.maximum(totals[name], total)[3:]])
+        totals[name] = total
+
+
+def means(totals: Totals) -> dict[str, float]:
+    """Mean of each metric over the counted pairs. A host-device sync."""
+    return {name: float(total[0] / total[2]) for name, total in totals.items()}
+
+
+def standard_errors(totals: Totals) -> dict[str, float]:
+    """Standard error of each mean; left out for fewer than two pairs."""
+    errors = {}
+    for name, total in totals.items():
+        value_sum, square_sum, count, _ = total.tolist()
+        if count > 1:
+            variance = max(square_sum - value_sum ** 2 / count, 0.0) / (count - 1)
+            errors[name] = math.sqrt(variance / count)
+    return errors
+
+
+def largest(totals: Totals) -> dict[str, float]:
+    """Largest absolute value of each metric. A host-device sync."""
+    return {name: float(total[3]) for name, total in totals.items()}

@@ -1,0 +1,207 @@
+"""Find, fingerprint and load a model: as a plain judge, or as the sharded policy whose forward ends in log-ratios."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from twdpo import toy
+from twdpo.attention import ATTENTION_NAME
+from twdpo.batch import PairBatch
+from twdpo.chat import set_chat_template
+from twdpo.config import InputError, SharedConfig
+from twdpo.dist import Process, shard_policy
+from twdpo.files import hash_file, hash_json, write_atomic
+from twdpo.logratio import HeadOptions, weighted_logratio
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cache_directory(config: SharedConfig) -> Path:
+    """--cache-dir, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twdpo"
+    return Path(config.cache_dir).expanduser() if config.cache_dir else default
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else DTYPES[name]
+
+
+def find_model(config: SharedConfig, process: Process) -> Path:
+    """The model as a local folder: as given, fetched from the hub, or the toy. Raises InputError. All ranks."""
+    return process.on_main(lambda: _find_model(config))
+
+
+def _find_model(config: SharedConfig) -> Path:
+    if not config.model:
+        version = hash_json([hash_file(Path(toy.__file__)), torch.__version__, transformers.__version__])[:12]
+        directory = cache_directory(config) / f"toy-{version}"
+        if not directory.is_dir():
+            write_atomic(directory, lambda temporary: (temporary.mkdir(), toy.build_toy_model(temporary)))
+        return directory
+    directory = Path(config.model)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        try:
+            directory = Path(snapshot_download(
+                config.model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+                ignore_patterns=["original/*"]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise InputError(f"--model is {config.model!r}: no such folder here, and the hub does not give it "
+                             f"({error})") from error
+    if not (directory / "config.json").is_file():
+        raise InputError(f"--model {config.model}: no config.json in {directory}")
+    if not list(directory.glob("*.safetensors")):
+        raise InputError(f"--model {config.model}: no .safetensors file in {directory}; convert the checkpoint (pickled "
+                         "weights are never read)")
+    return directory
+
+
+def load_tokenizer(directory: Path, chat_template: str):
+    """The model's fast tokenizer with a chat template. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer in {directory} can't be loaded: {error}") from error
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def load_model_config(directory: Path):
+    """The model's config. Raises InputError."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the config in {directory} can't be loaded: {error}") from error
+
+
+def fingerprint_model(directory: Path) -> str:
+    """sha256 over config.json and every weight file, by content."""
+    paths = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return hash_json([[path.name, hash_file(path)] for path in paths])
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """sha256 over vocabulary, merges, special tokens and chat template."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]).encode())
+    return digest.hexdigest()
+
+
+def context_length(model_config) -> int:
+    """Positions the model was made for, in tokens; a large number when its config names none."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def is_rotary(model_config) -> bool:
+    """Whether positions past the context are at least defined (rotary) rather than an index out of a table."""
+    text_config = model_config.get_text_config()
+    return any(getattr(text_config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+
+
+def check_length(name: str, length: int, model_config) -> str:
+    """A warning for a longest input past a rotary model's context, "" when it fits; InputError for other models."""
+    context = context_length(model_config)
+    if length <= context:
+        return ""
+    if not is_rotary(model_config):
+        raise InputError(f"{name} reaches {length} tokens, the model has {context} positions: lower it")
+    return f"warning: {name} reaches {length} tokens, the model was made for {context}"
+
+
+def head_options(model_config) -> HeadOptions:
+    """What the architecture does to its logits after the head's matrix product."""
+    config = model_config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)
+    scale = 1 / scaling if scaling else getattr(config, "logit_scale", None)
+    return HeadOptions(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def load_judge(directory: Path, dtype: torch.dtype, device: torch.device):
+    """A plain copy of the model that can give attention rows, in eval mode on one device."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    return model.eval().to(device)
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward ends in weighted log-ratios.
+
+    The head's weight is read inside this forward, where FSDP2 has gathered it: this module is the FSDP root.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.options = head_options(model.config)
+
+    def forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ratio_S, logps_N) of a batch of plain rows; only response tokens reach the head."""
+        # No mask: rows are causal and padded on the right only (twdpo/rows.py).
+        hidden_STD = self.model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
+        hidden_ND = hidden_STD.flatten(0, 1).index_select(0, batch.predict_N)
+        head = self.model.get_output_embeddings()
+        return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
+                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options)
+
+
+def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -> Policy:
+    """The policy: built without memory, sharded, then each process reads its own shards of the checkpoint. All ranks.
+
+    Parameters are fp32. Raises InputError for a checkpoint whose tensors don't match the architecture.
+    """
+    model_config = load_model_config(directory)
+    disable_dropout(model_config)
+    with torch.device("meta"):
+        # dtype: from_config would take the checkpoint's; the master weights are fp32.
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+    refuse_converted_checkpoints(model)
+    policy = Policy(model)
+    shard_policy(policy, decoder_layers(model), compute_dtype, process.device)
+    policy.to_empty(device=process.device)
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:
+        state.pop(name, None)
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))  # all ranks
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        raise InputError(f"the tensors in {directory} don't match a {model_config.model_type} model: {error}") from error
+    # to_empty leaves buffers that no checkpoint holds (rotary frequencies) as garbage: compute them, and only them.
+    loaded = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in state)]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    return policy.train()
+
+
+def disable_dropout(model_config) -> None:
+    """Dropout would make the reference differ from the policy at step 0."""
+    config = model_config.get_text_config()
+    for name, value in list(vars(config).items()):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def refuse_converted_checkpoints(model) -> None:
+    """Raise InputError for architectures whose checkpoint tensors transformers rearranges while it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    if any(isinstance(item, WeightConverter) for item in get_model_conversion_mapping(model) or []):
+        raise InputError(f"{model.config.model_type}: checkpoints of this architecture are rearranged while loading, "
+                         "which the sharded loader can't do; use a dense model")
+
+
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The decoder's layers. Raises InputError when they can't be found."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    raise InputError(f"{model.config.model_type}: no list of {num_layers} decoder layers to shard")

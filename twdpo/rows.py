@@ -1,0 +1,60 @@
+"""The row plan: which pairs share a micro-batch on which process. Pure functions of numbers; no tensors, no process.
+
+Plain rows: every sequence (prompt + one answer) is a row of its own, padded on the right to the longest of its
+micro-batch. Attention is causal and padding stands after every real token, so plain rows need no attention mask.
+
+A pair is named by its index in the list of examples; its length is the tokens of its longer sequence.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that run together on one process. `real` is False for a copy that only keeps the processes in step:
+    it runs forward and backward, with coefficient zero."""
+
+    pairs: tuple[int, ...]
+    real: bool = True
+
+
+def num_steps(num_pairs: int, batch_size: int, epochs: int, max_steps: int) -> int:
+    """Optimizer steps of a run; `max_steps` > 0 overrides `epochs`. The last batch of an epoch may be smaller."""
+    return max_steps or epochs * math.ceil(num_pairs / batch_size)
+
+
+def global_batch(step: int, num_pairs: int, batch_size: int, seed: int) -> list[int]:
+    """Pairs of step `step` (0-based), over all processes: a new seeded order of all pairs each epoch."""
+    epoch, place = divmod(step, math.ceil(num_pairs / batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+    return order[place * batch_size:(place + 1) * batch_size].tolist()
+
+
+def plan_rows(pairs: list[int], lengths: list[int], world_size: int, token_budget: int) -> list[list[MicroBatch]]:
+    """Micro-batches of every rank for one global batch; each rank gets the same number (FSDP2 calls are collective).
+
+    lengths: tokens of each pair's longer sequence, indexed by pair. token_budget: most tokens in a micro-batch,
+    padding counted; a pair longer than it goes alone.
+    """
+    # Longest first, so that rows of one micro-batch are of like length; the index breaks ties.
+    order = sorted(pairs, key=lambda pair: (-lengths[pair], pair))
+    most_pairs = math.ceil(len(order) / world_size)  # no process idles while another holds two pairs that could part
+    groups: list[list[int]] = []
+    for pair in order:
+        last = groups[-1] if groups else []
+        if last and len(last) < most_pairs and 2 * (len(last) + 1) * lengths[last[0]] <= token_budget:
+            last.append(pair)
+        else:
+            groups.append([pair])
+    micro_batches = [MicroBatch(tuple(group)) for group in groups]
+    copy = MicroBatch((order[-1],), real=False)
+    micro_batches += [copy] * (-len(micro_batches) % world_size)
+    return [micro_batches[rank::world_size] for rank in range(world_size)]
+
+
+def evaluation_batches(num_pairs: int, batch_size: int) -> list[list[int]]:
+    """All pairs in order, in global batches."""
+    return [list(range(start, min(start + batch_size, num_pairs))) for start in range(0, num_pairs, batch_size)]

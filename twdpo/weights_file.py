@@ -1,0 +1,134 @@
+"""The weights file: a folder with the judge's raw attention, from which every post-processing is made later.
+
+    meta.json                what the rows depend on: model, tokenizer, prompt, layers, data
+    shard-NNNNN-HASH.safetensors
+                             E pairs each, J judge tokens of all their answers (chosen, then rejected, pair by pair):
+        key_E                int64 content key of the pair (twdpo.pairs.Pair.key)
+        length_E2            int32 judge tokens of chosen and rejected
+        ids_J, spans_J2      int32 id of each judge token, and the characters of the row's answer that it covers
+        attention_RLJ        fp32 raw attention from the query, by round (0: chosen shown first) and stored layer
+        verdict_ER2          fp32 log-probability of A and of B at the query
+        top_token_ER         int32 argmax over the whole vocabulary at the query
+
+Shards are written to a temporary name and renamed: one that can be seen is complete.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import safe_open
+
+from twdpo.config import InputError
+from twdpo.files import hash_json, write_atomic, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """Raw attention on the judge tokens of one answer: ids_J, spans_J2 and attention_RJ of one layer."""
+
+    ids_J: np.ndarray
+    spans_J2: np.ndarray
+    attention_RJ: np.ndarray
+
+
+def write_meta(directory: Path, meta: dict[str, object]) -> None:
+    """Start a weights file, or check that `directory` holds the same extraction. Raises InputError when it does not."""
+    directory = Path(directory)
+    meta = {"format": FORMAT_VERSION} | meta
+    if (directory / "meta.json").exists():
+        old = read_meta(directory)
+        changed = [f"  {key}: was {old.get(key)!r}, is {meta.get(key)!r}"
+                   for key in sorted(old.keys() | meta.keys()) if old.get(key) != meta.get(key)]
+        if changed:
+            raise InputError(f"{directory} holds another extraction; choose another folder. What differs:\n"
+                             + "\n".join(changed))
+    elif directory.is_dir() and {path.name for path in directory.iterdir()} - {"rejected_rows.jsonl"}:
+        raise InputError(f"{directory} is neither empty nor a weights file (no meta.json): choose another folder")
+    else:
+        write_json(directory / "meta.json", meta)
+
+
+def read_meta(directory: Path) -> dict[str, object]:
+    """meta.json of a weights file. Raises InputError when it is not one, or of another format."""
+    try:
+        meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} is no weights file: its meta.json can't be read ({error})") from error
+    if meta.get("format") != FORMAT_VERSION:
+        raise InputError(f"{directory} has format {meta.get('format')!r}, this code reads {FORMAT_VERSION}: extract "
+                         "it again")
+    return meta
+
+
+def shard_path(directory: Path, number: int, keys: list[int]) -> Path:
+    """Where a shard of these pairs goes; the name holds a hash of its content's keys."""
+    return Path(directory) / f"shard-{number:05d}-{hash_json(keys)[:12]}.safetensors"
+
+
+def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write one shard atomically."""
+    write_atomic(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary))
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """Complete shards, in order of their names."""
+    return sorted(Path(directory).glob("shard-*.safetensors"))
+
+
+def stored_keys(directory: Path) -> set[int]:
+    """Keys of all pairs that the weights file holds."""
+    keys: set[int] = set()
+    for path in shard_paths(directory):
+        with safe_open(path, "numpy") as shard:
+            keys.update(shard.get_tensor("key_E").tolist())
+    return keys
+
+
+class WeightsFile:
+    """A weights file opened for reading, one layer of it in memory."""
+
+    def __init__(self, directory: Path, layer: str = "last"):
+        """layer: `last` (the last one stored) or a 1-based layer. Raises InputError when it is not stored."""
+        self.directory, self.meta = Path(directory), read_meta(directory)
+        layers = self.meta["layers"]
+        wanted = layers[-1] if layer == "last" else layer
+        if str(wanted) not in map(str, layers):
+            raise InputError(f"--layer is {layer!r}: {directory} stores layers {', '.join(map(str, layers))}")
+        place = list(map(str, layers)).index(str(wanted))
+        self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
+        self._verdicts: dict[int, np.ndarray] = {}
+        for path in shard_paths(directory):
+            self._read(path, place)
+
+    def _read(self, path: Path, place: int) -> None:
+        with safe_open(path, "numpy") as shard:
+            attention_RJ = shard.get_slice("attention_RLJ")[:, place, :]
+            ids_J, spans_J2 = shard.get_tensor("ids_J"), shard.get_tensor("spans_J2")
+            ends = np.cumsum(shard.get_tensor("length_E2").reshape(-1)).tolist()
+            verdict_ER2 = shard.get_tensor("verdict_ER2")
+            for number, key in enumerate(shard.get_tensor("key_E").tolist()):
+                cuts = [slice(start, end) for start, end in
+                        zip(([0] + ends)[2 * number:2 * number + 2], ends[2 * number:2 * number + 2])]
+                self._answers[key] = tuple(JudgedAnswer(ids_J[cut], spans_J2[cut], attention_RJ[:, cut])
+                                           for cut in cuts)
+                self._verdicts[key] = verdict_ER2[number]
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: int) -> tuple[JudgedAnswer, JudgedAnswer]:
+        """The chosen and the rejected answer of a pair."""
+        return self._answers[key]
+
+    def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
+        """Over these pairs: share of equal verdicts in both rounds, and agreement with the label over both rounds."""
+        verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
+        prefers_first_ER = verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
+        prefers_chosen_ER = prefers_first_ER ^ np.array([False, True])  # round 1 shows the rejected answer first
+        return {"position consistency": float((prefers_chosen_ER[:, 0] == prefers_chosen_ER[:, 1]).mean()),
+                "agreement with the label": float(prefers_chosen_ER.mean())}
