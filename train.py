@@ -101,7 +101,8 @@ def train(config: TrainConfig, process: Process) -> None:
     if not train_examples:
         raise InputError(f"--data {config.data}: no pair is left to train on")
     longest = max(example.max_length for example in train_examples + held_out)
-    process.print(f"{len(train_examples)} pairs to train on, {len(held_out)} held out; longest sequence {longest} tokens")
+    process.print(f"{len(train_examples)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} "
+                  "tokens")
     if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
         process.print(warning)
 

@@ -59,8 +59,8 @@ def _find_model(config: SharedConfig) -> Path:
     if not (directory / "config.json").is_file():
         raise InputError(f"--model {config.model}: no config.json in {directory}")
     if not list(directory.glob("*.safetensors")):
-        raise InputError(f"--model {config.model}: no .safetensors file in {directory}; convert the checkpoint (pickled "
-                         "weights are never read)")
+        raise InputError(f"--model {config.model}: no .safetensors file in {directory}; convert the checkpoint "
+                         "(pickled weights are never read)")
     return directory
 
 
@@ -171,7 +171,8 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))  # all ranks
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        raise InputError(f"the tensors in {directory} don't match a {model_config.model_type} model: {error}") from error
+        raise InputError(f"the tensors in {directory} don't match a {model_config.model_type} model: {error}"
+                         ) from error
     # to_empty leaves buffers that no checkpoint holds (rotary frequencies) as garbage: compute them, and only them.
     loaded = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in state)]
     for tensor in loaded:
