@@ -187,34 +187,40 @@ def tokenize_pair(tokenizer, pair: Pair, pattern: re.Pattern, specials: set[int]
     before, after, answers = printed_answers(tokenizer, pair)
     if any(pattern.search(text) for text in (*(text for _, text in pair.messages), pair.chosen, pair.rejected)):
         counts["rows that spell a special token, tokenised in pieces"] += 1
-        prompt = prompt_pieces(tokenizer, pair, before)
-        encoded = [encode_pieces(tokenizer, [*prompt, (answer.text, True), (after, False)]) for answer in answers]
+        prompt_ids, _ = encode_pieces(tokenizer, prompt_pieces(tokenizer, pair, before))
+        tails = [encode_pieces(tokenizer, [(answer.text, True), (after, False)]) for answer in answers]
     else:
-        encoded = encode(tokenizer, [before + answer.text + after for answer in answers])
-    prompts = []
-    for (ids, spans_T2), answer in zip(encoded, answers):
-        first, _ = overlapping(spans_T2, len(before), len(before) + len(answer.text))
-        # A leading space that a token carries with its word belongs to the answer's first token.
-        carried = (before + answer.text)[spans_T2[first, 0]:len(before)]
-        prompts.append(ids[:first] if not carried.strip() else None)
-    if prompts[0] is None or prompts[0] != prompts[1]:
-        counts["rows whose prompt and answer merge, tokenised apart"] += 1
-        encoded = [encode_pieces(tokenizer, [(before, False), (answer.text + after, False)]) for answer in answers]
-        prompts = [ids[:overlapping(spans_T2, len(before), len(before) + len(answer.text))[0]]
-                   for (ids, spans_T2), answer in zip(encoded, answers)]
-        if prompts[0] != prompts[1]:
-            raise ValueError("its two answers leave the prompt different tokens even when tokenised apart")
-    prompt_ids = prompts[0]
+        wholes = encode(tokenizer, [before + answer.text + after for answer in answers])
+        if num_prompt := find_prompt(before, wholes):
+            prompt_ids = wholes[0][0][:num_prompt]
+            tails = [(ids[num_prompt:], spans_T2[num_prompt:] - len(before)) for ids, spans_T2 in wholes]
+        else:
+            counts["rows whose prompt and answer merge, tokenised apart"] += 1
+            [(prompt_ids, _)] = encode(tokenizer, [before])
+            tails = encode(tokenizer, [answer.text + after for answer in answers])
     if len(prompt_ids) > max_prompt_length:
         counts["prompts cut"] += 1
         bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
         prompt_ids = bos + prompt_ids[len(prompt_ids) - max_prompt_length + len(bos):]
     responses = []
-    for side, (ids, spans_T2), answer in zip(("chosen", "rejected"), encoded, answers):
-        response = cut_response(tokenizer, specials, ids, spans_T2, len(before), answer, max_length - len(prompt_ids))
+    for side, tail, answer in zip(("chosen", "rejected"), tails, answers):
+        response = cut_response(tokenizer, specials, *tail, answer, max_length - len(prompt_ids))
         counts[f"{side} answers cut"] += response.num_content == len(response.ids)
         responses.append(response)
     return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses)
+
+
+def find_prompt(before: str, wholes: list[tuple[list[int], np.ndarray]]) -> int:
+    """How many tokens of both sequences are the prompt `before`; 0 when a token holds both prompt and answer.
+
+    White space at the end of the prompt may go with the answer: some tokenizers join it to the first word.
+    """
+    for end in (len(before), len(before.rstrip())):
+        firsts = [int(np.argmax(spans_T2[:, 1] > end)) for _, spans_T2 in wholes]
+        whole = all(not before[spans_T2[first, 0]:].strip() for (_, spans_T2), first in zip(wholes, firsts))
+        if whole and wholes[0][0][:firsts[0]] == wholes[1][0][:firsts[1]]:
+            return firsts[0]
+    return 0
 
 
 def prompt_pieces(tokenizer, pair: Pair, before: str) -> list[Piece]:
@@ -232,14 +238,15 @@ def prompt_pieces(tokenizer, pair: Pair, before: str) -> list[Piece]:
     return pieces
 
 
-def cut_response(tokenizer, specials: set[int], ids: list[int], spans_T2: np.ndarray, start: int, answer: Answer,
-                 budget: int) -> Response:
+def cut_response(tokenizer, specials: set[int], ids: list[int], spans_T2: np.ndarray, answer: Answer, budget: int
+                 ) -> Response:
     """y: the content tokens and the first special token after them (the end of the turn), at most `budget` tokens.
 
-    A template that prints no special token after the answer gets the tokenizer's eos; what it prints after the
-    end of the turn is left out.
+    ids, spans_T2: tokens from the first of the answer on, with characters counted from the answer's start. A template
+    that prints no special token after the answer gets the tokenizer's eos; what it prints after the end of the turn is
+    left out.
     """
-    first, stop = overlapping(spans_T2, start, start + len(answer.text))
+    stop = int(np.flatnonzero(spans_T2[:, 0] < len(answer.text))[-1]) + 1
     after = next((place for place in range(stop, len(ids)) if ids[place] in specials), None)
     if after is not None:
         tail = ids[stop:after + 1]
@@ -248,9 +255,9 @@ def cut_response(tokenizer, specials: set[int], ids: list[int], spans_T2: np.nda
     else:
         raise InputError(f"the chat template of {tokenizer.name_or_path} prints no special token after an answer and "
                          "the tokenizer has no eos token: nothing would end a turn")
-    content = np.clip(spans_T2[first:stop] - start, 0, len(answer.text))
+    content = np.clip(spans_T2[:stop], 0, len(answer.text))
     spans_N2 = np.concatenate([content, np.full((len(tail), 2), len(answer.text))]) + answer.start
-    response_ids, num_content = ids[first:stop] + tail, stop - first
+    response_ids, num_content = ids[:stop] + tail, stop
     if len(response_ids) > budget:
         num_content = min(num_content, budget)
         response_ids, spans_N2 = response_ids[:num_content], spans_N2[:num_content]

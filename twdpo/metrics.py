@@ -1,7 +1,8 @@
 """What a training step and an evaluation report. Rewards are beta times summed log-ratios.
 
 reward_* are unweighted (TRL's rewards/accuracies and rewards/margins); weighted_reward_* use the token weights. A tie
-counts one half in an accuracy.
+counts one half in an accuracy; a margin within fp32 rounding of the log-probs it comes from is one, so that an
+untrained policy scores 0.5 and not the sign of rounding errors.
 """
 
 import math
@@ -9,7 +10,9 @@ import math
 import torch
 
 from twdpo.batch import PairBatch
-from twdpo.logratio import segment_sum
+from twdpo.logratio import combine
+
+ROUNDING = 1e-6  # relative: some eight times fp32's
 
 Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count, largest absolute value
 
@@ -17,12 +20,17 @@ Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count
 def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float
                  ) -> dict[str, torch.Tensor]:
     """One value a pair of every metric, without gradient. P pairs, S sequences, N response tokens."""
-    reward_S = beta * segment_sum(logps_N.detach() - batch.ref_logps_N, batch.seq_lens_S)
+    logps_N, ratio_S = logps_N.detach(), ratio_S.detach()
+    weighted = batch.weights_N, batch.seq_lens_S, batch.scale_S
+    unweighted = torch.ones_like(batch.weights_N), batch.seq_lens_S, torch.ones_like(batch.scale_S)
     metrics = {"loss": loss_P.detach()}
-    for name, reward in (("reward", reward_S), ("weighted_reward", beta * ratio_S.detach())):
-        margin_P = reward[0::2] - reward[1::2]
-        metrics[f"{name}_accuracy"] = (margin_P.sign() + 1) / 2
-        metrics[f"{name}_margin"] = margin_P
+    for name, ratio, weights in (("reward", combine(logps_N, batch.ref_logps_N, *unweighted), unweighted),
+                                 ("weighted_reward", ratio_S, weighted)):
+        size_S = combine(logps_N.abs(), torch.zeros_like(logps_N), *weights)
+        difference_P = ratio[0::2] - ratio[1::2]
+        tie_P = difference_P.abs() <= ROUNDING * (size_S[0::2] + size_S[1::2])
+        metrics[f"{name}_accuracy"] = torch.where(tie_P, 0.0, difference_P.sign()).add(1).div(2)
+        metrics[f"{name}_margin"] = beta * difference_P
     return metrics | {name: value.detach() for name, value in extra.items()}
 
 

@@ -1,0 +1,152 @@
+"""The sharded policy: equal to the plain model, fp32 master weights, inputs not rounded, ties kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from twdpo import dist
+from twdpo.batch import collate
+from twdpo.chat import Example, Response
+from twdpo.config import InputError, TrainConfig
+from twdpo.model import check_length, find_model, load_model_config, load_policy
+from twdpo.pairs import Pair
+from twdpo.rows import MicroBatch
+
+
+@pytest.fixture
+def process():
+    yield dist.start()
+    dist.stop()
+
+
+def make_example(prompt: int, chosen: int, rejected: int, vocabulary: int = 90) -> Example:
+    """Random tokens; only the ids matter here."""
+    rng = np.random.default_rng([prompt, chosen, rejected])
+
+    def response(length):
+        ids = rng.integers(3, vocabulary, length, dtype=np.int32)
+        return Response(ids, np.zeros((length, 2), np.int32), length - 1)
+
+    prompt_ids = rng.integers(3, vocabulary, prompt, dtype=np.int32)
+    return Example(Pair((("user", "x"),), "a", "b", "here:1"), prompt_ids, response(chosen), response(rejected))
+
+
+EXAMPLES = [make_example(5, 4, 7), make_example(9, 1, 3), make_example(2, 6, 2)]
+
+
+def plain_logps(model, example: Example, response: Response) -> torch.Tensor:
+    """Log-probs of a response from a plain forward of its own sequence."""
+    ids = torch.from_numpy(np.concatenate([example.prompt_ids, response.ids])).long()
+    logps = model(ids[None]).logits[0].log_softmax(-1)
+    start = len(example.prompt_ids)
+    return torch.stack([logps[position - 1, ids[position]] for position in range(start, len(ids))])
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tmp_path_factory) -> Path:
+    """An untied Llama stored in bfloat16."""
+    directory = tmp_path_factory.mktemp("bf16")
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                         attention_dropout=0.5, initializer_range=0.2)
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def test_policy_equals_plain_forwards_of_each_sequence(toy_model, process):
+    plain = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
+    policy = load_policy(toy_model, torch.float32, process)
+    batch = collate(MicroBatch((0, 1, 2)), EXAMPLES, 3)
+    _, logps_N = policy(batch)
+    expected_N = torch.cat([plain_logps(plain, example, response) for example in EXAMPLES
+                            for response in (example.chosen, example.rejected)])
+    torch.testing.assert_close(logps_N, expected_N, atol=2e-5, rtol=0)
+
+
+def test_rotary_buffers_are_computed_after_loading_without_memory(toy_model, process):
+    plain = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
+    policy = load_policy(toy_model, torch.float32, process)
+    buffers = dict(policy.model.named_buffers())
+    assert buffers
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_tied_head_stays_tied(toy_model, process):
+    policy = load_policy(toy_model, torch.float32, process)
+    assert policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight
+
+
+def test_master_weights_are_fp32_and_training_is_on(bf16_checkpoint, process):
+    policy = load_policy(bf16_checkpoint, torch.float32, process)
+    assert policy.training and policy.model.training
+    for name, parameter in policy.named_parameters():
+        assert parameter.dtype == torch.float32, name
+    stored = AutoModelForCausalLM.from_pretrained(bf16_checkpoint)
+    assert stored.dtype == torch.bfloat16
+    for name, parameter in stored.named_parameters():
+        assert torch.equal(parameter.float(), policy.model.get_parameter(name).full_tensor()), name
+
+
+def test_dropout_is_off(bf16_checkpoint, process):
+    policy = load_policy(bf16_checkpoint, torch.float32, process)
+    batch = collate(MicroBatch((0, 1)), EXAMPLES, 2)
+    assert torch.equal(policy(batch)[1], policy(batch)[1])
+
+
+def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpoint, process):
+    policy = load_policy(bf16_checkpoint, torch.bfloat16, process)
+    batch = collate(MicroBatch((0,)), EXAMPLES, 1)
+    batch.ref_logps_N.fill_(-123.456)
+    batch.weights_N.fill_(0.3)
+    ratio_S, logps_N = policy(batch)
+    assert logps_N.dtype == torch.float32
+    terms = 0.3 * (logps_N.double() + 123.456)
+    expected_S = torch.stack([part.sum() for part in terms.split(batch.seq_lens_S.tolist())])
+    torch.testing.assert_close(ratio_S.double(), expected_S, rtol=1e-5, atol=0)
+
+
+def test_parameters_stay_sharded_after_an_evaluation(toy_model, process):
+    policy = load_policy(toy_model, torch.float32, process)
+    with torch.no_grad():
+        policy(collate(MicroBatch((0,)), EXAMPLES, 1))
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def test_padding_and_grouping_change_nothing(toy_model, process):
+    policy = load_policy(toy_model, torch.float32, process)
+    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, 3))[1]
+    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, 3))[1] for pair in (0, 1, 2)])
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+
+
+def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path, process):
+    import json
+    import shutil
+    shutil.copytree(bf16_checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 97}))
+    with pytest.raises(InputError, match="don't match"):
+        load_policy(tmp_path / "model", torch.float32, process)
+
+
+def test_model_folder_errors_say_what_is_missing(tmp_path, process):
+    with pytest.raises(InputError, match="no config.json"):
+        find_model(TrainConfig(model=str(tmp_path), data="x.jsonl"), process)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no .safetensors"):
+        find_model(TrainConfig(model=str(tmp_path), data="x.jsonl"), process)
+
+
+def test_lengths_past_the_context(toy_model):
+    config = load_model_config(toy_model)
+    assert check_length("--x", 512, config) == ""
+    assert "513" in check_length("--x", 513, config)  # rotary: a warning
+    from transformers import GPT2Config
+    with pytest.raises(InputError, match="1025"):
+        check_length("--x", 1025, GPT2Config())

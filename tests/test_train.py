@@ -1,0 +1,271 @@
+"""Whole runs of train.py on a handful of pairs: the same numbers however the work is split, killed or resumed."""
+
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from twdpo.config import TrainConfig
+from twdpo.toy import toy_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("tokens_per_s", "pairs_per_s", "peak_memory_gib")
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory) -> Path:
+    """Nineteen toy pairs, one of them far longer than any micro-batch budget used here."""
+    rows = toy_rows()[0][:18]
+    long_answer = " ".join(row["chosen"] for row in rows[:4])
+    rows.append({"prompt": "say a lot", "chosen": long_answer, "rejected": rows[5]["rejected"]})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def arguments(toy_model, pairs_file, cache):
+    """Flags of a small run into a folder."""
+    def make(output_dir, **flags) -> list[str]:
+        flags = {"model": toy_model, "data": pairs_file, "cache_dir": cache, "judge_prompt": "short", "max_length": 256,
+                 "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3, "beta": 0.1, "eval_every": 3,
+                 "eval_fraction": 0.2, "save_every": 0, "output_dir": output_dir} | flags
+        return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    return make
+
+
+def read_rows(run_dir: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+
+
+def assert_close_rows(rows: list[dict], others: list[dict], tolerance: float = 2e-5) -> None:
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others):
+        assert row.keys() == other.keys()
+        for name in row:
+            assert math.isclose(row[name], other[name], rel_tol=tolerance, abs_tol=tolerance), (row["step"], name)
+
+
+def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, arguments):
+    """Three pairs a step on two processes, one giant pair among them, 20 steps. Gradient norms are compared as well:
+    AdamW would hide a gradient that is averaged, or summed, over processes by mistake."""
+    train.main(arguments(tmp_path / "one", max_steps=20, eval_every=7, micro_batch_tokens=100_000))
+    train.main(arguments(tmp_path / "split", max_steps=20, eval_every=7, micro_batch_tokens=150))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+                    *arguments(tmp_path / "two", max_steps=20, eval_every=7, micro_batch_tokens=250)],
+                   cwd=ROOT, check=True, capture_output=True, timeout=300)
+    expected = read_rows(tmp_path / "one")
+    assert len(expected) == 1 + 20 + 3  # before the first step, every 7 and the last
+    assert_close_rows(read_rows(tmp_path / "split"), expected)
+    assert_close_rows(read_rows(tmp_path / "two"), expected)
+
+
+def test_reducing_on_the_last_micro_batch_only_changes_nothing(tmp_path, arguments):
+    train.main(arguments(tmp_path / "every", micro_batch_tokens=150))
+    train.main([*arguments(tmp_path / "last", micro_batch_tokens=150), "--no-sync"])
+    assert_close_rows(read_rows(tmp_path / "last"), read_rows(tmp_path / "every"))
+
+
+def run_and_die(argv: list[str], module: str, name: str, number: int) -> None:
+    """Run train.main in a process that SIGKILLs itself when `module.name` is called for the given time."""
+    context = multiprocessing.get_context("forkserver")  # a fork of this process could inherit held locks
+    context.set_forkserver_preload(["train"])
+    child = context.Process(target=run_until_call, args=(argv, module, name, number))
+    child.start()
+    child.join(timeout=120)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def run_until_call(argv: list[str], module: str, name: str, number: int) -> None:
+    """In the child: replace a function by one that kills the process at its call of that number."""
+    owner = importlib.import_module(module)
+    original, calls = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, replacement)
+    train.main(argv)
+
+
+KILLS = {
+    "first step": ("train", "train_step", 1),
+    "middle": ("train", "train_step", 4),
+    "before a save": ("train", "save_checkpoint", 2),
+    "during a save": ("twdpo.checkpoint", "sync_to_disk", 5),
+    "during best": ("train", "export_model", 2),
+    "at the end": ("train", "summarize", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("uninterrupted") / "run"
+
+
+@pytest.mark.parametrize("place", KILLS)
+def test_killed_and_resumed_run_equals_one_that_never_stopped(place, tmp_path, uninterrupted, arguments):
+    flags = {"save_every": 2, "eval_every": 2, "keep_last": 2, "max_steps": 6, "micro_batch_tokens": 200}
+    if not uninterrupted.exists():
+        train.main(arguments(uninterrupted, **flags))
+    base = uninterrupted
+    run_dir = tmp_path / "run"
+    run_and_die(arguments(run_dir, **flags), *KILLS[place])
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a line that the kill cut
+    train.main([*arguments(run_dir, **flags), "--resume"])
+    assert read_rows(run_dir) == read_rows(base)
+    for name in ("final", "best"):
+        assert (run_dir / name / "model.safetensors").read_bytes() == (base / name / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("*")) == ["step-0000004", "step-0000006"]
+
+
+def test_resume_without_the_cache_is_the_same_run(tmp_path, arguments):
+    flags = {"save_every": 2, "micro_batch_tokens": 200}
+    train.main(arguments(tmp_path / "whole", cache_dir=tmp_path / "other", **flags))
+    cache = tmp_path / "cache"
+    run_and_die(arguments(tmp_path / "run", cache_dir=cache, **flags), *KILLS["middle"])
+    for path in cache.rglob("*.safetensors"):
+        if "toy" not in str(path.relative_to(cache)):
+            path.unlink()
+    train.main([*arguments(tmp_path / "run", cache_dir=cache, **flags), "--resume"])
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+
+
+def test_a_run_is_not_overwritten_or_resumed_by_accident(tmp_path, arguments, capsys):
+    train.main(arguments(tmp_path / "run", max_steps=1))
+    for extra, word in ((), "--overwrite"), (("--resume", "--lr", "0.5"), "--lr"):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*arguments(tmp_path / "run", max_steps=1), *extra])
+        assert stopped.value.code == 2
+        assert word in capsys.readouterr().err
+    train.main([*arguments(tmp_path / "run", max_steps=1), "--overwrite"])
+
+
+def test_metrics_and_model_of_a_run(tmp_path, arguments, capsys):
+    run_dir = tmp_path / "run"
+    train.main(arguments(run_dir, cache_dir=tmp_path / "cache"))
+    printed = capsys.readouterr().out
+    assert "max |margin| at step 0: 0" in printed
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    wanted = {"step", "loss", "reward_accuracy", "reward_margin", "weighted_reward_accuracy", "weighted_reward_margin",
+              "grad_norm", "lr", *MEASURED}
+    assert all(row.keys() == wanted for row in steps)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    evaluations = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    assert evaluations[0]["eval/reward_accuracy"] == 0.5
+    assert {"eval/reward_accuracy", "eval/reward_accuracy_stderr", "eval/reward_margin"} <= evaluations[-1].keys()
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    start = AutoModelForCausalLM.from_pretrained(json.loads((run_dir / "config.json").read_text())["model"])
+    assert model.dtype == start.dtype and model.state_dict().keys() == start.state_dict().keys()
+    assert not torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(run_dir / "final").chat_template
+    assert (run_dir / "best/model.safetensors").is_file()
+
+
+def test_extraction_is_reused_until_a_judge_setting_changes(tmp_path, arguments, capsys):
+    own_cache = tmp_path / "cache"
+    outputs = []
+    for number, extra in enumerate(([], [], ["--query", "verdict"])):
+        train.main([*arguments(tmp_path / str(number), cache_dir=own_cache, max_steps=1), *extra])
+        outputs.append(capsys.readouterr().out)
+    assert "to extract" in outputs[0] and "nothing to extract" not in outputs[0]
+    assert "nothing to extract" in outputs[1]
+    assert "nothing to extract" not in outputs[2]
+
+
+def test_uniform_twdpo_is_dpo(tmp_path, arguments):
+    train.main(arguments(tmp_path / "twdpo", loss="twdpo", weights="uniform"))
+    train.main(arguments(tmp_path / "dpo", loss="dpo"))
+    assert_close_rows(read_rows(tmp_path / "twdpo"), read_rows(tmp_path / "dpo"))
+
+
+def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs_file):
+    import extract
+    extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short",
+                  "--out", str(tmp_path / "weights")])
+    train.main(arguments(tmp_path / "folder", weights=tmp_path / "weights"))
+    train.main(arguments(tmp_path / "own"))
+    assert read_rows(tmp_path / "folder") == read_rows(tmp_path / "own")
+
+
+def test_length_normalize_drops_the_length(tmp_path, arguments):
+    train.main([*arguments(tmp_path / "plain"), "--weights", "uniform"])
+    train.main([*arguments(tmp_path / "normed"), "--weights", "uniform", "--length-normalize"])
+    plain, normed = read_rows(tmp_path / "plain"), read_rows(tmp_path / "normed")
+    assert abs(normed[-1]["eval/weighted_reward_margin"]) < abs(plain[-1]["eval/weighted_reward_margin"])
+
+
+def test_own_loss_and_source_from_a_file(tmp_path, arguments):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from twdpo.losses import LOSSES\n"
+        "from twdpo.weights import WEIGHTS\n"
+        "def hinge(ratio_S, logps_N, batch, config):\n"
+        "    margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])\n"
+        "    return torch.relu(1 - margin_P), {'active': (margin_P < 1).float()}\n"
+        "def rising(batch, context):\n"
+        "    return torch.cat([torch.arange(1.0, n + 1) for n in batch.seq_lens_S.tolist()])\n"
+        "LOSSES['hinge'], WEIGHTS['rising'] = hinge, rising\n")
+    train.main([*arguments(tmp_path / "run"), "--import", str(tmp_path / "mine.py"), "--loss", "hinge", "--weights",
+                "rising"])
+    rows = read_rows(tmp_path / "run")
+    assert rows[0]["eval/loss"] == pytest.approx(1.0, abs=1e-6) and rows[1]["active"] == 1.0
+    assert rows[-2]["loss"] < 1.0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--loss", "nope"], "--loss is 'nope'"),
+    (["--weights", "nope"], "--weights is 'nope'"),
+    (["--model", "nowhere/at/all"], "nowhere/at/all"),
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--layer", "9"], "9"),
+    (["--import", "missing.py"], "missing.py"),
+    (["--resume", "missing"], "missing"),
+    (["--judge-prompt", "missing.txt"], "missing.txt"),
+])
+def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments(tmp_path / "run"), *flags])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_non_finite_gradient_stops_before_the_optimizer(tmp_path, arguments):
+    (tmp_path / "bad.py").write_text(
+        "from twdpo.losses import LOSSES\n"
+        "def nan(ratio_S, logps_N, batch, config):\n"
+        "    return ratio_S[0::2] * float('nan'), {}\n"
+        "LOSSES['nan'] = nan\n")
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train.main([*arguments(tmp_path / "run", eval_fraction=0), "--import", str(tmp_path / "bad.py"),
+                    "--loss", "nan", "--weights", "uniform"])
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    config = TrainConfig(lr=1.0, warmup_ratio=0.2)
+    rates = [train.learning_rate(step, 10, config) for step in range(11)]
+    assert rates[:2] == [0.5, 1.0] and rates[2] == 1.0 and rates[10] == pytest.approx(0.0)
+    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:]))
