@@ -20,20 +20,6 @@ SEED = 20240
 TRAIN_ROWS = 512
 TEST_ROWS = 128
 
-# Settings of the default run, measured on one CPU thread with uniform and with random token weights.
-TOY_PRESET: dict[str, object] = {
-    "lr": 1e-3,
-    "beta": 0.1,
-    "batch_size": 16,
-    "epochs": 3,
-    "max_steps": 0,
-    "warmup_ratio": 0.1,
-    "max_length": 256,
-    "max_prompt_length": 128,
-    "eval_every": 32,
-    "save_every": 96,
-}
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Grammar
 
