@@ -89,7 +89,8 @@ def attention_probabilities(query_SHQD, key, mask, positions_SQ, scaling, softca
         seen = seen & mask[..., :key.shape[2]]
     elif mask is not None:
         scores = scores + mask[..., :key.shape[2]].float()
-    scores = scores.masked_fill(~seen, float("-inf"))
+    # Finite, so that a padding query which sees nothing gives no NaN; a masked key's share is still exactly 0.
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
     if s_aux is not None:  # a sink takes a share of the attention and gives nothing
         sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
