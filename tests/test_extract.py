@@ -1,0 +1,157 @@
+"""The weights file: what extract.py writes, resumes, refuses; and what is read back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import extract
+from twdpo import extraction
+from twdpo.judge import JUDGE_PROMPTS, JudgeInputs
+from twdpo.pairs import load_dataset
+from twdpo.toy import toy_rows
+from twdpo.weights_file import WeightsFile, shard_paths, write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:7]))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(extraction, "PAIRS_PER_SHARD", 2)
+
+
+@pytest.fixture
+def arguments(toy_model, pairs_file):
+    def make(out, *extra) -> list[str]:
+        return ["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "1,2",
+                "--out", str(out), *extra]
+    return make
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_stored_attention_is_that_of_the_whole_maps(tmp_path, arguments, toy_model, pairs_file):
+    extract.main(arguments(tmp_path / "w"))
+    model = AutoModelForCausalLM.from_pretrained(toy_model, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 512)
+    for layer in (1, 2):
+        weights_file = WeightsFile(tmp_path / "w", str(layer))
+        for pair in load_dataset(str(pairs_file), "").train:
+            judged = inputs.build(pair)
+            for turn in (0, 1):
+                with torch.no_grad():
+                    output = model(torch.from_numpy(judged.input_ids[turn]).long()[None], output_attentions=True)
+                row = output.attentions[layer - 1][0, :, -1].mean(0)
+                for side, answer in enumerate(weights_file[pair.key]):
+                    first, stop = judged.ranges[turn][side]
+                    np.testing.assert_allclose(answer.attention_RJ[turn], row[first:stop], atol=1e-6)
+                    assert (answer.ids_J == judged.ids[side]).all()
+                    text = getattr(pair, ("chosen", "rejected")[side])
+                    assert answer.spans_J2.min() == 0 and answer.spans_J2.max() == len(text)
+
+
+def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, capsys):
+    extract.main(arguments(tmp_path / "whole"))
+    written = []
+
+    def dies_at_the_third(path, arrays):
+        if len(written) == 2:
+            path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(path, arrays)
+    monkeypatch.setattr(extraction, "write_shard", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        extract.main(arguments(tmp_path / "killed"))
+    monkeypatch.setattr(extraction, "write_shard", write_shard)
+    assert len(shard_paths(tmp_path / "killed")) == 2
+    extract.main(arguments(tmp_path / "killed"))
+    assert "4 of 7 pairs stored" in capsys.readouterr().out
+    after = {name: data for name, data in contents(tmp_path / "killed").items() if not name.endswith(".tmp")}
+    assert after == contents(tmp_path / "whole")
+    extract.main(arguments(tmp_path / "whole"))
+    assert "nothing to extract" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, arguments, monkeypatch):
+    monkeypatch.undo()  # shards of the real size, as the child processes have
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:300]))
+    extract.main(arguments(tmp_path / "one", "--data", str(path)))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    "extract.py", *arguments(tmp_path / "two", "--data", str(path))],
+                   cwd=ROOT, check=True, capture_output=True, timeout=200)
+    assert len(shard_paths(tmp_path / "two")) == 3
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("extra, word", [(["--query", "verdict"], "query"), (["--layers", "2"], "layers"),
+                                         (["--max-judge-length", "300"], "max_judge_length")])
+def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, capsys):
+    extract.main(arguments(tmp_path / "w"))
+    before = contents(tmp_path / "w")
+    with pytest.raises(SystemExit) as stopped:
+        extract.main(arguments(tmp_path / "w", *extra))
+    assert stopped.value.code == 2 and f"{word}: was" in capsys.readouterr().err
+    assert contents(tmp_path / "w") == before
+
+
+def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs_file):
+    extract.main(arguments(tmp_path / "prompt"))
+    extract.main(arguments(tmp_path / "verdict", "--query", "verdict"))
+    key = load_dataset(str(pairs_file), "").train[0].key
+    first, second = WeightsFile(tmp_path / "prompt")[key][0], WeightsFile(tmp_path / "verdict")[key][0]
+    assert not np.allclose(first.attention_RJ, second.attention_RJ, rtol=1e-3)
+
+
+def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file):
+    extract.main(arguments(tmp_path / "row"))
+    extract.main(arguments(tmp_path / "eager", "--attention", "eager"))
+    for pair in load_dataset(str(pairs_file), "").train:
+        for ours, theirs in zip(WeightsFile(tmp_path / "row")[pair.key], WeightsFile(tmp_path / "eager")[pair.key]):
+            np.testing.assert_allclose(ours.attention_RJ, theirs.attention_RJ, atol=1e-6)
+
+
+def test_bad_rows_stop_before_the_model_or_are_left_out(tmp_path, arguments, pairs_file, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(pairs_file.read_text() + "{}\n")
+    with pytest.raises(SystemExit) as stopped:
+        extract.main(arguments(tmp_path / "w", "--data", str(path)))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{path}:8: no column 'chosen'" in error and "Traceback" not in error
+    extract.main(arguments(tmp_path / "w", "--data", str(path), "--skip-bad-rows"))
+    assert (tmp_path / "w/rejected_rows.jsonl").exists() and len(shard_paths(tmp_path / "w")) == 4
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, arguments, capsys):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        extract.main(arguments(tmp_path / "w"))
+    assert "neither empty nor a weights file" in capsys.readouterr().err
+
+
+def test_verdict_statistics_by_hand(tmp_path, arguments, pairs_file):
+    """Rounds of two pairs: A then A (the chosen one, then the rejected one: inconsistent, half right), and B then A
+    (the rejected one twice: consistent, wrong). Consistency 1/2, agreement 1/4."""
+    extract.main(arguments(tmp_path / "w"))
+    weights_file = WeightsFile(tmp_path / "w")
+    keys = list(weights_file._verdicts)[:2]
+    weights_file._verdicts[keys[0]] = np.array([[-0.1, -3.0], [-0.1, -3.0]])
+    weights_file._verdicts[keys[1]] = np.array([[-3.0, -0.1], [-0.1, -3.0]])
+    assert weights_file.verdict_statistics(keys) == {"position consistency": 0.5, "agreement with the label": 0.25}
