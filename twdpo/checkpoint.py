@@ -28,7 +28,10 @@ RUN_FILES = ("config.json", "metrics.jsonl", "rejected_rows.jsonl", "checkpoints
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name, sharded as they are; moments that don't exist yet are made, as zeros."""
+    """All tensors of a checkpoint by name, sharded as they are; moments that don't exist yet are made, as zeros.
+
+    AdamW's step counts are left to the caller: they are the manifest's step.
+    """
     state: dict[str, torch.Tensor] = {}
     for name, parameter in policy.named_parameters():
         moments = optimizer.state[parameter]
@@ -71,7 +74,8 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
         if config.resume:
             stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
             if changed := changed_settings(stored, config):
-                raise InputError(f"--resume: {run_dir} was started with other settings:\n  " + "\n  ".join(changed))
+                raise InputError(f"--resume: {run_dir} was started with other settings (--config "
+                                 f"{run_dir / 'config.json'} repeats them):\n  " + "\n  ".join(changed))
         elif config.overwrite:
             for file in RUN_FILES:
                 remove(run_dir / file)
@@ -159,8 +163,10 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, pr
     tensors = state_tensors(policy, optimizer)
     rng = rng_tensors(process) if process.rank < manifest["world_size"] else {}
     dcp.load(tensors | rng, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    for moments in optimizer.state.values():
-        moments["step"] = torch.tensor(float(manifest["step"]))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else "cpu"  # where AdamW keeps its own count
+            optimizer.state[parameter]["step"] = torch.tensor(float(manifest["step"]), device=device)
     for name, state in rng.items():
         (torch.cuda if ".cuda." in name else torch).set_rng_state(state)
     return manifest["step"], manifest["progress"]

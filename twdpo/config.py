@@ -203,11 +203,12 @@ def build_parser(cls, description: str) -> argparse.ArgumentParser:
         groups[name] = group
         text = field.metadata["help"].replace("%", "%%")
         options: dict[str, object] = {"dest": field.name}
+        if field.default is not False and field.default != "":  # the text says what off and empty mean
+            text += f" (default: {field.default})"
         if hints[field.name] is bool:
+            text += " (default: off)"
             options["action"] = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         else:
-            shown = field.default if field.default != "" else "empty"
-            text += f" (default: {shown})"
             options |= {"type": hints[field.name], "metavar": hints[field.name].__name__.upper()}
             if "optional_value" in field.metadata:
                 options |= {"nargs": "?", "const": field.metadata["optional_value"]}

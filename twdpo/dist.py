@@ -29,8 +29,10 @@ class Process:
 
     def print(self, *values) -> None:
         """Print on the first process, above a progress bar if one runs."""
-        if self.is_main:
+        if self.is_main and sys.stderr.isatty():
             tqdm.write(" ".join(map(str, values)))
+        elif self.is_main:  # in a log file tqdm.write would repeat every bar after every line
+            print(*values, flush=True)
 
     def progress(self, items=None, **options):
         """tqdm with rate and time left on the first process, nothing elsewhere."""
