@@ -12,6 +12,7 @@ from pathlib import Path
 from twdpo.config import ExtractConfig, InputError, parse_config
 from twdpo.dist import start, stop
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
+from twdpo.files import make_directory
 from twdpo.judge import build_judge_inputs
 from twdpo.model import find_model, fingerprint_model, load_tokenizer
 from twdpo.pairs import load_dataset, settle_bad_rows
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(config: ExtractConfig, process) -> None:
     """pairs -> judge inputs -> attention -> weights file. All ranks."""
-    out = Path(config.out)
+    out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data)
     pairs = dataset.train + dataset.held_out
     total = len(pairs) + len(dataset.bad_rows)

@@ -20,10 +20,10 @@ import torch
 from twdpo.batch import PairBatch, collate, set_weights
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.checkpoint import export_model, load_checkpoint, open_run, save_checkpoint
-from twdpo.config import InputError, TrainConfig, parse_config
+from twdpo.config import InputError, TrainConfig, parse_config, to_json
 from twdpo.dist import Process, start, stop, sum_over_processes
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs, require_single_layer
-from twdpo.files import hash_json
+from twdpo.files import hash_json, write_json
 from twdpo.judge import JudgedPair, build_judge_inputs
 from twdpo.log import Log, summarize
 from twdpo.losses import LOSSES, needs_reference
@@ -69,6 +69,7 @@ def train(config: TrainConfig, process: Process) -> None:
     source, weights_path = find_source(loss, config)
     require_single_layer(config.layer)
     config, run_dir, checkpoint = open_run(config, process)
+    cache = cache_directory(config)
     budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)
     dtype = pick_dtype(config.dtype, process.device)
     process.print(f"preset {config.preset}; loss {config.loss}, weights {source}; {process.world_size} process(es) on "
@@ -112,10 +113,11 @@ def train(config: TrainConfig, process: Process) -> None:
                    for step in range(min(steps, math.ceil(len(train_examples) / config.batch_size)))]
     held_out_batches = evaluation_batches(len(held_out), config.batch_size)
     used = [train_examples[pair] for batch in first_epoch for pair in batch] + held_out
+    process.on_main(lambda: write_json(run_dir / "config.json", to_json(config)))
 
     context = WeightContext(config)
     if extracts:
-        weights_path = cache_directory(config) / "weights" / hash_json(meta)[:24]
+        weights_path = cache / "weights" / hash_json(meta)[:24]
         extract_attention(config, meta, weights_path, {example.pair.key: judged[example.pair.key] for example in used},
                           model_dir, tokenizer, process)
     if weights_path:
@@ -128,7 +130,7 @@ def train(config: TrainConfig, process: Process) -> None:
     policy = load_policy(model_dir, dtype, process)
     train_logps = held_out_logps = None
     if needs_reference(loss):
-        directory = reference_directory(cache_directory(config), fingerprint, dtype)
+        directory = reference_directory(cache, fingerprint, dtype)
         train_logps = reference_logps(policy, process, train_examples, first_epoch, budget, directory)
         held_out_logps = reference_logps(policy, process, held_out, held_out_batches, budget, directory)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
@@ -242,7 +244,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: Process):
     """(training examples, held-out examples, bad rows): the held-out split, then tokens."""
     train_pairs, held_out_pairs = dataset.train, dataset.held_out
-    if config.eval_fraction > 0 and not held_out_pairs:
+    if config.eval_fraction > 0 and not held_out_pairs and not config.eval_data:
         train_pairs, held_out_pairs = split_by_prompt(dataset.train, config.eval_fraction, config.seed)
     results = []
     for name, pairs in (("tokenise", train_pairs), ("tokenise held-out", held_out_pairs)):

@@ -150,6 +150,14 @@ def test_resume_without_the_cache_is_the_same_run(tmp_path, arguments):
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
 
 
+def test_a_kill_during_the_reference_pass_loses_nothing(tmp_path, arguments):
+    train.main(arguments(tmp_path / "whole", cache_dir=tmp_path / "other"))
+    argv = arguments(tmp_path / "run", cache_dir=tmp_path / "cache")
+    run_and_die(argv, "twdpo.reference", "write_cache", 2)  # the training pairs are cached, the held-out ones not
+    train.main([*argv, "--resume"])
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+
+
 def test_a_run_is_not_overwritten_or_resumed_by_accident(tmp_path, arguments, capsys):
     train.main(arguments(tmp_path / "run", max_steps=1))
     for extra, word in ((), "--overwrite"), (("--resume", "--lr", "0.5"), "--lr"):
@@ -244,6 +252,10 @@ def test_own_loss_and_source_from_a_file(tmp_path, arguments):
     (["--import", "missing.py"], "missing.py"),
     (["--resume", "missing"], "missing"),
     (["--judge-prompt", "missing.txt"], "missing.txt"),
+    (["--output-dir", __file__], "the folder can't be made"),
+    (["--cache-dir", __file__], "the folder can't be made"),
+    (["--eval-data", os.devnull + ".jsonl"], "no such file"),
+    (["--max-judge-length", "10"], "pairs.jsonl:1: a judge input of 10 tokens"),
 ])
 def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -251,6 +263,14 @@ def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arg
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run/config.json").exists()  # so the mended command needs no --overwrite
+
+
+def test_one_pair_is_trained_on_and_nothing_held_out(tmp_path, arguments):
+    row = toy_rows()[0][0]
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    train.main(arguments(tmp_path / "run", data=tmp_path / "one.jsonl", max_steps=2))
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2]
 
 
 def test_non_finite_gradient_stops_before_the_optimizer(tmp_path, arguments):

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError, TrainConfig, changed_settings, to_json
+from twdpo.config import InputError, TrainConfig, changed_settings
 from twdpo.dist import Process
-from twdpo.files import hash_file, remove, write_atomic, write_json
+from twdpo.files import hash_file, make_directory, remove, write_atomic, write_json
 from twdpo.model import DTYPES, Policy, load_model_config
 
 MANIFEST = "manifest.json"
@@ -55,6 +55,8 @@ def rng_tensors(process: Process) -> dict[str, torch.Tensor]:
 def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, Path | None]:
     """(config with its output folder, that folder, the checkpoint to resume from or None). All ranks.
 
+    The folder holds a run once config.json is written, which train.py does when all input has been checked.
+
     Raises InputError when the folder holds a run and neither --resume nor --overwrite is given, or when a resumed run's
     settings differ from the stored ones.
     """
@@ -68,6 +70,7 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
         if config.resume == "auto":
             raise InputError("--resume needs --output-dir, the folder of the run to go on with")
         run_dir = Path(config.resume).resolve().parent.parent
+    make_directory(run_dir, "--output-dir")
     checkpoint = find_checkpoint(run_dir, config.resume) if config.resume else None
     config = replace(config, output_dir=str(run_dir))
     if (run_dir / "config.json").exists():
@@ -84,7 +87,6 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
                              "another --output-dir")
     if config.resume and not checkpoint:
         print(f"--resume: no complete checkpoint in {run_dir}: starting at step 0")
-    write_json(run_dir / "config.json", to_json(config))
     return config, run_dir, checkpoint
 
 

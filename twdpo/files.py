@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from twdpo.config import InputError
+
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and rename the result to `path`: a reader sees the whole file or none.
@@ -32,6 +34,15 @@ def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def make_directory(path: Path, flag: str) -> Path:
+    """Make a folder that a flag names, if it is not there. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: the folder can't be made ({error.strerror})") from error
+    return path
 
 
 def remove(path: Path) -> None:

@@ -168,8 +168,8 @@ class JudgeInputs:
                 return cut
             keep -= 1
         raise ValueError(f"a judge input of {self.max_length} tokens leaves its answers {max(keep, 0)} tokens of "
-                         f"{whole[0]} and {whole[1]}, fewer than {ANSWER_FLOOR}: raise --max-judge-length or use "
-                         "--judge-prompt short")
+                         f"{whole[0]} and {whole[1]}, fewer than {ANSWER_FLOOR} of a longer answer or all of a shorter "
+                         "one: raise --max-judge-length or use --judge-prompt short")
 
     def _build(self, question: str, chosen: Answer, rejected: Answer):
         """(JudgedPair, tokens of the longer round, spans of the question's tokens in the question)."""

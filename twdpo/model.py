@@ -16,16 +16,16 @@ from twdpo.batch import PairBatch
 from twdpo.chat import set_chat_template
 from twdpo.config import InputError, SharedConfig
 from twdpo.dist import Process, shard_policy
-from twdpo.files import hash_file, hash_json, write_atomic
+from twdpo.files import hash_file, hash_json, make_directory, write_atomic
 from twdpo.logratio import HeadOptions, weighted_logratio
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def cache_directory(config: SharedConfig) -> Path:
-    """--cache-dir, else the user's cache folder."""
+    """--cache-dir, else the user's cache folder; made if it is not there. Raises InputError."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twdpo"
-    return Path(config.cache_dir).expanduser() if config.cache_dir else default
+    return make_directory(Path(config.cache_dir).expanduser() if config.cache_dir else default, "--cache-dir")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -68,6 +68,8 @@ def load_dataset(data: str, eval_data: str, with_held_out: bool = True) -> Datas
     held_out: list[Pair] = []
     if with_held_out and eval_data:
         held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS))
+        if not held_out and not bad_held_out:
+            raise InputError(f"--eval-data {eval_data}: it holds no pair")
         bad = bad + bad_held_out
     elif with_held_out and has_test_split(data):
         held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS))
@@ -203,14 +205,17 @@ def parse_messages(column: str, value: object) -> tuple[tuple[str, str], ...]:
 
 
 def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Hold out about `fraction` of the pairs, all rows of a prompt on one side; the order of the file is kept."""
+    """Hold out about `fraction` of the pairs, all rows of a prompt on one side; the order of the file is kept.
+
+    At least one prompt stays to train on, so the pairs of a single prompt give an empty held-out part.
+    """
     groups: dict[tuple, int] = {}
     for pair in pairs:
         groups[pair.messages] = groups.get(pair.messages, 0) + 1
     # A prompt's place depends on the seed and its own text alone, so adding rows moves no other prompt.
     order = sorted(groups, key=lambda messages: hashlib.sha256(json.dumps([seed, messages]).encode()).digest())
     held_out, taken = set(), 0
-    for messages in order:
+    for messages in order[:-1]:
         if taken >= fraction * len(pairs):
             break
         held_out.add(messages)
