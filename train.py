@@ -13,6 +13,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,36 +77,9 @@ def train(config: TrainConfig, process: Process) -> None:
                   f"{process.device.type}, compute {str(dtype).removeprefix('torch.')}; micro-batches of {budget} "
                   f"tokens; output in {run_dir}")
 
-    # Pairs, in text and then in tokens; nothing is loaded before all of them are known to be usable.
-    dataset = load_dataset(config.data, config.eval_data, with_held_out=config.eval_fraction > 0)
-    total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
-    if not config.skip_bad_rows:
-        settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
-    model_dir = find_model(config, process)
-    tokenizer = load_tokenizer(model_dir, config.chat_template)
-    fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
-    train_examples, held_out, bad = prepare_examples(config, dataset, tokenizer, process)
     extracts = "attention" in getattr(WEIGHTS[source], "needs", ()) and not weights_path
-    judged: dict[int, JudgedPair] = {}
-    if extracts:
-        meta = describe_extraction(config, config.layer, model_dir, fingerprint, tokenizer, dataset.fingerprint,
-                                   process.device)
-        inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
-        judged, bad_judged = build_judge_inputs(
-            inputs, [example.pair for example in train_examples + held_out],
-            lambda items: process.progress(items, desc="judge inputs", unit="pair"))
-        bad += bad_judged
-        report_counts(inputs.counts, process)
-        train_examples = [example for example in train_examples if example.pair.key in judged]
-        held_out = [example for example in held_out if example.pair.key in judged]
-    process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
-    if not train_examples:
-        raise InputError(f"--data {config.data}: no pair is left to train on")
-    longest = max(example.max_length for example in train_examples + held_out)
-    process.print(f"{len(train_examples)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} "
-                  "tokens")
-    if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
-        process.print(warning)
+    inputs = check_inputs(config, process, run_dir, extracts)
+    train_examples, held_out = inputs.train, inputs.held_out
 
     # What the run will touch: the batches of its first epoch (later ones reuse their pairs), and the held-out pairs.
     steps = num_steps(len(train_examples), config.batch_size, config.epochs, config.max_steps)
@@ -115,22 +89,16 @@ def train(config: TrainConfig, process: Process) -> None:
     used = [train_examples[pair] for batch in first_epoch for pair in batch] + held_out
     process.on_main(lambda: write_json(run_dir / "config.json", to_json(config)))
 
-    context = WeightContext(config)
     if extracts:
-        weights_path = cache / "weights" / hash_json(meta)[:24]
-        extract_attention(config, meta, weights_path, {example.pair.key: judged[example.pair.key] for example in used},
-                          model_dir, tokenizer, process)
-    if weights_path:
-        context = WeightContext(config, WeightsFile(weights_path, config.layer))
-        check_covered(context.attention, used)
-        verdicts = context.attention.verdict_statistics([example.pair.key for example in used])
-        process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in verdicts.items()))
-    del judged
+        weights_path = cache / "weights" / hash_json(inputs.meta)[:24]
+        judged = {example.pair.key: inputs.judged[example.pair.key] for example in used}
+        extract_attention(config, inputs.meta, weights_path, judged, inputs.model_dir, inputs.tokenizer, process)
+    context = open_context(config, weights_path, used, process)
 
-    policy = load_policy(model_dir, dtype, process)
+    policy = load_policy(inputs.model_dir, dtype, process)
     train_logps = held_out_logps = None
     if needs_reference(loss):
-        directory = reference_directory(cache, fingerprint, dtype)
+        directory = reference_directory(cache, inputs.fingerprint, dtype)
         train_logps = reference_logps(policy, process, train_examples, first_epoch, budget, directory)
         held_out_logps = reference_logps(policy, process, held_out, held_out_batches, budget, directory)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
@@ -155,6 +123,10 @@ def train(config: TrainConfig, process: Process) -> None:
         row |= {f"eval/{name}_stderr": value for name, value in standard_errors(totals).items()}
         return {"step": step} | row | {"eval/pairs": len(held_out)}
 
+    def export(name: str) -> None:
+        """Write a Hugging Face model into the run's folder. All ranks."""
+        export_model(run_dir / name, policy, inputs.tokenizer, inputs.model_dir, config.save_dtype, process)
+
     step, progress = 0, {"best_eval_loss": None}
     if checkpoint:
         step, progress = load_checkpoint(checkpoint, policy, optimizer, process)
@@ -176,14 +148,14 @@ def train(config: TrainConfig, process: Process) -> None:
             bar.update(1)
             last = step == steps
             if held_out and (last or (config.eval_every and step % config.eval_every == 0)):
-                eval_loss = log.write(evaluate(step))["eval/loss"]
-                best = progress["best_eval_loss"]
-                if best is None or eval_loss < best:
-                    progress["best_eval_loss"] = eval_loss
-                    export_model(run_dir / "best", policy, tokenizer, model_dir, config.save_dtype, process)
+                row = evaluate(step)
+                log.write(row)
+                if progress["best_eval_loss"] is None or row["eval/loss"] < progress["best_eval_loss"]:
+                    progress["best_eval_loss"] = row["eval/loss"]
+                    export("best")
             if config.save_every and (last or step % config.save_every == 0):
                 save_checkpoint(run_dir, step, policy, optimizer, progress, process, config.keep_last)
-    export_model(run_dir / "final", policy, tokenizer, model_dir, config.save_dtype, process)
+    export("final")
     log.close()
     process.print(summarize(run_dir))
 
@@ -239,6 +211,61 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before any weights are loaded: the model's folder, and every pair in tokens."""
+
+    model_dir: Path
+    fingerprint: str
+    tokenizer: object
+    train: list[Example]
+    held_out: list[Example]
+    meta: dict[str, object]  # of the extraction to come; empty when there is none
+    judged: dict[int, JudgedPair]  # by pair key; empty when nothing is extracted
+
+
+def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts: bool) -> Inputs:
+    """Read and check all pairs, as text and then as tokens. Raises InputError before anything is loaded. All ranks."""
+    dataset = load_dataset(config.data, config.eval_data, with_held_out=config.eval_fraction > 0)
+    total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
+    if not config.skip_bad_rows:
+        settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
+    model_dir = find_model(config, process)
+    tokenizer = load_tokenizer(model_dir, config.chat_template)
+    fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
+    train, held_out, bad = prepare_examples(config, dataset, tokenizer, process)
+    meta, judged = {}, {}
+    if extracts:
+        meta = describe_extraction(config, config.layer, model_dir, fingerprint, tokenizer, dataset.fingerprint,
+                                   process.device)
+        judge_inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
+        judged, bad_judged = build_judge_inputs(
+            judge_inputs, [example.pair for example in train + held_out],
+            lambda items: process.progress(items, desc="judge inputs", unit="pair"))
+        report_counts(judge_inputs.counts, process)
+        bad += bad_judged
+        train, held_out = ([example for example in part if example.pair.key in judged] for part in (train, held_out))
+    process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
+    if not train:
+        raise InputError(f"--data {config.data}: no pair is left to train on")
+    longest = max(example.max_length for example in train + held_out)
+    process.print(f"{len(train)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} tokens")
+    if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
+        process.print(warning)
+    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judged)
+
+
+def open_context(config: TrainConfig, weights_path: str | Path, used: list[Example], process: Process) -> WeightContext:
+    """What weight sources may read; a weights file (if one is named) must cover the pairs that are used."""
+    if not weights_path:
+        return WeightContext(config)
+    weights_file = WeightsFile(weights_path, config.layer)
+    check_covered(weights_file, used)
+    verdicts = weights_file.verdict_statistics([example.pair.key for example in used])
+    process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in verdicts.items()))
+    return WeightContext(config, weights_file)
 
 
 def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: Process):
