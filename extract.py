@@ -6,11 +6,10 @@
 train.py does this by itself when no weights are given; `train.py --weights weights/` uses what is written here.
 """
 
-import sys
 from pathlib import Path
 
-from twdpo.config import ExtractConfig, InputError, parse_config
-from twdpo.dist import start, stop
+from twdpo.config import ExtractConfig, parse_config
+from twdpo.dist import Process, run_script
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
 from twdpo.files import make_directory
 from twdpo.judge import build_judge_inputs
@@ -21,20 +20,10 @@ from twdpo.weights_file import WeightsFile
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    process = None
-    try:
-        config = parse_config(ExtractConfig, argv, __doc__.split("\n")[0])
-        process = start()
-        extract(config, process)
-    except InputError as error:
-        if process is None or process.is_main:
-            print(f"extract.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    finally:
-        stop()
+    run_script("extract.py", lambda: parse_config(ExtractConfig, argv, __doc__.split("\n")[0]), extract)
 
 
-def extract(config: ExtractConfig, process) -> None:
+def extract(config: ExtractConfig, process: Process) -> None:
     """pairs -> judge inputs -> attention -> weights file. All ranks."""
     out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data)

@@ -11,7 +11,6 @@
 import importlib.util
 import math
 import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from twdpo.batch import PairBatch, collate, set_weights
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.checkpoint import export_model, load_checkpoint, open_run, save_checkpoint
 from twdpo.config import InputError, TrainConfig, parse_config, to_json
-from twdpo.dist import Process, start, stop, sum_over_processes
+from twdpo.dist import Process, run_script, sum_over_processes
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs, require_single_layer
 from twdpo.files import hash_json, write_json
 from twdpo.judge import JudgedPair, build_judge_inputs
@@ -48,17 +47,7 @@ from twdpo.weights_file import WeightsFile
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    process = None
-    try:
-        config = parse_config(TrainConfig, argv, __doc__.split("\n")[0])
-        process = start()
-        train(config, process)
-    except InputError as error:
-        if process is None or process.is_main:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    finally:
-        stop()
+    run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0]), train)
 
 
 def train(config: TrainConfig, process: Process) -> None:

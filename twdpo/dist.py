@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from twdpo.config import InputError
 from twdpo.metrics import Totals
 
 
@@ -63,6 +65,23 @@ class Process:
         if error is not None:
             raise error
         return value
+
+
+def run_script(name: str, read_config: Callable[[], object], function: Callable[[object, Process], None]) -> None:
+    """Run `function(config, process)` in the process group; a user's error becomes one message and SystemExit(2)."""
+    process = None
+    try:
+        config = read_config()
+        process = start()
+        function(config, process)
+    except InputError as error:
+        if process is None or process.is_main:
+            print(f"{name}: error: {error}", file=sys.stderr)
+        else:  # most likely what the first process says at length, but never silent
+            print(f"[rank {process.rank}] {name}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        stop()
 
 
 def start() -> Process:
