@@ -7,7 +7,9 @@ setup(
     version="0.1.0",
     description="Token-weighted Direct Preference Optimization (TwDPO) and AttentionPO in plain PyTorch",
     python_requires=">=3.10",
-    packages=["twdpo"],
+    # Never "kernels" itself: a top-level package of that name breaks transformers, which looks for its own.
+    packages=["twdpo", "twdpo.kernels"],
+    package_dir={"twdpo": "twdpo", "twdpo.kernels": "kernels"},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6; platform_system == 'Linux'",

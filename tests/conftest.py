@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
+
 from twdpo.toy import build_toy_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

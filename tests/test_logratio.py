@@ -1,14 +1,64 @@
-"""The chunked op against its specification: values, every gradient, awkward sizes and numbers."""
+"""Every implementation of the op against its specification: values, every gradient, awkward sizes and numbers.
+
+Without a GPU the Triton kernel runs in Triton's interpreter; what only a GPU can show is in test_gpu.py.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
-from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_reference
+from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_reference
+
+# Lanes past the end of a tensor compute on zeros.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+kernel = pytest.importorskip("twdpo.kernels.weighted_logratio")
+SMALL_TILES = kernel.Tiles(16, 32, 16, 4, 1, group_n=2)
 
 OPTIONS = [HeadOptions(), HeadOptions(softcap=1.5), HeadOptions(logit_scale=0.7),
            HeadOptions(softcap=2.0, logit_scale=3.0)]
+
+
+def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
+    """The kernel with the signature of the others; on the GPU if there is one, with results back on the CPU."""
+    options = options or HeadOptions()
+    if not kernel.INTERPRETED:
+        tensors = {name: value.cuda() for name, value in given.items()
+                   if isinstance(value, torch.Tensor) and name != "seq_lens_S"}
+        given = given | tensors
+    outputs = kernel.weighted_logratio_triton(*args, **given, logit_scale=options.logit_scale, softcap=options.softcap,
+                                              tiles=tiles)
+    return tuple(output.cpu() for output in outputs)
+
+
+triton_op_large_tiles = partial(triton_op, tiles=kernel.Tiles(64, 128, 64, 8, 1))
+triton_op_many_waves = partial(triton_op, wave_mib=1e-6)  # one tile a wave
+triton_op_descriptors = partial(triton_op, tiles=kernel.Tiles(16, 32, 16, 4, 1, descriptors=True))
+IMPLEMENTATIONS = pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op], ids=["chunked", "triton"])
+interpreted = pytest.mark.skipif(not kernel.INTERPRETED, reason="fp64 kernels run in the interpreter only")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory nobody wrote is NaN, so that reading it shows."""
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return allocate_poisoned
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def set_chunk_columns(monkeypatch, columns: int) -> None:
+    """Chunks of at most this many vocabulary entries."""
+    monkeypatch.setattr(logratio, "KEEP_BYTES", 0)
+    monkeypatch.setattr(logratio, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(logratio, "CHUNK_COLUMNS", columns)
 
 
 def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True) -> dict:
@@ -25,78 +75,238 @@ def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True)
     }
 
 
-def gradients(op, given: dict, options=None) -> tuple:
+def gradients(op, given: dict, options=None) -> dict[str, torch.Tensor]:
     """Outputs, and gradients of a random mixture of both outputs with upstreams of both signs."""
     ratio_S, logps_N = op(**given, options=options)
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(len(output), generator=generator, dtype=torch.float64).to(output.dtype)
                 for output in (ratio_S, logps_N)]
-    leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-    grads = torch.autograd.grad((ratio_S, logps_N), leaves, upstream)
-    return ratio_S, logps_N, *grads
+    leaves = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    grads = torch.autograd.grad((ratio_S, logps_N), list(leaves.values()), upstream)
+    return {"ratio_S": ratio_S, "logps_N": logps_N} | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def assert_equal_to_specification(op, given: dict, options=None, **tolerance) -> None:
+    expected = gradients(weighted_logratio_reference, given, options)
+    for name, ours in gradients(op, given, options).items():
+        torch.testing.assert_close(ours, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# The whole op, fp64
+
+
+@pytest.mark.parametrize("columns", [1, 10, 1000])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("seq_lens", [[5, 3, 1, 7], [1], [0, 4], [3, 0]])
-def test_equals_the_specification(chunk, options, seq_lens, monkeypatch):
-    monkeypatch.setattr(logratio, "CHUNK_ELEMENTS", chunk * 37)
+@pytest.mark.parametrize("seq_lens", [[5, 3, 1, 7], [1], [0, 4], [3, 0], [0, 0]])
+def test_chunked_equals_the_specification(columns, options, seq_lens, monkeypatch):
+    if columns < 1000:
+        set_chunk_columns(monkeypatch, columns)
     given = operands(seq_lens)
     given["targets_N"][:2] = 5  # repeated
-    for ours, expected in zip(gradients(weighted_logratio, given, options),
-                              gradients(weighted_logratio_reference, given, options)):
-        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+    assert_equal_to_specification(weighted_logratio_chunked, given, options, atol=1e-10, rtol=1e-10)
 
 
-def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(logratio, "CHUNK_ELEMENTS", 2 * 7)
-    given = operands([2, 3], vocabulary=7, hidden=3)
-
-    def op(hidden_ND, head_VD, bias_V):
-        return weighted_logratio(**given | {"hidden_ND": hidden_ND, "head_VD": head_VD, "bias_V": bias_V})
-    assert torch.autograd.gradcheck(op, (given["hidden_ND"], given["head_VD"], given["bias_V"]))
-
-
-@pytest.mark.parametrize("needs", ["hidden_ND", "head_VD"])
-def test_each_input_alone_may_need_a_gradient(needs):
-    given = operands([2, 3], bias=False)
-    expected = gradients(weighted_logratio_reference, given)[2 + (needs == "head_VD")]
-    for name in ("hidden_ND", "head_VD"):
-        given[name].requires_grad_(name == needs)
-    torch.testing.assert_close(gradients(weighted_logratio, given)[2], expected)
+@interpreted
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("seq_lens", [[5, 3, 1, 20], [1], [0, 4], [3, 0], [0, 0]])
+def test_triton_equals_the_specification(options, seq_lens):
+    given = operands(seq_lens)
+    given["targets_N"][:2] = 5  # repeated
+    assert_equal_to_specification(triton_op_many_waves, given, options, atol=1e-10, rtol=1e-10)
 
 
-def test_huge_logits_and_sure_tokens_stay_finite_and_right():
+@interpreted
+@pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op_many_waves], ids=["chunked", "triton"])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
+def test_gradcheck(op, options, monkeypatch):
+    """Every differentiable operand, learned weights and scales included."""
+    set_chunk_columns(monkeypatch, 2)
+    given = operands([2, 0, 3], vocabulary=37, hidden=3)
+    names = ["hidden_ND", "head_VD", "bias_V", "ref_logps_N", "weights_N", "scale_S"]
+    leaves = [given[name].detach().double().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(lambda *leaves: op(**given | dict(zip(names, leaves)), options=options), leaves,
+                                    fast_mode=op is triton_op_many_waves)
+
+
+# Awkward sizes, fp32
+
+
+@pytest.mark.parametrize("op", [triton_op, triton_op_many_waves, triton_op_descriptors],
+                         ids=["plain", "one-tile waves", "descriptors"])
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden", [(1, 1, 4), (1, 33, 4), (17, 32, 16), (33, 131, 36)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ragged_sizes(op, num_tokens, vocabulary, hidden, bias):
+    given = operands([num_tokens // 2, num_tokens - num_tokens // 2], vocabulary, hidden, torch.float32, bias)
+    assert_equal_to_specification(op, given, atol=2e-5, rtol=1e-4)
+
+
+def test_tile_shape_and_waves_do_not_matter():
+    given = operands([20, 30], vocabulary=131, hidden=40, dtype=torch.float32)
+    expected = gradients(triton_op, given, OPTIONS[3])
+    for tiles in (kernel.Tiles(64, 16, 32, 4, 2, group_n=1), kernel.Tiles(32, 128, 64, 8, 3, group_n=16)):
+        for wave_mib in (1e-6, 0.02, 160):
+            for name, value in gradients(partial(triton_op, tiles=tiles, wave_mib=wave_mib), given, OPTIONS[3]).items():
+                torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-4)
+
+
+@IMPLEMENTATIONS
+def test_order_of_sequences_does_not_matter(op):
+    """Permuted sequences give permuted results."""
+    given = operands([7, 0, 12, 30], vocabulary=67, dtype=torch.float32)
+    order = [2, 0, 3, 1]
+    tokens = torch.cat([torch.arange(49).split([7, 0, 12, 30])[sequence] for sequence in order])
+    permuted = given | {name: given[name][tokens].detach().requires_grad_(given[name].requires_grad)
+                        for name in ("hidden_ND", "targets_N", "ref_logps_N", "weights_N")}
+    permuted |= {name: given[name][order] for name in ("seq_lens_S", "scale_S")}
+    before, after = [op(**operands_) for operands_ in (given, permuted)]
+    torch.testing.assert_close(after[0], before[0][order])
+    torch.testing.assert_close(after[1], before[1][tokens])
+    grads = [torch.autograd.grad(outputs[0].square().sum(), operands_["hidden_ND"])[0]
+             for outputs, operands_ in ((before, given), (after, permuted))]
+    torch.testing.assert_close(grads[1], grads[0][tokens], atol=1e-4, rtol=1e-4)
+
+
+# Awkward numbers
+
+
+@IMPLEMENTATIONS
+def test_huge_logits_and_sure_tokens_stay_finite_and_right(op):
     given = operands([3], vocabulary=5, hidden=5, dtype=torch.float32, bias=False)
     given["head_VD"] = torch.eye(5, requires_grad=True)
     given["hidden_ND"] = torch.tensor([[1e4, -1e4, 0, 0, 0], [-1e4, 1e4, 0, 0, 0], [8.3, 0, 0, 0, 0]],
                                       requires_grad=True)
     given["targets_N"] = torch.tensor([0, 0, 0])
-    ours = gradients(weighted_logratio, given)
-    assert ours[1][0] == 0 and ours[1][1] == -2e4 and 0.998 < ours[1][2].exp() < 0.9999
-    for value, expected in zip(ours, gradients(weighted_logratio_reference, given)):
-        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+    ours = gradients(op, given)
+    assert ours["logps_N"][0] == 0 and ours["logps_N"][1] == -2e4 and 0.998 < ours["logps_N"][2].exp() < 0.9999
+    assert_equal_to_specification(op, given, atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_error_is_that_of_bf16_torch():
-    """Three-way: against fp32 truth, at most twice the error of the specification in bf16."""
-    given = operands([40, 60], vocabulary=1003, hidden=64, dtype=torch.bfloat16, bias=False)
-    truth = {name: value.detach().float().requires_grad_() if name in ("hidden_ND", "head_VD") else value
-             for name, value in given.items()}
-    exact = gradients(weighted_logratio_reference, truth)
-    names = ("ratio", "logps", "grad hidden", "grad head")
-    for name, want, ours, same in zip(names, exact, gradients(weighted_logratio, given),
-                                      gradients(weighted_logratio_reference, given)):
-        error, allowed = ((value.float() - want).norm() for value in (ours, same))
+@IMPLEMENTATIONS
+def test_vocabulary_that_a_bias_rules_out(op, monkeypatch):
+    """Whole tiles and chunks of probability 0, as in a vocabulary padded to a multiple."""
+    set_chunk_columns(monkeypatch, 10)
+    given = operands([4, 5], vocabulary=100, dtype=torch.float32)
+    given["targets_N"] %= 20
+    given["bias_V"] = torch.where(torch.arange(100) < 20, 0.0, float("-inf"))
+    assert_equal_to_specification(op, given, atol=1e-5, rtol=1e-4)
+    outputs = op(**given, stats=True)
+    assert all(output.isfinite().all() for output in outputs)
+
+
+@IMPLEMENTATIONS
+def test_zero_weights_and_upstream_give_zero_gradients(op):
+    given = operands([20, 20], dtype=torch.float32) | {"weights_N": torch.zeros(40)}
+    given["weights_N"][:3] = 1.0  # the later blocks of rows are skipped
+    names = ("hidden_ND", "head_VD", "bias_V")
+    ours, expected = [torch.autograd.grad(way(**given)[0].sum(), [given[name] for name in names])
+                      for way in (op, weighted_logratio_reference)]
+    assert (ours[0][3:] == 0).all()
+    for name, mine, theirs in zip(names, ours, expected):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@IMPLEMENTATIONS
+def test_what_is_not_finite_shows(op):
+    """A NaN upstream, a NaN hidden state, and a target outside the vocabulary: no number hides them."""
+    given = operands([20, 20], dtype=torch.float32)
+    _, logps_N = op(**given)
+    upstream = torch.zeros(40).index_fill(0, torch.tensor(30), float("nan"))
+    grad_hidden_ND, = torch.autograd.grad(logps_N, given["hidden_ND"], upstream)
+    assert grad_hidden_ND[30].isnan().all() and grad_hidden_ND[:16].isfinite().all()
+    broken = given | {"hidden_ND": given["hidden_ND"].detach().index_fill(0, torch.tensor(7), float("nan"))}
+    ratio_S, logps_N = op(**broken)
+    assert logps_N.isnan().nonzero().tolist() == [[7]]
+    _, logps_N = op(**given | {"targets_N": given["targets_N"].index_fill(0, torch.tensor(3), 37)})
+    assert logps_N.isnan().nonzero().tolist() == [[3]]
+
+
+# Modes
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("needs", ["hidden_ND", "head_VD", "bias_V"])
+def test_each_input_alone_may_need_a_gradient(op, needs):
+    given = operands([2, 3], dtype=torch.float32)
+    expected = gradients(weighted_logratio_reference, given)[f"grad of {needs}"]
+    for name in ("hidden_ND", "head_VD", "bias_V"):
+        given[name].requires_grad_(name == needs)
+    torch.testing.assert_close(gradients(op, given)[f"grad of {needs}"], expected, atol=1e-5, rtol=1e-4)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("columns", [10, 1000])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
+def test_entropy_and_top1(op, columns, options, monkeypatch):
+    if columns < 1000:
+        set_chunk_columns(monkeypatch, columns)
+    given = operands([30, 20], vocabulary=101, dtype=torch.float32)
+    given["hidden_ND"] = given["hidden_ND"].detach() * 0.5  # a saturated softcap would tie
+    logits_NV = logratio.logits_of(given["hidden_ND"], given["head_VD"], given["bias_V"], options)
+    given["targets_N"][::2] = logits_NV.argmax(dim=-1)[::2]
+    ratio_S, logps_N, entropy_N, top1_N = op(**given, options=options, stats=True)
+    torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=logits_NV).entropy(), atol=1e-5,
+                               rtol=1e-4)
+    assert top1_N.tolist() == (logits_NV.argmax(dim=-1) == given["targets_N"]).tolist()
+    assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
+    plain = op(**given, options=options)
+    assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
+
+
+@IMPLEMENTATIONS
+def test_without_gradients_log_probs_are_the_same_bits(op):
+    """The reference pass and the policy's first step agree exactly, whatever shares the batch; so do two runs."""
+    given = operands([20, 30], vocabulary=101, hidden=40, dtype=torch.float32)
+    first, second = gradients(op, given), gradients(op, given)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with torch.no_grad():
+        assert torch.equal(op(**given)[1], first["logps_N"])
+
+
+def test_a_second_backward_pass_gives_the_same():
+    given = operands([2, 3])
+    _, logps_N = weighted_logratio_chunked(**given)
+    first, second = [torch.autograd.grad(logps_N.sum(), given["hidden_ND"], retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op_large_tiles], ids=["chunked", "triton"])
+def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
+    """Three-way: against fp64 truth, at most twice the error of the specification in the same dtype."""
+    set_chunk_columns(monkeypatch, 100)
+    given = operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False)
+    truth = given | {name: given[name].detach().double().requires_grad_() for name in ("hidden_ND", "head_VD")}
+    exact, same = gradients(weighted_logratio_reference, truth), gradients(weighted_logratio_reference, given)
+    for name, ours in gradients(op, given).items():
+        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
         assert error <= 2 * allowed + 1e-6, name
 
 
-def test_dtensor_and_shapes_that_do_not_fit_are_refused():
-    given = operands([2, 3], dtype=torch.float32)
-    with pytest.raises(ValueError, match="don't fit"):
-        weighted_logratio(**given | {"seq_lens_S": torch.tensor([2, 2])})
+# Dispatch and refusals
+
+
+def test_the_cpu_takes_the_chunked_path(monkeypatch):
+    monkeypatch.setattr(logratio, "weighted_logratio_chunked", lambda *args: args[-1])
+    assert weighted_logratio(**operands([2, 3]), stats="taken") == "taken"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"seq_lens_S": torch.tensor([2, 2])}, r"sequences of \[2, 2\] tokens don't fit 5 targets"),
+    ({"weights_N": torch.ones(4)}, r"weights is \(4,\)"),
+    ({"scale_S": torch.ones(3)}, r"scale is \(3,\)"),
+    ({"head_VD": torch.ones(37, 12)}, r"hidden is \(5, 11\)"),
+    ({"bias_V": torch.ones(36)}, r"bias is \(36,\)"),
+    ({"head_VD": torch.ones(37, 11).bfloat16()}, "cast them to one dtype"),
+])
+def test_operands_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        weighted_logratio(**operands([2, 3], dtype=torch.float32) | changes)
+
+
+def test_a_dtensor_is_refused():
     process = dist.start()
     try:
+        given = operands([2, 3], dtype=torch.float32)
         mesh = init_device_mesh(process.device.type, (1,))
         head = DTensor.from_local(given["head_VD"], mesh, [Replicate()])
         with pytest.raises(ValueError, match="DTensor"):

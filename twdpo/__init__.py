@@ -14,3 +14,9 @@ The files of this package are the pipeline, in this order; a file imports only f
     extraction, reference  the judge pass; the reference pass and its cache
     checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
 """
+
+from pathlib import Path
+
+_checkout = Path(__file__).resolve().parent.parent
+if not (_checkout / "twdpo" / "kernels").is_dir():  # in a checkout, kernels/ is twdpo.kernels, as setup.py ships it
+    __path__.append(str(_checkout))

@@ -1,9 +1,10 @@
 """Log-probs of response tokens from hidden states, and their weighted, scaled log-ratio per sequence (paper Eq. 5).
 
 `weighted_logratio_reference` is the specification: it makes all [N, V] logits. `weighted_logratio` gives the same
-from chunks of tokens, so that full-vocabulary logits never exist.
+without them: the Triton kernel of kernels/weighted_logratio.py on CUDA, elsewhere `ChunkedLogps`, which goes through
+the vocabulary in chunks. Both write each row of the head's gradient once.
 
-Legend: N response tokens, D hidden size, V vocabulary, S sequences.
+Legend: N response tokens, D hidden size, V vocabulary, W vocabulary entries of a chunk, S sequences.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-# Logits of one chunk, in fp32 elements. When all tokens fit, they are kept for the backward pass.
-CHUNK_ELEMENTS = 32 * 1024 * 1024 // 4
+# One chunk's logits [N, W] take at most this, but W >= CHUNK_COLUMNS. Logits that fit KEEP_BYTES whole are one chunk,
+# kept for the backward pass. Times: benchmarks/loss_kernel.py.
+CHUNK_BYTES = 16 * 2**20
+CHUNK_COLUMNS = 256
+KEEP_BYTES = 32 * 2**20
 
-LOGPS_VERSION = 1  # raise it when log-probs change by more than rounding: cached reference log-probs are then redone
+LOGPS_VERSION = 2  # raise it when log-probs change by more than rounding: cached reference log-probs are then redone
 
 
 @dataclass(frozen=True)
@@ -61,67 +65,178 @@ def weighted_logratio_reference(hidden_ND, head_VD, targets_N, ref_logps_N, weig
 
 
 def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                      bias_V=None, options: HeadOptions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                      bias_V=None, options: HeadOptions | None = None, stats: bool = False) -> tuple[torch.Tensor, ...]:
     """(ratio_S, logps_N), both differentiable with any upstream gradient.
 
-    hidden_ND, head_VD: bf16, fp16, fp32 or fp64, of one dtype. targets_N: int64. ref_logps_N, weights_N: [N] fp32.
-    seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. Outputs fp32 (fp64 for fp64 operands).
-    Raises ValueError for shapes that don't fit and for a DTensor.
+    hidden_ND, head_VD, bias_V: bf16, fp16, fp32 or fp64, of one dtype. targets_N: int64 in [0, V). ref_logps_N,
+    weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. Outputs fp32 (fp64 for fp64
+    operands). With `stats` also (entropy_N in nats, top1_N: whether no token is likelier than the target), without
+    gradient. Raises ValueError for shapes and dtypes that don't fit and for a DTensor.
     """
-    num_tokens = len(targets_N)
-    if isinstance(head_VD, DTensor) or isinstance(hidden_ND, DTensor):
+    check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
+    options = options or HeadOptions()
+    if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
+        from twdpo.kernels.weighted_logratio import weighted_logratio_triton  # Triton exists where CUDA does
+        return weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+                                        bias_V, options.logit_scale, options.softcap, stats)
+    return weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+                                     bias_V, options, stats)
+
+
+def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> None:
+    """Raise ValueError for operands that don't fit together. No host-device sync."""
+    operands = [operand for operand in (hidden_ND, head_VD, bias_V) if operand is not None]
+    if any(isinstance(operand, DTensor) for operand in operands):
         raise ValueError("weighted_logratio got a DTensor: call it inside the forward of the module that owns the "
                          "head, where FSDP2 has gathered it (full_tensor() would give a wrong gradient)")
-    if hidden_ND.shape != (num_tokens, head_VD.shape[1]) or int(seq_lens_S.sum()) != num_tokens:
-        raise ValueError(f"hidden {tuple(hidden_ND.shape)}, head {tuple(head_VD.shape)}, {num_tokens} targets and "
-                         f"sequences of {int(seq_lens_S.sum())} tokens don't fit together")
-    logps_N = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions())
-    return combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S), logps_N
+    if len({operand.dtype for operand in operands}) > 1:
+        raise ValueError(f"hidden states, head and bias are {', '.join(str(operand.dtype) for operand in operands)}: "
+                         "cast them to one dtype")
+    num_tokens = len(targets_N)
+    shapes = {"hidden": (hidden_ND, (num_tokens, head_VD.shape[1])), "ref_logps": (ref_logps_N, (num_tokens,)),
+              "weights": (weights_N, (num_tokens,)), "scale": (scale_S, (len(seq_lens_S),))}
+    if bias_V is not None:
+        shapes["bias"] = bias_V, head_VD.shape[:1]
+    for name, (tensor, expected) in shapes.items():
+        if tensor.shape != expected:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, which doesn't fit a head of {tuple(head_VD.shape)}, "
+                             f"{num_tokens} targets and {len(seq_lens_S)} sequences: {tuple(expected)} would")
+    if seq_lens_S.is_cuda:
+        raise ValueError("seq_lens is on the GPU: keep it on the CPU, where reading it does not wait for the device")
+    if int(seq_lens_S.sum()) != num_tokens:
+        raise ValueError(f"sequences of {seq_lens_S.tolist()} tokens don't fit {num_tokens} targets")
+
+
+def weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+                              bias_V=None, options: HeadOptions | None = None, stats: bool = False):
+    """`weighted_logratio` in torch alone, on any device."""
+    logps_N, entropy_N, top1_N = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(),
+                                                    stats)
+    ratio_S = combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
+    return (ratio_S, logps_N, entropy_N, top1_N) if stats else (ratio_S, logps_N)
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """log_softmax(hidden @ head.T)[n, targets[n]] by chunks of tokens; backward makes each chunk's logits again."""
+    """log_softmax(logits)[n, targets[n]] by chunks of the vocabulary; backward makes each chunk's logits again.
+
+    Chunks of tokens would read and write the head's whole gradient once a chunk.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, options):
-        chunk = max(1, CHUNK_ELEMENTS // head_VD.shape[0])
-        logps_N = torch.empty(len(targets_N), dtype=accumulation_dtype(hidden_ND), device=hidden_ND.device)
-        lse_N = torch.empty_like(logps_N)
-        kept_NV = None
-        for start in range(0, len(targets_N), chunk):
-            part = slice(start, start + chunk)
-            logits_NV = logits_of(hidden_ND[part], head_VD, bias_V, options)
-            lse_N[part] = logits_NV.logsumexp(dim=-1)
-            logps_N[part] = logits_NV.gather(-1, targets_N[part, None])[:, 0] - lse_N[part]
-            if len(targets_N) <= chunk and any(ctx.needs_input_grad):
-                kept_NV = logits_NV
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, kept_NV)
-        ctx.options, ctx.chunk = options, chunk
-        return logps_N
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, options, stats):
+        num_tokens, vocabulary = len(targets_N), len(head_VD)
+        logps_dtype = accumulation_dtype(hidden_ND)
+        width, fits = chunk_columns(num_tokens, vocabulary, logps_dtype)
+        buffer = hidden_ND.new_empty(num_tokens * width, dtype=logps_dtype)
+        # Stays NaN for a target outside the vocabulary.
+        target_logits_N = hidden_ND.new_full((num_tokens,), float("nan"), dtype=logps_dtype)
+        lse_parts, top_parts, entropy_parts = [], [], []
+        for first in range(0, vocabulary, width):
+            logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
+            inside_N, places_N = targets_in_chunk(targets_N, first, logits_NW.shape[1])
+            target_logits_N = torch.where(inside_N, logits_NW.gather(-1, places_N[:, None])[:, 0], target_logits_N)
+            top_N = logits_NW.amax(dim=-1)
+            shift_N = top_N.clamp_min(torch.finfo(logps_dtype).min)  # -inf - -inf would be NaN
+            centred_NW = logits_NW.sub_(shift_N[:, None])
+            exps_NW = centred_NW.exp() if stats else centred_NW.exp_()
+            total_N = exps_NW.sum(dim=-1)
+            lse_parts.append(shift_N + total_N.log())
+            if stats:
+                top_parts.append(top_N)
+                expected_N = (exps_NW * centred_NW.clamp_min(torch.finfo(logps_dtype).min)).sum(dim=-1)
+                entropy_parts.append(torch.where(total_N > 0, total_N.log() - expected_N / total_N, 0))
+        lse_N = torch.stack(lse_parts).logsumexp(dim=0)
+        logps_N = target_logits_N - lse_N
+        entropy_N = top1_N = None
+        if stats:
+            # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
+            log_share_CN = (torch.stack(lse_parts) - lse_N).clamp_min(torch.finfo(logps_dtype).min)
+            entropy_N = (log_share_CN.exp() * (torch.stack(entropy_parts) - log_share_CN)).sum(dim=0)
+            top1_N = target_logits_N >= torch.stack(top_parts).amax(dim=0)
+            ctx.mark_non_differentiable(entropy_N, top1_N)
+        kept = fits and options.softcap is None and any(ctx.needs_input_grad)
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, exps_NW if kept else None,
+                              (shift_N - lse_N).exp() if kept else None)
+        ctx.options, ctx.width = options, width
+        return logps_N, entropy_N, top1_N
 
     @staticmethod
-    def backward(ctx, grad_N):
-        hidden_ND, head_VD, bias_V, targets_N, lse_N, kept_NV = ctx.saved_tensors
-        grad_hidden_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_head_VD = (torch.zeros(head_VD.shape, dtype=lse_N.dtype, device=head_VD.device)
-                        if ctx.needs_input_grad[1] else None)
-        grad_bias_V = torch.zeros_like(lse_N[:1]).expand(len(head_VD)).clone() if ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets_N), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits_NV = (logits_of(hidden_ND[part], head_VD, bias_V, ctx.options) if kept_NV is None else kept_NV)
+    def backward(ctx, grad_N, *_):
+        hidden_ND, head_VD, bias_V, targets_N, lse_N, kept_exps_NV, kept_scale_N = ctx.saved_tensors
+        options, width = ctx.options, ctx.width
+        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=lse_N.dtype) if needs_hidden else None
+        grad_head_VD = torch.empty_like(head_VD) if needs_head else None
+        grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
+        buffer = lse_N.new_empty(len(lse_N) * width)
+        for first in range(0, len(head_VD), width):
             # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
-            dz_NV = (logits_NV - lse_N[part, None]).exp_().mul_(-grad_N[part, None])
-            dz_NV.scatter_add_(-1, targets_N[part, None], grad_N[part, None])
-            if ctx.options.softcap is not None:
-                dz_NV *= 1 - (logits_NV / ctx.options.softcap) ** 2
-            if ctx.options.logit_scale is not None:
-                dz_NV *= ctx.options.logit_scale
-            if grad_bias_V is not None:
-                grad_bias_V += dz_NV.sum(dim=0)
-            dz_NV = dz_NV.to(hidden_ND.dtype)
-            if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = dz_NV @ head_VD
-            if grad_head_VD is not None:
-                grad_head_VD += dz_NV.T @ hidden_ND[part]
-        return (grad_hidden_ND, grad_head_VD if grad_head_VD is None else grad_head_VD.to(head_VD.dtype),
-                grad_bias_V if grad_bias_V is None else grad_bias_V.to(bias_V.dtype), None, None)
+            slope_NW = None
+            if kept_exps_NV is not None:
+                scale_N = -grad_N * kept_scale_N
+                gradient_NW = torch.mul(kept_exps_NV, scale_N[:, None], out=buffer.view_as(kept_exps_NV))
+            else:
+                logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
+                if options.softcap is not None:
+                    slope_NW = 1 - (logits_NW / options.softcap) ** 2
+                gradient_NW = logits_NW.sub_(lse_N[:, None]).exp_().mul_(-grad_N[:, None])
+            inside_N, places_N = targets_in_chunk(targets_N, first, gradient_NW.shape[1])
+            gradient_NW.scatter_add_(-1, places_N[:, None], torch.where(inside_N, grad_N, 0)[:, None])
+            if slope_NW is not None:
+                gradient_NW *= slope_NW
+            if options.logit_scale is not None:
+                gradient_NW *= options.logit_scale
+            rows = slice(first, first + width)
+            if needs_bias:
+                grad_bias_V[rows] = gradient_NW.sum(dim=0)
+            gradient_NW = gradient_NW.to(hidden_ND.dtype)
+            if needs_head:
+                torch.mm(gradient_NW.T, hidden_ND, out=grad_head_VD[rows])
+            if needs_hidden:
+                add_product(grad_hidden_ND, gradient_NW, head_VD[rows])
+        return (None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_head_VD, grad_bias_V,
+                None, None, None)
+
+
+def chunk_columns(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """(vocabulary entries of a chunk, evened out over the chunks; whether all logits are small enough to be kept)."""
+    column_bytes = max(1, num_tokens * dtype.itemsize)
+    if vocabulary * column_bytes <= KEEP_BYTES:
+        return vocabulary, True
+    num_chunks = -(-vocabulary // max(CHUNK_BYTES // column_bytes, CHUNK_COLUMNS))
+    return -(-vocabulary // num_chunks), False
+
+
+def logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options: HeadOptions, first: int, width: int) -> torch.Tensor:
+    """Logits of vocabulary entries first .. first + width, [N, W], in `buffer`."""
+    head_WD = head_VD[first:first + width]
+    logits_NW = buffer[:len(hidden_ND) * len(head_WD)].view(len(hidden_ND), len(head_WD))
+    if hidden_ND.dtype == logits_NW.dtype:
+        torch.mm(hidden_ND, head_WD.T, out=logits_NW)
+    elif hidden_ND.is_cuda:
+        torch.mm(hidden_ND, head_WD.T, out_dtype=logits_NW.dtype, out=logits_NW)
+    else:
+        logits_NW.copy_(hidden_ND @ head_WD.T)
+    if bias_V is not None:
+        logits_NW += bias_V[first:first + width]
+    if options.logit_scale is not None:
+        logits_NW *= options.logit_scale
+    if options.softcap is not None:
+        logits_NW.div_(options.softcap).tanh_().mul_(options.softcap)
+    return logits_NW
+
+
+def targets_in_chunk(targets_N, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whether each target is in the chunk, its place there; any place if it is not)."""
+    places_N = targets_N - first
+    return (places_N >= 0) & (places_N < width), places_N.clamp(0, width - 1)
+
+
+def add_product(total, left, right) -> None:
+    """total += left @ right, where `total` may be fp32 and the factors bf16 or fp16."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right

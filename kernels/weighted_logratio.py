@@ -1,0 +1,479 @@
+"""Log-probs of response tokens and their weighted log-ratios in Triton, without full-vocabulary logits.
+
+`weighted_logratio_triton` replaces this (paper Eq. 5 with scale |y|):
+
+    logits_NV = logit_scale * (hidden_ND @ head_VD.T + bias_V)
+    logits_NV = softcap * tanh(logits_NV / softcap)
+    logps_N = logits_NV.log_softmax(-1)[n, targets_N[n]]
+    ratio_S[s] = scale_S[s] * sum over n in s of weights_N[n] * (logps_N[n] - ref_logps_N[n])
+
+Forward, 2 N V D operations: each program makes one [BLOCK_N, BLOCK_V] tile of logits in registers and stores its
+log-sum-exp; the program that owns a token's target stores that logit. A second kernel reduces the tiles of each token
+and goes on to the weighted log-ratio, a third sums each sequence. Nothing is locked, nothing added atomically.
+
+Backward, 6 N V D: all coefficients dL/dlogps are known before it starts, so the vocabulary (and not the tokens) is cut
+into waves that fit a fixed buffer. Per wave a kernel makes the logits again and stores their gradients dZ; one matrix
+product over all tokens writes the wave's rows of the head's gradient, once; another adds to the hidden states' gradient
+in fp32. So every result is bitwise the same from run to run.
+
+Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
+logits, W columns of a wave, R blocks of rows. Needs torch and triton only.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
+WAVE_MIB = 160  # buffer for the gradients of one wave's logits
+TOKEN_BLOCK = 32  # tokens of one program of the finishing kernel
+TILE_BLOCK = 64  # tiles it reads at a time
+SUM_BLOCK = 1024  # tokens that a sequence's sum reads at a time
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a logits tile is computed. Results do not depend on it beyond the rounding of fp32 sums."""
+
+    block_n: int  # tokens
+    block_v: int  # vocabulary entries
+    block_d: int  # hidden units a step of the inner loop
+    num_warps: int
+    num_stages: int
+    group_n: int = 16  # row blocks that share a tile of the head while it is in the L2 cache
+    descriptors: bool = False  # load through the tensor memory accelerator (compute capability 9.0 and up)
+
+
+# By element size in bytes, then the smallest compute capability. 12.x has less than half the shared memory of 9.0.
+TILES = {
+    2: {(12, 0): Tiles(128, 128, 32, 8, 4), (9, 0): Tiles(128, 256, 64, 8, 3, descriptors=True),
+        (0, 0): Tiles(128, 128, 32, 8, 4)},
+    4: {(0, 0): Tiles(64, 64, 32, 4, 3)},
+}
+INTERPRETED_TILES = Tiles(64, 128, 64, 1, 1)
+
+
+# Device code
+
+
+@triton.jit
+def _tile_place(num_row_blocks, num_col_blocks, GROUP_N: tl.constexpr):
+    """(row block, column block) of this program: row blocks run fastest, GROUP_N at a time."""
+    program = tl.program_id(0)
+    programs_in_group = GROUP_N * num_col_blocks
+    first_row = program // programs_in_group * GROUP_N
+    rows_in_group = tl.minimum(num_row_blocks - first_row, GROUP_N)
+    within = program % programs_in_group
+    return first_row + within % rows_in_group, within // rows_in_group
+
+
+@triton.jit
+def _logits_tile(
+    hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride,
+    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The logits of one tile as the model means them, [BLOCK_N, BLOCK_V] in registers; forward and backward agree
+    to the bit because both call this."""
+    rows = first_row + tl.arange(0, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_V)
+    # 64-bit offsets to the tile, 32-bit within it: whole blocks of 64-bit addresses would not fit the registers.
+    units = tl.arange(0, BLOCK_D)
+    if not DESCRIPTORS:
+        hidden += first_row.to(tl.int64) * hidden_stride
+        head += first_col.to(tl.int64) * head_stride
+        hidden_within = tl.arange(0, BLOCK_N)[:, None] * hidden_stride + units[None, :]
+        head_within = tl.arange(0, BLOCK_V)[:, None] * head_stride + units[None, :]
+    logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACCUMULATE)
+    for start in range(0, D, BLOCK_D):
+        if DESCRIPTORS:  # out of bounds reads give zeros
+            hidden_tile = hidden.load([first_row, start])
+            head_tile = head.load([first_col, start])
+        else:
+            inside = (start + units < D)[None, :]
+            hidden_tile = tl.load(hidden + start + hidden_within, mask=(rows < num_tokens)[:, None] & inside, other=0.0)
+            head_tile = tl.load(head + start + head_within, mask=(cols < V)[:, None] & inside, other=0.0)
+        logits = tl.dot(hidden_tile.to(OPERAND), tl.trans(head_tile).to(OPERAND), logits,
+                        input_precision=PRECISION, out_dtype=ACCUMULATE)
+    if bias is not None:
+        logits += tl.load(bias + cols, mask=cols < V, other=0.0).to(ACCUMULATE)[None, :]
+    if LOGIT_SCALE is not None:
+        logits *= LOGIT_SCALE
+    if SOFTCAP is not None:
+        logits = SOFTCAP - (2.0 * SOFTCAP) / (1.0 + tl.exp(2.0 / SOFTCAP * logits))  # tanh x = 1 - 2 / (1 + e^2x)
+    return logits
+
+
+@triton.jit
+def _tile_statistics_kernel(
+    hidden, head, bias, targets_N, lse_LN, max_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride, head_stride,
+    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of one tile of logits per token; with max_LN also its maximum and the entropy of its softmax."""
+    row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    first_row, first_col = row_block * BLOCK_N, col_block * BLOCK_V
+    logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
+                          LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
+    rows = first_row + tl.arange(0, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_V)
+    if V % BLOCK_V != 0:
+        logits = tl.where((cols < V)[None, :], logits, float("-inf"))
+
+    targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
+    target_logit = tl.sum(tl.where(cols[None, :] == targets[:, None], logits, 0.0), axis=1)
+    owned = (rows < num_tokens) & (targets >= first_col) & (targets < tl.minimum(first_col + BLOCK_V, V))
+    tl.store(target_logits_N + rows, target_logit, mask=owned)
+
+    top = tl.max(logits, axis=1)
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile that a bias of -inf rules out has no probability at all
+    centred = logits - shift[:, None]
+    exps = tl.exp(centred)
+    total = tl.sum(exps, axis=1)
+    place = col_block.to(tl.int64) * num_tokens + rows
+    tl.store(lse_LN + place, shift + tl.log(total), mask=rows < num_tokens)
+    if max_LN is not None:
+        tl.store(max_LN + place, top, mask=rows < num_tokens)
+        # -sum p log p with p = exps / total; a total of 0 or a term 0 * -inf counts 0.
+        expected = tl.sum(tl.where(exps > 0, exps * centred, 0.0), axis=1)
+        entropy = tl.where(total > 0, tl.log(total) - expected / total, 0.0)
+        tl.store(entropy_LN + place, entropy, mask=rows < num_tokens)
+
+
+@triton.jit
+def _finish_tokens_kernel(
+    lse_LN, max_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, lse_N, terms_N, entropy_N, top1_N,
+    num_tokens, L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Reduce the tiles of each token: log-sum-exp, log-prob of the target, weighted log-ratio."""
+    tokens = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+    real = tokens < num_tokens
+    top = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
+    total = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
+    for first in range(0, L, TILE_BLOCK):
+        tiles = first + tl.arange(0, TILE_BLOCK)
+        inside = (tiles < L)[:, None] & real[None, :]
+        place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+        part = tl.load(lse_LN + place, mask=inside, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(part, axis=0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(part - shift[None, :]), axis=0)
+        top = new_top
+    lse = top + tl.log(total)
+    target_logit = tl.load(target_logits_N + tokens, mask=real, other=0.0)
+    logps = target_logit - lse
+    tl.store(lse_N + tokens, lse, mask=real)
+    tl.store(logps_N + tokens, logps, mask=real)
+    ref_logps = tl.load(ref_logps_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
+    weights = tl.load(weights_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
+    tl.store(terms_N + tokens, weights * (logps - ref_logps), mask=real)  # a^t r^t, the summand of Eq. 5
+
+    if max_LN is not None:
+        highest = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
+        entropy = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
+        for first in range(0, L, TILE_BLOCK):
+            tiles = first + tl.arange(0, TILE_BLOCK)
+            inside = (tiles < L)[:, None] & real[None, :]
+            place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+            highest = tl.maximum(highest, tl.max(tl.load(max_LN + place, mask=inside, other=float("-inf")), axis=0))
+            # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
+            log_share = tl.load(lse_LN + place, mask=inside, other=float("-inf")) - lse[None, :]
+            share = tl.exp(log_share)
+            within = tl.load(entropy_LN + place, mask=inside, other=0.0)
+            entropy += tl.sum(tl.where(share > 0, share * (within - log_share), 0.0), axis=0)
+        tl.store(entropy_N + tokens, entropy, mask=real)
+        tl.store(top1_N + tokens, target_logit >= highest, mask=real)
+
+
+@triton.jit
+def _sum_sequences_kernel(terms_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """scale times the sum of one sequence's terms; always in the same order."""
+    sequence = tl.program_id(0)
+    start = tl.load(offsets + sequence)
+    end = tl.load(offsets + sequence + 1)
+    sums = tl.zeros((SUM_BLOCK,), dtype=ACCUMULATE)
+    while start < end:
+        tokens = start + tl.arange(0, SUM_BLOCK)
+        sums += tl.load(terms_N + tokens, mask=tokens < end, other=0.0)
+        start += SUM_BLOCK
+    scale = tl.load(scale_S + sequence).to(ACCUMULATE)
+    tl.store(ratio_S + sequence, scale * tl.sum(sums, axis=0))
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    hidden, head, bias, targets_N, lse_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens, first_wave_col,
+    end_wave_col, hidden_stride, head_stride, wave_stride,
+    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BUFFER: tl.constexpr,
+):  # fmt: skip
+    """One tile of dL/d(hidden @ head.T), and its column sums when there is a bias."""
+    num_cols = end_wave_col - first_wave_col
+    row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(num_cols, BLOCK_V), GROUP_N)
+    first_row, first_col = row_block * BLOCK_N, first_wave_col + col_block * BLOCK_V
+    rows = first_row + tl.arange(0, BLOCK_N)
+    cols = first_col + tl.arange(0, BLOCK_V)
+    wave_cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (rows < num_tokens)[:, None] & (wave_cols < num_cols)[None, :]
+    if not DESCRIPTORS:
+        gradient_at = (gradient_NW + first_row.to(tl.int64) * wave_stride
+                       + tl.arange(0, BLOCK_N)[:, None] * wave_stride + wave_cols[None, :])
+    bias_at = bias_gradient_RW + row_block.to(tl.int64) * wave_stride + wave_cols if bias is not None else None
+
+    coefficients = tl.load(coefficients_N + rows, mask=rows < num_tokens, other=0.0)
+    # Not max(abs()): that would take a NaN for a zero and hide it.
+    if tl.sum((coefficients != 0).to(tl.int32), axis=0) == 0:
+        nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=BUFFER)
+        if DESCRIPTORS:
+            gradient_NW.store([first_row, col_block * BLOCK_V], nothing)
+        else:
+            tl.store(gradient_at, nothing, mask=inside)
+        if bias is not None:
+            tl.store(bias_at, tl.zeros((BLOCK_V,), dtype=ACCUMULATE), mask=wave_cols < num_cols)
+        return
+
+    logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
+                          LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
+    targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
+    lse = tl.load(lse_N + rows, mask=rows < num_tokens, other=0.0)
+    # d logp / d logits = onehot - p. The onehot goes in before any rounding: 1 - p of a sure token is all its gradient.
+    onehot = (cols[None, :] == targets[:, None]).to(ACCUMULATE)
+    gradient = coefficients[:, None] * (onehot - tl.exp(logits - lse[:, None]))
+    if SOFTCAP is not None:
+        gradient *= 1.0 - (logits / SOFTCAP) * (logits / SOFTCAP)
+    if LOGIT_SCALE is not None:
+        gradient *= LOGIT_SCALE
+    if bias is not None:
+        tl.store(bias_at, tl.sum(tl.where((rows < num_tokens)[:, None], gradient, 0.0), axis=0),
+                 mask=wave_cols < num_cols)
+    if DESCRIPTORS:  # out of bounds writes are left out
+        gradient_NW.store([first_row, col_block * BLOCK_V], gradient.to(BUFFER))
+    else:
+        tl.store(gradient_at, gradient.to(BUFFER), mask=inside)
+
+
+# Launchers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call needs to know besides its tensors."""
+
+    logit_scale: float | None
+    softcap: float | None
+    tiles: Tiles
+    wave_mib: float
+
+
+def pick_tiles(hidden_ND: torch.Tensor) -> Tiles:
+    """The tiles for operands of this dtype on this device."""
+    if INTERPRETED:
+        return INTERPRETED_TILES
+    capability = torch.cuda.get_device_capability(hidden_ND.device)
+    choices = TILES[hidden_ND.element_size()]
+    return choices[max(least for least in choices if least <= capability)]
+
+
+def _accumulation_dtype(operand_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if operand_dtype == torch.float64 else torch.float32
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
+    """(the two operands as a tile kernel takes them, its constants)."""
+    tiles = plan.tiles
+    # The accelerator asks for rows that start at multiples of 16 bytes.
+    aligned = all(matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+                  for matrix in (hidden_ND, head_VD))
+    descriptors = tiles.descriptors and aligned
+    operands = (hidden_ND, head_VD)
+    if descriptors:
+        operands = (TensorDescriptor.from_tensor(hidden_ND, [tiles.block_n, tiles.block_d]),
+                    TensorDescriptor.from_tensor(head_VD, [tiles.block_v, tiles.block_d]))
+    accumulate = _triton_dtype(_accumulation_dtype(hidden_ND.dtype))
+    # The interpreter's bf16 products are wrong.
+    operand = accumulate if INTERPRETED else _triton_dtype(hidden_ND.dtype)
+    tf32 = hidden_ND.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    constants = dict(
+        V=head_VD.shape[0], D=head_VD.shape[1], LOGIT_SCALE=plan.logit_scale, SOFTCAP=plan.softcap,
+        BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_D=tiles.block_d, GROUP_N=tiles.group_n,
+        ACCUMULATE=accumulate, OPERAND=operand, PRECISION="tf32" if tf32 else "ieee", DESCRIPTORS=descriptors,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    return operands, constants
+
+
+def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan, stats: bool):
+    """(ratio_S, logps_N, lse_N, entropy_N or None, top1_N or None). offsets: int64 [S + 1], first token of each
+    sequence and N, on the device."""
+    (num_tokens, _), vocabulary = hidden_ND.shape, head_VD.shape[0]
+    num_tiles = triton.cdiv(vocabulary, plan.tiles.block_v)
+    accumulate = _accumulation_dtype(hidden_ND.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = accumulate) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+
+    logps_N, lse_N, terms_N, ratio_S = empty(num_tokens), empty(num_tokens), empty(num_tokens), empty(len(scale_S))
+    entropy_N, top1_N = (empty(num_tokens), empty(num_tokens, dtype=torch.bool)) if stats else (None, None)
+    if num_tokens:
+        lse_LN = empty(num_tiles, num_tokens)
+        max_LN, entropy_LN = (empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)) if stats else (None, None)
+        # No tile owns a target that is not in the vocabulary: its log-prob is NaN, not what memory happened to hold.
+        target_logits_N = torch.full_like(logps_N, float("nan"))
+        operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
+        _tile_statistics_kernel[(triton.cdiv(num_tokens, plan.tiles.block_n) * num_tiles,)](
+            *operands, bias_V, targets_N, lse_LN, max_LN, entropy_LN, target_logits_N, num_tokens,
+            hidden_ND.stride(0), head_VD.stride(0), **constants)
+        _finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
+            lse_LN, max_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, lse_N, terms_N, entropy_N,
+            top1_N, num_tokens, L=num_tiles, TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            ACCUMULATE=constants["ACCUMULATE"])
+    sum_sequences(terms_N, offsets, scale_S, ratio_S)
+    return ratio_S, logps_N, lse_N, entropy_N, top1_N
+
+
+def sum_sequences(terms_N, offsets, scale_S, ratio_S) -> None:
+    """ratio_S[s] = scale_S[s] * sum of terms_N over sequence s."""
+    if len(ratio_S):
+        _sum_sequences_kernel[(len(ratio_S),)](terms_N, offsets, scale_S, ratio_S, SUM_BLOCK=SUM_BLOCK,
+                                               ACCUMULATE=_triton_dtype(terms_N.dtype))
+
+
+def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: float, block_v: int) -> int:
+    """Columns of a wave: as many as the buffer holds, evened out over the waves, in whole tiles."""
+    most = max(int(wave_mib * 2**20) // (num_tokens * element_size) // block_v, 1) * block_v
+    waves = triton.cdiv(vocabulary, most)
+    return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
+
+
+def backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, plan: Plan, needs: tuple[bool, bool, bool]):
+    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps; None where `needs` says no."""
+    (num_tokens, _), vocabulary, tiles = hidden_ND.shape, head_VD.shape[0], plan.tiles
+    accumulate = lse_N.dtype
+    needs_hidden, needs_head, needs_bias = needs
+    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=lse_N.device) if needs_hidden else None
+    if not num_tokens:
+        return (grad_hidden_ND, *(torch.zeros_like(operand) if needed else None
+                                  for operand, needed in ((head_VD, needs_head), (bias_V, needs_bias))))
+    grad_head_VD = torch.empty_like(head_VD) if needs_head else None
+    grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
+
+    # Casts of the interpreter truncate: it keeps the buffer unrounded.
+    buffer_dtype = accumulate if INTERPRETED else hidden_ND.dtype
+    width = wave_columns(num_tokens, vocabulary, buffer_dtype.itemsize, plan.wave_mib, tiles.block_v)
+    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=lse_N.device)
+    row_blocks = triton.cdiv(num_tokens, tiles.block_n)
+    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=lse_N.device) if bias_V is not None else None
+    operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
+    with _full_precision_reductions():
+        for first in range(0, vocabulary, width):
+            end = min(first + width, vocabulary)
+            gradient_NW = buffer_NW[:, :end - first]
+            out = gradient_NW
+            if constants["DESCRIPTORS"]:
+                out = TensorDescriptor.from_tensor(gradient_NW, [tiles.block_n, tiles.block_v])
+            _logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tiles.block_v),)](
+                *operands, bias_V, targets_N, lse_N, coefficients_N, out, sums_RW, num_tokens, first, end,
+                hidden_ND.stride(0), head_VD.stride(0), width, **constants, BUFFER=_triton_dtype(buffer_dtype))
+            if needs_head:
+                _set_product(grad_head_VD[first:end], gradient_NW.T, hidden_ND.to(buffer_dtype))
+            if needs_hidden:
+                _add_product(grad_hidden_ND, gradient_NW, head_VD[first:end].to(buffer_dtype))
+            if needs_bias:
+                grad_bias_V[first:end] = sums_RW[:, :end - first].sum(dim=0)
+    return None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_head_VD, grad_bias_V
+
+
+def _set_product(out, left, right) -> None:
+    """out = left @ right, summed in fp32 and rounded once."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _add_product(total, left, right) -> None:
+    """total += left @ right, in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+@contextlib.contextmanager
+def _full_precision_reductions():
+    """cuBLAS may otherwise add the parts of a split sum in bf16 or fp16."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before):
+            setattr(settings, name, value)
+
+
+class WeightedLogratio(torch.autograd.Function):
+    """(ratio_S, logps_N, entropy_N, top1_N): the first two with gradients for any upstream."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan, stats):
+        # Pageable memory is staged before the copy returns: the host does not wait for the device.
+        offsets = torch.nn.functional.pad(seq_lens_S.cumsum(0), (1, 0)).to(hidden_ND.device, non_blocking=True)
+        ratio_S, logps_N, lse_N, entropy_N, top1_N = forward(
+            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan, stats)
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
+                              lse_N)
+        ctx.plan = plan
+        if stats:
+            ctx.mark_non_differentiable(entropy_N, top1_N)
+        return ratio_S, logps_N, entropy_N, top1_N
+
+    @staticmethod
+    def backward(ctx, grad_ratio_S, grad_logps_N, *_):
+        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
+         lse_N) = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(lse_N))
+        grad_operands = (None, None, None)
+        if any(needs[:3]):
+            coefficients_N = grad_logps_N + scaled_N * weights_N
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, ctx.plan, needs[:3])
+        ratio_N = logps_N - ref_logps_N
+        grad_scale_S = None
+        if needs[6]:
+            grad_scale_S = torch.empty_like(grad_ratio_S)
+            sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S, grad_scale_S)
+        return (*grad_operands, None, -scaled_N * weights_N if needs[4] else None,
+                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None, None)
+
+
+def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S, bias_V=None,
+                             logit_scale: float | None = None, softcap: float | None = None, stats: bool = False,
+                             tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
+    """(ratio_S, logps_N), and with `stats` also (entropy_N, top1_N), which carry no gradient.
+
+    hidden_ND [N, D], head_VD [V, D], bias_V [V] or None: bf16, fp16 or fp32 of one dtype on one CUDA device (fp64 too
+    under TRITON_INTERPRET=1). targets_N: int64 in [0, V); an entry outside gives NaN. ref_logps_N, weights_N: [N].
+    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64); entropy in nats; top1 tells
+    whether no token is likelier than the target. tiles: None picks them by dtype and device. wave_mib: size of the
+    backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
+    operands and refuses a DTensor: call that.
+    """
+    plan = Plan(logit_scale, softcap, tiles or pick_tiles(hidden_ND), wave_mib)
+    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (hidden_ND, head_VD))
+    outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S,
+                                     plan, stats)
+    return outputs if stats else outputs[:2]
