@@ -27,7 +27,7 @@ from twdpo.files import hash_json, write_json
 from twdpo.judge import JudgedPair, build_judge_inputs
 from twdpo.log import Log, summarize
 from twdpo.losses import LOSSES, needs_reference
-from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors
+from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.model import (
     cache_directory,
     check_length,
@@ -87,7 +87,7 @@ def train(config: TrainConfig, process: Process) -> None:
     policy = load_policy(inputs.model_dir, dtype, process)
     train_logps = held_out_logps = None
     if needs_reference(loss):
-        directory = reference_directory(cache, inputs.fingerprint, dtype)
+        directory = reference_directory(cache, inputs.fingerprint, dtype, process.device)
         train_logps = reference_logps(policy, process, train_examples, first_epoch, budget, directory)
         held_out_logps = reference_logps(policy, process, held_out, held_out_batches, budget, directory)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
@@ -177,9 +177,12 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
 
 def run_pairs(policy, batch: PairBatch, loss, config: TrainConfig, totals: Totals) -> torch.Tensor:
     """Forward one micro-batch: its losses [P]; its metrics are added to `totals`. All ranks."""
-    ratio_S, logps_N = policy(batch)
+    ratio_S, logps_N, *stats = policy(batch, config.token_stats)
     loss_P, extra = loss(ratio_S, logps_N, batch, config)
-    add_totals(totals, pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta), batch.coefficient_P)
+    metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta)
+    if stats:
+        metrics |= token_metrics(*stats, batch)
+    add_totals(totals, metrics, batch.coefficient_P)
     return loss_P
 
 

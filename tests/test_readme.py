@@ -1,6 +1,8 @@
 """The README's promises that a test can check: its two commands, its file table, its example."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,5 +46,11 @@ def test_example_loss_and_source_run():
 
 
 def test_no_package_is_called_kernels():
-    """transformers would import a top-level package of that name."""
+    """transformers looks for a top-level package of that name and would import ours."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    sources = [path for folder in ("twdpo", "kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*sources, *ROOT.glob("*.py")]:
+        assert not re.search(r"^\s*(from|import) kernels\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
+    program = ("from transformers import LlamaConfig, LlamaForCausalLM; import twdpo.kernels.weighted_logratio; "
+               "LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -70,7 +70,7 @@ def test_a_damaged_cache_file_is_computed_again(toy_model, process, examples, tm
     assert all((first == second).all() for pair in whole for first, second in zip(whole[pair], again[pair]))
 
 
-def test_the_cache_is_named_by_weights_and_dtype(tmp_path):
-    names = {reference_directory(tmp_path, model, dtype) for model in ("a", "b")
-             for dtype in (torch.float32, torch.bfloat16)}
-    assert len(names) == 4
+def test_the_cache_is_named_by_weights_dtype_and_device(tmp_path):
+    names = {reference_directory(tmp_path, model, dtype, torch.device(device)) for model in ("a", "b")
+             for dtype in (torch.float32, torch.bfloat16) for device in ("cpu", "meta")}
+    assert len(names) == 8

@@ -192,6 +192,19 @@ def test_metrics_and_model_of_a_run(tmp_path, arguments, capsys):
     assert (run_dir / "best/model.safetensors").is_file()
 
 
+def test_token_stats_are_logged_and_change_nothing(tmp_path, arguments, toy_model):
+    train.main([*arguments(tmp_path / "stats", max_steps=2), "--token-stats"])
+    train.main(arguments(tmp_path / "plain", max_steps=2))
+    rows, plain = read_rows(tmp_path / "stats"), read_rows(tmp_path / "plain")
+    vocabulary = AutoModelForCausalLM.from_pretrained(toy_model).config.vocab_size
+    for row, other in zip(rows, plain, strict=True):
+        prefix = "eval/" if "eval/loss" in row else ""
+        # The toy's random start knows nothing yet: near the uniform distribution's entropy.
+        assert 0.8 * math.log(vocabulary) < row[f"{prefix}token_entropy"] <= math.log(vocabulary)
+        assert 0 <= row[f"{prefix}token_top1"] < 0.2
+        assert {name: value for name, value in row.items() if "token_" not in name} == other
+
+
 def test_extraction_is_reused_until_a_judge_setting_changes(tmp_path, arguments, capsys):
     own_cache = tmp_path / "cache"
     outputs = []

@@ -119,6 +119,8 @@ class TrainConfig(SharedConfig):
     save_every: int = flag(500, "output", "steps between checkpoints, the last step included; 0: no checkpoints",
                            free=True)
     keep_last: int = flag(2, "output", "checkpoints kept; 0: all", free=True)
+    token_stats: bool = flag(False, "output", "also log token_entropy (nats) and token_top1 (share of response tokens "
+                             "that are the policy's likeliest); off: not computed", free=True)
     save_dtype: str = flag("", "output", "dtype of final/ and best/: float32, bfloat16 or float16; empty: the source "
                            "checkpoint's")
     wandb: str = flag("", "output", "project of Weights & Biases to log to as well (WANDB_MODE=offline works without "

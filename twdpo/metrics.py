@@ -10,7 +10,7 @@ import math
 import torch
 
 from twdpo.batch import PairBatch
-from twdpo.logratio import combine
+from twdpo.logratio import combine, segment_sum
 
 ROUNDING = 1e-6  # relative: some eight times fp32's
 
@@ -32,6 +32,13 @@ def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch
         metrics[f"{name}_accuracy"] = torch.where(tie_P, 0.0, difference_P.sign()).add(1).div(2)
         metrics[f"{name}_margin"] = beta * difference_P
     return metrics | {name: value.detach() for name, value in extra.items()}
+
+
+def token_metrics(entropy_N: torch.Tensor, top1_N: torch.Tensor, batch: PairBatch) -> dict[str, torch.Tensor]:
+    """Means over the response tokens of each pair: the policy's entropy, and how often the token is its likeliest."""
+    tokens_P = batch.seq_lens_S.to(entropy_N.device).view(-1, 2).sum(dim=1)
+    return {name: segment_sum(value_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
+            for name, value_N in (("token_entropy", entropy_N), ("token_top1", top1_N.to(entropy_N.dtype)))}
 
 
 def add_totals(totals: Totals, metrics: dict[str, torch.Tensor], coefficient_P: torch.Tensor) -> None:

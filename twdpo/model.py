@@ -141,14 +141,17 @@ class Policy(torch.nn.Module):
         self.model = model
         self.options = head_options(model.config)
 
-    def forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ratio_S, logps_N) of a batch of plain rows; only response tokens reach the head."""
+    def forward(self, batch: PairBatch, stats: bool = False) -> tuple[torch.Tensor, ...]:
+        """(ratio_S, logps_N) of a batch of plain rows, with `stats` also (entropy_N, top1_N).
+
+        Only response tokens reach the head.
+        """
         # No mask: rows are causal and padded on the right only (twdpo/rows.py).
         hidden_STD = self.model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
         hidden_ND = hidden_STD.flatten(0, 1).index_select(0, batch.predict_N)
         head = self.model.get_output_embeddings()
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
-                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options)
+                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
 
 
 def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -> Policy:

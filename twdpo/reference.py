@@ -23,10 +23,12 @@ FLUSH_BATCHES = 16  # global batches between writes to the cache
 Logps = tuple[np.ndarray, np.ndarray]  # fp32 log-probs of the chosen and of the rejected response's tokens
 
 
-def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype) -> Path:
+def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device) -> Path:
     """The cache folder of one set of weights and numerics."""
+    # The device: log-probs of another one differ by rounding, and the first margin would not be exactly 0.
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     key = {"model": model_fingerprint, "dtype": str(dtype), "attention": "sdpa", "packing": "off",
-           "op": LOGPS_VERSION, "torch": torch.__version__}
+           "op": LOGPS_VERSION, "torch": torch.__version__, "device": device_name}
     return cache / "reference" / hash_json(key)[:24]
 
 
