@@ -109,7 +109,7 @@ def _logits_tile(
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # it changes every batch: one compilation is enough
 def _tile_statistics_kernel(
     hidden, head, bias, targets_N, lse_LN, max_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride, head_stride,
     V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -146,7 +146,7 @@ def _tile_statistics_kernel(
         tl.store(entropy_LN + place, entropy, mask=rows < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _finish_tokens_kernel(
     lse_LN, max_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, lse_N, terms_N, entropy_N, top1_N,
     num_tokens, L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -206,7 +206,7 @@ def _sum_sequences_kernel(terms_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.cons
     tl.store(ratio_S + sequence, scale * tl.sum(sums, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_wave_col", "end_wave_col"])
 def _logits_gradient_kernel(
     hidden, head, bias, targets_N, lse_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens, first_wave_col,
     end_wave_col, hidden_stride, head_stride, wave_stride,
@@ -273,12 +273,9 @@ class Plan:
     wave_mib: float
 
 
-def pick_tiles(hidden_ND: torch.Tensor) -> Tiles:
-    """The tiles for operands of this dtype on this device."""
-    if INTERPRETED:
-        return INTERPRETED_TILES
-    capability = torch.cuda.get_device_capability(hidden_ND.device)
-    choices = TILES[hidden_ND.element_size()]
+def default_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """The tiles for operands of this dtype on a GPU of this compute capability."""
+    choices = TILES[dtype.itemsize]
     return choices[max(least for least in choices if least <= capability)]
 
 
@@ -472,7 +469,11 @@ def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights
     backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
     operands and refuses a DTensor: call that.
     """
-    plan = Plan(logit_scale, softcap, tiles or pick_tiles(hidden_ND), wave_mib)
+    if tiles is None:
+        tiles = INTERPRETED_TILES
+        if not INTERPRETED:
+            tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device))
+    plan = Plan(logit_scale, softcap, tiles, wave_mib)
     hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (hidden_ND, head_VD))
     outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S,
                                      plan, stats)

@@ -156,7 +156,7 @@ class ChunkedLogps(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy_N, top1_N)
         kept = fits and options.softcap is None and any(ctx.needs_input_grad)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, exps_NW if kept else None,
-                              (shift_N - lse_N).exp() if kept else None)
+                              1 / total_N if kept else None)
         ctx.options, ctx.width = options, width
         return logps_N, entropy_N, top1_N
 

@@ -1,0 +1,144 @@
+"""Other ways to the same token-weighted DPO loss, each behind one signature, for loss_kernel.py.
+
+A method's `op(hidden_ND, head_VD, batch)` returns (ratio_S, logps_N) as `twdpo.logratio.weighted_logratio` does. A
+reference row returns a scalar instead: it computes gradients in its forward pass, for one loss of its own, and takes no
+gradient per token; its time tells what 6 N V D operations cost, not what this loss costs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from twdpo.logratio import (
+    HeadOptions,
+    combine,
+    weighted_logratio,
+    weighted_logratio_chunked,
+    weighted_logratio_reference,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row's way of computing the loss."""
+
+    name: str
+    op: Callable | None = None
+    operations: int = 8  # N V D of forward and backward: 8 makes the logits twice, 6 keeps them
+    reference_row: bool = False
+    missing: str = ""  # why it can't run here
+
+
+def find_methods(device: torch.device, softcap: float | None) -> list[Method]:
+    """All methods for a head with this softcap; those that can't run say why."""
+    options = HeadOptions(softcap=softcap)
+    ours = [Method("twdpo, torch chunks", partial(_call, weighted_logratio_chunked, options))]
+    if device.type == "cuda":
+        ours.insert(0, Method("twdpo, Triton", partial(_call, weighted_logratio, options)))
+    return [*ours, *_full_logits(options), *_torch_core(softcap), *_trl(softcap), *_liger(device, softcap),
+            *_cut_cross_entropy(device, softcap)]
+
+
+def _call(op, options: HeadOptions, hidden_ND, head_VD, batch):
+    return op(hidden_ND, head_VD, **batch, options=options)
+
+
+def _from_logps(logps_of, hidden_ND, head_VD, batch):
+    """The op from any function that gives log-probs per token."""
+    logps_N = logps_of(hidden_ND, head_VD, batch["targets_N"])
+    rest = {name: value for name, value in batch.items() if name != "targets_N"}
+    return combine(logps_N.float(), **rest), logps_N
+
+
+def _full_logits(options: HeadOptions) -> list[Method]:
+    full = partial(_call, weighted_logratio_reference, options)
+    logps = torch.compile(lambda hidden_ND, head_VD, targets_N: weighted_logratio_reference(
+        hidden_ND, head_VD, targets_N, torch.zeros_like(hidden_ND[:, 0]), torch.ones_like(hidden_ND[:, 0]),
+        torch.tensor([len(targets_N)]), torch.ones_like(hidden_ND[:1, 0]), options=options)[1])
+    return [Method("full logits", full, operations=6),
+            Method("full logits, compiled", partial(_from_logps, logps), operations=6)]
+
+
+def _torch_core(softcap: float | None) -> list[Method]:
+    name = "F.linear_cross_entropy"
+    if not hasattr(F, "linear_cross_entropy"):
+        return [Method(name, missing=f"torch {torch.__version__} has none; 2.13 has")]
+    if softcap is not None:
+        return [Method(name, missing="takes no softcap")]
+    Options = torch.nn.LinearCrossEntropyOptions
+    choices = {"default": None, "chunks auto": Options()}
+    choices |= {f"chunks {size}": Options(batch_chunk_size=size, chunking_method=None) for size in (256, 1024, 4096)}
+
+    def logps(options, hidden_ND, head_VD, targets_N):
+        return -F.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="none", options=options)
+    return [Method(f"{name}, {choice}", partial(_from_logps, partial(logps, options)), operations=6)
+            for choice, options in choices.items()]
+
+
+def _trl(softcap: float | None) -> list[Method]:
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        return [Method("TRL ChunkedLogProbFunction", missing=_why(error, "trl>=1.16"))]
+
+    def logps(width, hidden_ND, head_VD, targets_N):
+        return ChunkedLogProbFunction.apply(hidden_ND, head_VD, None, targets_N, 1.0, width, softcap, 1.0, ())[0]
+    return [Method(f"TRL ChunkedLogProbFunction, {width}", partial(_from_logps, partial(logps, width)))
+            for width in (8192, 32768)]
+
+
+def _liger(device: torch.device, softcap: float | None) -> list[Method]:
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction, LigerFusedLinearScaledCrossEntropyFunction
+    except ImportError as error:
+        return [Method("Liger", missing=_why(error, "liger-kernel"))]
+
+    def scaled(hidden_ND, head_VD, targets_N):
+        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden_ND, head_VD, targets_N)
+
+    def fused(hidden_ND, head_VD, batch):
+        outputs = LigerFusedLinearCrossEntropyFunction.apply(hidden_ND, head_VD, batch["targets_N"], None, None, -100,
+                                                             0.0, 0.0, "mean", softcap)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    def dpo(hidden_ND, head_VD, batch):
+        # Padded [2P, T], chosen first; the reference's hidden states are the policy's own.
+        order = torch.cat([torch.arange(0, len(batch["seq_lens_S"]), 2), torch.arange(1, len(batch["seq_lens_S"]), 2)])
+        lens = batch["seq_lens_S"].tolist()
+        rows, targets = (
+            torch.nn.utils.rnn.pad_sequence([values.split(lens)[place] for place in order.tolist()], batch_first=True,
+                                            padding_value=padding)
+            for values, padding in ((hidden_ND, 0.0), (batch["targets_N"], -100)))
+        loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
+        return loss(head_VD, rows, targets)[0]
+    no_softcap = "takes no softcap" if softcap is not None else ""
+    on_cpu = "Triton kernels: needs a GPU" if device.type != "cuda" else ""
+    return [
+        Method("Liger scaled CE", partial(_from_logps, scaled), missing=no_softcap),
+        Method("Liger fused linear CE", fused, operations=6, reference_row=True, missing=on_cpu),
+        Method("Liger DPO loss", dpo, operations=6, reference_row=True, missing=on_cpu or no_softcap),
+    ]
+
+
+def _cut_cross_entropy(device: torch.device, softcap: float | None) -> list[Method]:
+    name = "cut-cross-entropy"
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        return [Method(name, missing=_why(error, "cut-cross-entropy"))]
+    if device.type != "cuda":
+        return [Method(name, missing="Triton kernels: needs a GPU")]
+
+    def logps(filter_eps, hidden_ND, head_VD, targets_N):
+        return -linear_cross_entropy(hidden_ND, head_VD, targets_N, softcap=softcap, reduction="none",
+                                     filter_eps=filter_eps)
+    return [Method(f"{name}, {label}", partial(_from_logps, partial(logps, eps)))
+            for label, eps in (("no filter", None), ("filter auto", "auto"))]
+
+
+def _why(error: ImportError, package: str) -> str:
+    return f"{package} can't be imported ({error})"
