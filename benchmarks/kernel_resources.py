@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
+
 from twdpo.kernels import weighted_logratio as kernels
 
 KERNELS = ("_tile_statistics_kernel", "_finish_tokens_kernel", "_sum_sequences_kernel", "_logits_gradient_kernel")

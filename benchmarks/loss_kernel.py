@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loss_peers import Method, find_methods
 
+from loss_peers import Method, find_methods
 from twdpo.files import write_json
 from twdpo.logratio import HeadOptions, weighted_logratio_chunked
 

@@ -1,0 +1,146 @@
+"""What only a GPU can show: half precision on tensor cores, sizes past 2^31, memory, host syncs, whole runs.
+
+    pytest -m gpu
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_reference
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+
+
+def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bias: bool = False) -> dict:
+    """Operands on the GPU; targets have log-probs of all sizes, p = 0.999 included."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+    head_VD = normal(vocabulary, hidden) * hidden ** -0.5
+    targets_N = torch.randint(0, vocabulary, (num_tokens,), generator=generator, device="cuda")
+    strength_N = torch.linspace(0, 25, num_tokens, device="cuda").to(dtype)[:, None]
+    lens = [num_tokens // 3, 0, num_tokens // 2, num_tokens - num_tokens // 3 - num_tokens // 2]
+    return {
+        "hidden_ND": (normal(num_tokens, hidden) + strength_N * head_VD[targets_N]).requires_grad_(),
+        "head_VD": head_VD.requires_grad_(),
+        "bias_V": normal(vocabulary).requires_grad_() if bias else None,
+        "targets_N": targets_N,
+        "ref_logps_N": -torch.rand(num_tokens, device="cuda"),
+        "weights_N": torch.rand(num_tokens, device="cuda") * (torch.rand(num_tokens, device="cuda") > 0.3),
+        "seq_lens_S": torch.tensor(lens),
+        "scale_S": torch.rand(4, device="cuda") + 1,
+    }
+
+
+def results(op, given: dict, options: HeadOptions | None = None) -> dict[str, torch.Tensor]:
+    """Outputs, and gradients of a mixture of both outputs with upstreams of both signs."""
+    ratio_S, logps_N = op(**given, options=options)
+    generator = torch.Generator("cuda").manual_seed(3)
+    upstream = [torch.randn(len(output), generator=generator, device="cuda", dtype=torch.float64).to(output.dtype)
+                for output in (ratio_S, logps_N)]
+    leaves = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+    grads = torch.autograd.grad((ratio_S, logps_N), list(leaves.values()), upstream)
+    return {"ratio_S": ratio_S.detach(), "logps_N": logps_N.detach()} | dict(zip(leaves, grads))
+
+
+def fp64(given: dict) -> dict:
+    return {name: value.detach().double().requires_grad_()
+            if isinstance(value, torch.Tensor) and value.requires_grad else value for name, value in given.items()}
+
+
+@pytest.mark.parametrize("options", [HeadOptions(), HeadOptions(softcap=30.0), HeadOptions(logit_scale=0.5)],
+                         ids=["plain", "softcap", "scale"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden, bias", [
+    (1024, 128256, 1024, False),  # tensor memory accelerator
+    (1003, 50257, 771, True),  # rows that don't start at multiples of 16 bytes
+    (1, 128256, 1000, False),
+    (129, 257, 72, True),
+])
+def test_error_is_that_of_torch(num_tokens, vocabulary, hidden, bias, dtype, options):
+    """Three-way: against fp64, at most twice the error of full logits in the same dtype."""
+    given = case(num_tokens, vocabulary, hidden, dtype, bias)
+    truth = results(weighted_logratio_chunked, fp64(given), options)
+    same = results(weighted_logratio_reference, given, options)
+    for name, ours in results(weighted_logratio, given, options).items():
+        error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
+        size = truth[name].norm()
+        assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+
+
+def test_fp32_is_not_rounded_to_tf32():
+    given = case(257, 5003, 320, torch.float32, bias=True)
+    truth = results(weighted_logratio_chunked, fp64(given))
+    for name, ours in results(weighted_logratio, given).items():
+        assert (ours.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), name
+
+
+def test_sizes_past_32_bit_offsets():
+    """N V = 2.6e9 > 2^31: the last rows and columns are as right as the first."""
+    num_tokens, vocabulary = 20_011, 128_256
+    given = case(num_tokens, vocabulary, 64)
+    ours = results(weighted_logratio, given)
+    chunked = results(weighted_logratio_chunked, given)
+    for name in ("logps_N", "hidden_ND", "head_VD"):
+        for part in (slice(0, 100), slice(-100, None)):
+            torch.testing.assert_close(ours[name][part].float(), chunked[name][part].float(), atol=3e-2, rtol=3e-2,
+                                       msg=lambda text, name=name, part=part: f"{name} {part}: {text}")
+
+
+def test_eight_runs_are_bitwise_equal():
+    given = case(2000, 128256, 512)
+    first = results(weighted_logratio, given)
+    for _ in range(7):
+        again = results(weighted_logratio, given)
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+    with torch.no_grad():
+        assert torch.equal(weighted_logratio(**given)[1], first["logps_N"])
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 16384])
+def test_no_full_logits(num_tokens):
+    """Peak memory above inputs and gradients: at most 300 MiB and the fp32 gradient of the hidden states."""
+    given = case(num_tokens, 128256, 1024)
+    results(weighted_logratio, case(64, 128256, 1024))  # compiles, and lets cuBLAS take its workspace
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results(weighted_logratio, given)
+    torch.cuda.synchronize()
+    gradients = 2 * (given["hidden_ND"].numel() + given["head_VD"].numel())
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    assert extra <= 300 * MIB + 4 * given["hidden_ND"].numel(), f"{extra / MIB:.0f} MiB"
+
+
+def test_the_host_never_waits():
+    given = case(500, 5003, 256, bias=True)
+    results(weighted_logratio, given)  # compiles
+    upstream = torch.ones(4, device="cuda"), torch.ones(500, device="cuda")
+    leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        *outputs, _, _ = weighted_logratio(**given, stats=True)
+        torch.autograd.grad(outputs, leaves, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_whole_run(tmp_path, toy_model):
+    """bf16, fused AdamW, NCCL: the first margin is exactly 0, the loss falls, the checkpoint resumes and loads."""
+    import train
+    flags = ["--model", str(toy_model), "--data", "toy", "--cache-dir", str(tmp_path / "cache"), "--max-steps", "12",
+             "--save-every", "6", "--output-dir", str(tmp_path / "run")]
+    train.main(flags)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-6) and losses[-1] < losses[0]
+    train.main([*flags, "--resume", str(tmp_path / "run" / "checkpoints" / "step-0000006")])
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in again if "loss" in row] == pytest.approx(losses, rel=1e-3)
+    from transformers import AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
