@@ -95,7 +95,7 @@ def train(config: TrainConfig, process: Process) -> None:
 
     def micro_batches(examples: list[Example], pairs: list[int], logps) -> list[PairBatch]:
         """This process's part of a global batch, with weights, on the device."""
-        lengths = [example.max_length for example in examples]
+        lengths = [example.longest for example in examples]
         plan = plan_rows(pairs, lengths, process.world_size, budget)[process.rank]
         batches = [collate(micro_batch, examples, len(pairs), logps) for micro_batch in plan]
         return [set_weights(batch, source, loss, context).to(process.device) for batch in batches]
@@ -242,7 +242,7 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts:
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
     if not train:
         raise InputError(f"--data {config.data}: no pair is left to train on")
-    longest = max(example.max_length for example in train + held_out)
+    longest = max(example.longest for example in train + held_out)
     process.print(f"{len(train)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} tokens")
     if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
         process.print(warning)

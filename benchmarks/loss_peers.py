@@ -17,7 +17,7 @@ from twdpo.logratio import (
     combine,
     weighted_logratio,
     weighted_logratio_chunked,
-    weighted_logratio_reference,
+    weighted_logratio_spec,
 )
 
 
@@ -54,8 +54,8 @@ def _from_logps(logps_of, hidden_ND, head_VD, batch):
 
 
 def _full_logits(options: HeadOptions) -> list[Method]:
-    full = partial(_call, weighted_logratio_reference, options)
-    logps = torch.compile(lambda hidden_ND, head_VD, targets_N: weighted_logratio_reference(
+    full = partial(_call, weighted_logratio_spec, options)
+    logps = torch.compile(lambda hidden_ND, head_VD, targets_N: weighted_logratio_spec(
         hidden_ND, head_VD, targets_N, torch.zeros_like(hidden_ND[:, 0]), torch.ones_like(hidden_ND[:, 0]),
         torch.tensor([len(targets_N)]), torch.ones_like(hidden_ND[:1, 0]), options=options)[1])
     return [Method("full logits", full, operations=6),

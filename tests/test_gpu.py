@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_reference
+from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -66,7 +66,7 @@ def test_error_is_that_of_torch(num_tokens, vocabulary, hidden, bias, dtype, opt
     """Three-way: against fp64, at most twice the error of full logits in the same dtype."""
     given = case(num_tokens, vocabulary, hidden, dtype, bias)
     truth = results(weighted_logratio_chunked, fp64(given), options)
-    same = results(weighted_logratio_reference, given, options)
+    same = results(weighted_logratio_spec, given, options)
     for name, ours in results(weighted_logratio, given, options).items():
         error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
         size = truth[name].norm()

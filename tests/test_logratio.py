@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
-from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_reference
+from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 # Lanes past the end of a tensor compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -87,7 +87,7 @@ def gradients(op, given: dict, options=None) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_to_specification(op, given: dict, options=None, **tolerance) -> None:
-    expected = gradients(weighted_logratio_reference, given, options)
+    expected = gradients(weighted_logratio_spec, given, options)
     for name, ours in gradients(op, given, options).items():
         torch.testing.assert_close(ours, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -199,7 +199,7 @@ def test_zero_weights_and_upstream_give_zero_gradients(op):
     given["weights_N"][:3] = 1.0  # the later blocks of rows are skipped
     names = ("hidden_ND", "head_VD", "bias_V")
     ours, expected = [torch.autograd.grad(way(**given)[0].sum(), [given[name] for name in names])
-                      for way in (op, weighted_logratio_reference)]
+                      for way in (op, weighted_logratio_spec)]
     assert (ours[0][3:] == 0).all()
     for name, mine, theirs in zip(names, ours, expected):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -227,7 +227,7 @@ def test_what_is_not_finite_shows(op):
 @pytest.mark.parametrize("needs", ["hidden_ND", "head_VD", "bias_V"])
 def test_each_input_alone_may_need_a_gradient(op, needs):
     given = operands([2, 3], dtype=torch.float32)
-    expected = gradients(weighted_logratio_reference, given)[f"grad of {needs}"]
+    expected = gradients(weighted_logratio_spec, given)[f"grad of {needs}"]
     for name in ("hidden_ND", "head_VD", "bias_V"):
         given[name].requires_grad_(name == needs)
     torch.testing.assert_close(gradients(op, given)[f"grad of {needs}"], expected, atol=1e-5, rtol=1e-4)
@@ -276,7 +276,7 @@ def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
     set_chunk_columns(monkeypatch, 100)
     given = operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False)
     truth = given | {name: given[name].detach().double().requires_grad_() for name in ("hidden_ND", "head_VD")}
-    exact, same = gradients(weighted_logratio_reference, truth), gradients(weighted_logratio_reference, given)
+    exact, same = gradients(weighted_logratio_spec, truth), gradients(weighted_logratio_spec, given)
     for name, ours in gradients(op, given).items():
         error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
         assert error <= 2 * allowed + 1e-6, name

@@ -4,7 +4,7 @@ The files of this package are the pipeline, in this order; a file imports only f
 
     config, files          one flat config per entry point; atomic writes and content hashes
     toy, pairs, chat       the embedded default; preference pairs; chat template and tokens
-    rows                   which sequences share a micro-batch, and their attention mask
+    rows                   which pairs share a micro-batch, on which process
     judge, attention       the judge prompt in both orders; the attention row of its verdict
     align, weights_file    judge tokens -> training tokens; raw attention on disk
     weights, batch         weight sources and their post-processing; collate and the label shift

@@ -50,8 +50,8 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
 
     ref_logps: reference log-probs of the response tokens by index into `examples`, or None (then 0).
     """
-    chosen = [examples[pair] for pair in micro_batch.pairs]
-    sequences = [(example.prompt_ids, response.ids) for example in chosen
+    selected = [examples[pair] for pair in micro_batch.pairs]
+    sequences = [(example.prompt_ids, response.ids) for example in selected
                  for response in (example.chosen, example.rejected)]
     rows = [torch.from_numpy(np.concatenate(sequence)).long() for sequence in sequences]
     input_ids_ST = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -65,8 +65,8 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
     else:
         ref_logps_N = torch.from_numpy(np.concatenate([side for pair in micro_batch.pairs for side in ref_logps[pair]]))
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
-    return PairBatch(chosen, input_ids_ST, predict_N, targets_N, ref_logps_N.float(), torch.ones(len(targets_N)),
-                     torch.ones(len(sequences)), seq_lens_S, torch.full((len(chosen),), float(micro_batch.real)),
+    return PairBatch(selected, input_ids_ST, predict_N, targets_N, ref_logps_N.float(), torch.ones(len(targets_N)),
+                     torch.ones(len(sequences)), seq_lens_S, torch.full((len(selected),), float(micro_batch.real)),
                      pair_count)
 
 

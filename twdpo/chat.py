@@ -52,7 +52,7 @@ class Example:
     rejected: Response
 
     @property
-    def max_length(self) -> int:
+    def longest(self) -> int:
         """Tokens of the longer of its two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen.ids), len(self.rejected.ids))
 

@@ -1,6 +1,6 @@
 """Log-probs of response tokens from hidden states, and their weighted, scaled log-ratio per sequence (paper Eq. 5).
 
-`weighted_logratio_reference` is the specification: it makes all [N, V] logits. `weighted_logratio` gives the same
+`weighted_logratio_spec` is the specification: it makes all [N, V] logits. `weighted_logratio` gives the same
 without them: the Triton kernel of kernels/weighted_logratio.py on CUDA, elsewhere `ChunkedLogps`, which goes through
 the vocabulary in chunks. Both write each row of the head's gradient once.
 
@@ -56,7 +56,7 @@ def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tenso
     return scale_S.to(logps_N.dtype) * segment_sum(weighted_N, seq_lens_S)
 
 
-def weighted_logratio_reference(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
                                 bias_V=None, options: HeadOptions | None = None):
     """The specification, in plain autograd: see `weighted_logratio`."""
     logits_NV = logits_of(hidden_ND, head_VD, bias_V, options or HeadOptions())

@@ -48,7 +48,7 @@ def reference_logps(policy, process: Process, examples: list[Example], batches: 
     process.print(f"reference log-probs: {len(keys) - missing} of {len(keys)} pairs cached in {directory}")
     if not missing:
         return {pair: stored[key] for pair, key in keys.items()}
-    lengths = [example.max_length for example in examples]
+    lengths = [example.longest for example in examples]
     new: dict[int, Logps] = {}
     with process.progress(total=len(keys), desc="reference", unit="pair") as bar:
         for number, pairs in enumerate(batches, 1):

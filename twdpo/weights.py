@@ -72,11 +72,11 @@ def attention_weights(response: Response, judged: JudgedAnswer, sink_k: int, sin
     seen = judged.spans_J2[:, 0].min(), judged.spans_J2[:, 1].max()
     pinned_N[content] = (spans_N2[:, 0] >= seen[1]) | (spans_N2[:, 1] <= seen[0])
     if len(judged.ids_J) >= sink_k_min:
-        pinned_N[content] |= overlaps_first(judged, sink_k, ids_N, spans_N2)
+        pinned_N[content] |= overlaps_sink(judged, sink_k, ids_N, spans_N2)
     return pin_and_share(mass_N, pinned_N)
 
 
-def overlaps_first(judged: JudgedAnswer, num_first: int, ids_N: np.ndarray, spans_N2: np.ndarray) -> np.ndarray:
+def overlaps_sink(judged: JudgedAnswer, num_first: int, ids_N: np.ndarray, spans_N2: np.ndarray) -> np.ndarray:
     """Training tokens that overlap, or are, one of the first judge tokens."""
     first_J2 = judged.spans_J2[:num_first]
     overlap_N = ((spans_N2[:, :1] < first_J2[:, 1]) & (spans_N2[:, 1:] > first_J2[:, 0])).any(axis=1)
