@@ -149,6 +149,19 @@ def test_tile_shape_and_waves_do_not_matter():
                 torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
+def test_loops_of_the_finishing_kernels(options, monkeypatch):
+    """More tiles than one block of tiles, more tokens than one block of tokens or of a sequence's sum."""
+    for name, size in (("TOKEN_BLOCK", 16), ("TILE_BLOCK", 2), ("SUM_BLOCK", 8)):
+        monkeypatch.setattr(kernel, name, size)
+    given = operands([20, 0, 3], vocabulary=131, dtype=torch.float32)
+    assert_equal_to_specification(triton_op, given, options, atol=2e-5, rtol=1e-4)
+    entropy_N, top1_N = triton_op(**given, options=options, stats=True)[2:]
+    expected_N = weighted_logratio_chunked(**given, options=options, stats=True)[2:]
+    torch.testing.assert_close(entropy_N, expected_N[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(top1_N, expected_N[1])
+
+
 @IMPLEMENTATIONS
 def test_order_of_sequences_does_not_matter(op):
     """Permuted sequences give permuted results."""
