@@ -50,7 +50,7 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, stats: b
         operands = (meta(num_tokens, hidden, dtype=dtype), meta(vocabulary, hidden, dtype=dtype),
                     meta(vocabulary, dtype=dtype) if bias else None, meta(num_tokens, dtype=torch.int64))
         kernels.forward(*operands, meta(num_tokens), meta(num_tokens), meta(5, dtype=torch.int64), meta(4), plan, stats)
-        kernels.backward(*operands, meta(num_tokens), meta(num_tokens), plan, (True, True, bias))
+        kernels.backward(*operands, meta(num_tokens), meta(num_tokens), meta(num_tokens), plan, (True, True, bias))
     finally:
         for name, value in before.items():
             setattr(kernels, name, value)

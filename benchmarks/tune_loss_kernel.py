@@ -53,10 +53,10 @@ def passes(case, plan: kernels.Plan):
     def forward():
         return kernels.forward(*operands, batch["ref_logps_N"], batch["weights_N"], offsets, batch["scale_S"], plan,
                                False)
-    lse_N, coefficients_N = forward()[2], batch["weights_N"] / len(hidden_ND)
+    (top_N, inverse_total_N), coefficients_N = forward()[2:4], batch["weights_N"] / len(hidden_ND)
 
     def backward():
-        return kernels.backward(*operands, lse_N, coefficients_N, plan, (True, True, False))
+        return kernels.backward(*operands, top_N, inverse_total_N, coefficients_N, plan, (True, True, False))
     return forward, backward
 
 

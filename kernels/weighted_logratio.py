@@ -8,8 +8,9 @@
     ratio_S[s] = scale_S[s] * sum over n in s of weights_N[n] * (logps_N[n] - ref_logps_N[n])
 
 Forward, 2 N V D operations: each program makes one [BLOCK_N, BLOCK_V] tile of logits in registers and stores its
-log-sum-exp; the program that owns a token's target stores that logit. A second kernel reduces the tiles of each token
-and goes on to the weighted log-ratio, a third sums each sequence. Nothing is locked, nothing added atomically.
+log-sum-exp as maximum and sum (one fp32 number would round away log p of a sure token); the program that owns a token's
+target stores that logit. A second kernel reduces the tiles of each token and goes on to the weighted log-ratio, a third
+sums each sequence. Nothing is locked, nothing added atomically.
 
 Backward, 6 N V D: all coefficients dL/dlogps are known before it starts, so the vocabulary (and not the tokens) is cut
 into waves that fit a fixed buffer. Per wave a kernel makes the logits again and stores their gradients dZ; one matrix
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
@@ -111,12 +113,13 @@ def _logits_tile(
 
 @triton.jit(do_not_specialize=["num_tokens"])  # it changes every batch: one compilation is enough
 def _tile_statistics_kernel(
-    hidden, head, bias, targets_N, lse_LN, max_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride, head_stride,
+    hidden, head, bias, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride,
+    head_stride,
     V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one tile of logits per token; with max_LN also its maximum and the entropy of its softmax."""
+    """Maximum and sum of exponentials of one tile of logits per token; with entropy_LN also its softmax's entropy."""
     row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     first_row, first_col = row_block * BLOCK_N, col_block * BLOCK_V
     logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
@@ -137,21 +140,22 @@ def _tile_statistics_kernel(
     exps = tl.exp(centred)
     total = tl.sum(exps, axis=1)
     place = col_block.to(tl.int64) * num_tokens + rows
-    tl.store(lse_LN + place, shift + tl.log(total), mask=rows < num_tokens)
-    if max_LN is not None:
-        tl.store(max_LN + place, top, mask=rows < num_tokens)
-        # -sum p log p with p = exps / total; a total of 0 or a term 0 * -inf counts 0.
-        expected = tl.sum(tl.where(exps > 0, exps * centred, 0.0), axis=1)
-        entropy = tl.where(total > 0, tl.log(total) - expected / total, 0.0)
+    tl.store(top_LN + place, top, mask=rows < num_tokens)
+    tl.store(total_LN + place, total, mask=rows < num_tokens)
+    if entropy_LN is not None:
+        # -sum p log p with p = exps / total; a total of 0 or a term 0 * -inf counts 0, a NaN shows.
+        expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)
+        entropy = tl.where(total == 0, 0.0, tl.log(total) - expected / total)
         tl.store(entropy_LN + place, entropy, mask=rows < num_tokens)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _finish_tokens_kernel(
-    lse_LN, max_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, lse_N, terms_N, entropy_N, top1_N,
-    num_tokens, L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
+    top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N, terms_N,
+    entropy_N, top1_N, num_tokens,
+    L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Reduce the tiles of each token: log-sum-exp, log-prob of the target, weighted log-ratio."""
+    """Reduce the tiles of each token: what its softmax needs, log-prob of the target, weighted log-ratio."""
     tokens = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     real = tokens < num_tokens
     top = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
@@ -160,35 +164,34 @@ def _finish_tokens_kernel(
         tiles = first + tl.arange(0, TILE_BLOCK)
         inside = (tiles < L)[:, None] & real[None, :]
         place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        part = tl.load(lse_LN + place, mask=inside, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(part, axis=0))
+        tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
+        tile_total = tl.load(total_LN + place, mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(tile_top, axis=0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(part - shift[None, :]), axis=0)
+        total = total * tl.exp(top - shift) + tl.sum(tile_total * tl.exp(tile_top - shift[None, :]), axis=0)
         top = new_top
-    lse = top + tl.log(total)
     target_logit = tl.load(target_logits_N + tokens, mask=real, other=0.0)
-    logps = target_logit - lse
-    tl.store(lse_N + tokens, lse, mask=real)
+    logps = (target_logit - top) - tl.log(total)
+    tl.store(top_N + tokens, top, mask=real)
+    tl.store(inverse_total_N + tokens, 1.0 / total, mask=real)
     tl.store(logps_N + tokens, logps, mask=real)
     ref_logps = tl.load(ref_logps_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
     weights = tl.load(weights_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
     tl.store(terms_N + tokens, weights * (logps - ref_logps), mask=real)  # a^t r^t, the summand of Eq. 5
 
-    if max_LN is not None:
-        highest = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
+    if entropy_LN is not None:
         entropy = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
         for first in range(0, L, TILE_BLOCK):
             tiles = first + tl.arange(0, TILE_BLOCK)
             inside = (tiles < L)[:, None] & real[None, :]
             place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-            highest = tl.maximum(highest, tl.max(tl.load(max_LN + place, mask=inside, other=float("-inf")), axis=0))
             # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
-            log_share = tl.load(lse_LN + place, mask=inside, other=float("-inf")) - lse[None, :]
-            share = tl.exp(log_share)
+            tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
+            share = tl.load(total_LN + place, mask=inside, other=0.0) * tl.exp(tile_top - top[None, :]) / total[None, :]
             within = tl.load(entropy_LN + place, mask=inside, other=0.0)
-            entropy += tl.sum(tl.where(share > 0, share * (within - log_share), 0.0), axis=0)
+            entropy += tl.sum(tl.where(share == 0, 0.0, share * (within - tl.log(share))), axis=0)
         tl.store(entropy_N + tokens, entropy, mask=real)
-        tl.store(top1_N + tokens, target_logit >= highest, mask=real)
+        tl.store(top1_N + tokens, target_logit >= top, mask=real)
 
 
 @triton.jit
@@ -208,8 +211,8 @@ def _sum_sequences_kernel(terms_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["num_tokens", "first_wave_col", "end_wave_col"])
 def _logits_gradient_kernel(
-    hidden, head, bias, targets_N, lse_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens, first_wave_col,
-    end_wave_col, hidden_stride, head_stride, wave_stride,
+    hidden, head, bias, targets_N, top_N, inverse_total_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens,
+    first_wave_col, end_wave_col, hidden_stride, head_stride, wave_stride,
     V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -243,10 +246,11 @@ def _logits_gradient_kernel(
     logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
                           LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
     targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
-    lse = tl.load(lse_N + rows, mask=rows < num_tokens, other=0.0)
+    top = tl.load(top_N + rows, mask=rows < num_tokens, other=0.0)
+    inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
     # d logp / d logits = onehot - p. The onehot goes in before any rounding: 1 - p of a sure token is all its gradient.
     onehot = (cols[None, :] == targets[:, None]).to(ACCUMULATE)
-    gradient = coefficients[:, None] * (onehot - tl.exp(logits - lse[:, None]))
+    gradient = coefficients[:, None] * (onehot - tl.exp(logits - top[:, None]) * inverse_total[:, None])
     if SOFTCAP is not None:
         gradient *= 1.0 - (logits / SOFTCAP) * (logits / SOFTCAP)
     if LOGIT_SCALE is not None:
@@ -273,10 +277,20 @@ class Plan:
     wave_mib: float
 
 
-def default_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The tiles for operands of this dtype on a GPU of this compute capability."""
+def default_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True) -> Tiles:
+    """The tiles for operands of this dtype on a GPU of this compute capability.
+
+    aligned: whether rows of both operands start at multiples of 16 bytes, as the tensor memory accelerator asks.
+    """
     choices = TILES[dtype.itemsize]
-    return choices[max(least for least in choices if least <= capability)]
+    tiles = choices[max(least for least in choices if least <= capability)]
+    # Without the accelerator the addresses of a large tile would not fit the registers.
+    return choices[0, 0] if tiles.descriptors and not aligned else tiles
+
+
+def _has_aligned_rows(*matrices) -> bool:
+    return all(matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+               for matrix in matrices)
 
 
 def _accumulation_dtype(operand_dtype: torch.dtype) -> torch.dtype:
@@ -290,10 +304,7 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
     """(the two operands as a tile kernel takes them, its constants)."""
     tiles = plan.tiles
-    # The accelerator asks for rows that start at multiples of 16 bytes.
-    aligned = all(matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-                  for matrix in (hidden_ND, head_VD))
-    descriptors = tiles.descriptors and aligned
+    descriptors = tiles.descriptors and _has_aligned_rows(hidden_ND, head_VD)
     operands = (hidden_ND, head_VD)
     if descriptors:
         operands = (TensorDescriptor.from_tensor(hidden_ND, [tiles.block_n, tiles.block_d]),
@@ -301,7 +312,7 @@ def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
     accumulate = _triton_dtype(_accumulation_dtype(hidden_ND.dtype))
     # The interpreter's bf16 products are wrong.
     operand = accumulate if INTERPRETED else _triton_dtype(hidden_ND.dtype)
-    tf32 = hidden_ND.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = hidden_ND.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     constants = dict(
         V=head_VD.shape[0], D=head_VD.shape[1], LOGIT_SCALE=plan.logit_scale, SOFTCAP=plan.softcap,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_D=tiles.block_d, GROUP_N=tiles.group_n,
@@ -311,8 +322,11 @@ def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
 
 
 def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan, stats: bool):
-    """(ratio_S, logps_N, lse_N, entropy_N or None, top1_N or None). offsets: int64 [S + 1], first token of each
-    sequence and N, on the device."""
+    """(ratio_S, logps_N, top_N, inverse_total_N, entropy_N or None, top1_N or None).
+
+    top_N, inverse_total_N: maximum of a token's logits, and 1 / sum of exp(logits - maximum). offsets: int64 [S + 1],
+    first token of each sequence and N, on the device.
+    """
     (num_tokens, _), vocabulary = hidden_ND.shape, head_VD.shape[0]
     num_tiles = triton.cdiv(vocabulary, plan.tiles.block_v)
     accumulate = _accumulation_dtype(hidden_ND.dtype)
@@ -320,23 +334,24 @@ def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offse
     def empty(*shape: int, dtype: torch.dtype = accumulate) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
 
-    logps_N, lse_N, terms_N, ratio_S = empty(num_tokens), empty(num_tokens), empty(num_tokens), empty(len(scale_S))
+    logps_N, top_N, inverse_total_N, terms_N = (empty(num_tokens) for _ in range(4))
+    ratio_S = empty(len(scale_S))
     entropy_N, top1_N = (empty(num_tokens), empty(num_tokens, dtype=torch.bool)) if stats else (None, None)
     if num_tokens:
-        lse_LN = empty(num_tiles, num_tokens)
-        max_LN, entropy_LN = (empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)) if stats else (None, None)
+        top_LN, total_LN = empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)
+        entropy_LN = empty(num_tiles, num_tokens) if stats else None
         # No tile owns a target that is not in the vocabulary: its log-prob is NaN, not what memory happened to hold.
         target_logits_N = torch.full_like(logps_N, float("nan"))
         operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
         _tile_statistics_kernel[(triton.cdiv(num_tokens, plan.tiles.block_n) * num_tiles,)](
-            *operands, bias_V, targets_N, lse_LN, max_LN, entropy_LN, target_logits_N, num_tokens,
+            *operands, bias_V, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens,
             hidden_ND.stride(0), head_VD.stride(0), **constants)
         _finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
-            lse_LN, max_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, lse_N, terms_N, entropy_N,
-            top1_N, num_tokens, L=num_tiles, TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
+            terms_N, entropy_N, top1_N, num_tokens, L=num_tiles, TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK,
             ACCUMULATE=constants["ACCUMULATE"])
     sum_sequences(terms_N, offsets, scale_S, ratio_S)
-    return ratio_S, logps_N, lse_N, entropy_N, top1_N
+    return ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N
 
 
 def sum_sequences(terms_N, offsets, scale_S, ratio_S) -> None:
@@ -353,12 +368,13 @@ def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: 
     return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
 
 
-def backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, plan: Plan, needs: tuple[bool, bool, bool]):
+def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, plan: Plan,
+             needs: tuple[bool, bool, bool]):
     """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps; None where `needs` says no."""
     (num_tokens, _), vocabulary, tiles = hidden_ND.shape, head_VD.shape[0], plan.tiles
-    accumulate = lse_N.dtype
+    accumulate = top_N.dtype
     needs_hidden, needs_head, needs_bias = needs
-    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=lse_N.device) if needs_hidden else None
+    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=top_N.device) if needs_hidden else None
     if not num_tokens:
         return (grad_hidden_ND, *(torch.zeros_like(operand) if needed else None
                                   for operand, needed in ((head_VD, needs_head), (bias_V, needs_bias))))
@@ -368,9 +384,9 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, plan:
     # Casts of the interpreter truncate: it keeps the buffer unrounded.
     buffer_dtype = accumulate if INTERPRETED else hidden_ND.dtype
     width = wave_columns(num_tokens, vocabulary, buffer_dtype.itemsize, plan.wave_mib, tiles.block_v)
-    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=lse_N.device)
+    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=top_N.device)
     row_blocks = triton.cdiv(num_tokens, tiles.block_n)
-    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=lse_N.device) if bias_V is not None else None
+    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=top_N.device) if bias_V is not None else None
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
     with _full_precision_reductions():
         for first in range(0, vocabulary, width):
@@ -380,8 +396,9 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, plan:
             if constants["DESCRIPTORS"]:
                 out = TensorDescriptor.from_tensor(gradient_NW, [tiles.block_n, tiles.block_v])
             _logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tiles.block_v),)](
-                *operands, bias_V, targets_N, lse_N, coefficients_N, out, sums_RW, num_tokens, first, end,
-                hidden_ND.stride(0), head_VD.stride(0), width, **constants, BUFFER=_triton_dtype(buffer_dtype))
+                *operands, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, out, sums_RW, num_tokens,
+                first, end, hidden_ND.stride(0), head_VD.stride(0), width, BUFFER=_triton_dtype(buffer_dtype),
+                **constants)
             if needs_head:
                 _set_product(grad_head_VD[first:end], gradient_NW.T, hidden_ND.to(buffer_dtype))
             if needs_hidden:
@@ -412,14 +429,15 @@ def _full_precision_reductions():
     """cuBLAS may otherwise add the parts of a split sum in bf16 or fp16."""
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
+    # Each is two settings, read apart and written together: reduced precision, and whether sums may be split at all.
+    before = [(getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in names]
     try:
-        for name in names:
-            setattr(settings, name, False)
+        for name, (_, may_split) in zip(names, before):
+            setattr(settings, name, (False, may_split))
         yield
     finally:
-        for name, value in zip(names, before):
-            setattr(settings, name, value)
+        for name, values in zip(names, before):
+            setattr(settings, name, values)
 
 
 class WeightedLogratio(torch.autograd.Function):
@@ -427,32 +445,38 @@ class WeightedLogratio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan, stats):
+        # The kernels index these by stride 1.
+        targets_N, ref_logps_N, weights_N, scale_S = (
+            tensor.contiguous() for tensor in (targets_N, ref_logps_N, weights_N, scale_S))
+        bias_V = None if bias_V is None else bias_V.contiguous()
         # Pageable memory is staged before the copy returns: the host does not wait for the device.
         offsets = torch.nn.functional.pad(seq_lens_S.cumsum(0), (1, 0)).to(hidden_ND.device, non_blocking=True)
-        ratio_S, logps_N, lse_N, entropy_N, top1_N = forward(
+        ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N = forward(
             hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan, stats)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-                              lse_N)
+                              top_N, inverse_total_N)
         ctx.plan = plan
         if stats:
             ctx.mark_non_differentiable(entropy_N, top1_N)
         return ratio_S, logps_N, entropy_N, top1_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_ratio_S, grad_logps_N, *_):
-        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-         lse_N) = ctx.saved_tensors
+        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N, top_N,
+         inverse_total_N) = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(lse_N))
+        scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(logps_N))
         grad_operands = (None, None, None)
         if any(needs[:3]):
             coefficients_N = grad_logps_N + scaled_N * weights_N
-            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, coefficients_N, ctx.plan, needs[:3])
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N,
+                                     ctx.plan, needs[:3])
         ratio_N = logps_N - ref_logps_N
         grad_scale_S = None
         if needs[6]:
-            grad_scale_S = torch.empty_like(grad_ratio_S)
-            sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S, grad_scale_S)
+            grad_scale_S = torch.empty_like(scale_S, dtype=grad_ratio_S.dtype)
+            sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S.contiguous(), grad_scale_S)
         return (*grad_operands, None, -scaled_N * weights_N if needs[4] else None,
                 scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None, None)
 
@@ -469,12 +493,13 @@ def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights
     backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
     operands and refuses a DTensor: call that.
     """
+    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (hidden_ND, head_VD))
     if tiles is None:
         tiles = INTERPRETED_TILES
         if not INTERPRETED:
-            tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device))
+            tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device),
+                                  _has_aligned_rows(hidden_ND, head_VD))
     plan = Plan(logit_scale, softcap, tiles, wave_mib)
-    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (hidden_ND, head_VD))
     outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S,
                                      plan, stats)
     return outputs if stats else outputs[:2]

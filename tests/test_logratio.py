@@ -195,6 +195,24 @@ def test_huge_logits_and_sure_tokens_stay_finite_and_right(op):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("top", [8, 50, 1e4])
+def test_sure_tokens_are_as_exact_as_torch(op, top, monkeypatch):
+    """p = 0.99 at any size of the logits: a log-sum-exp rounded to one number would be off by its last bit."""
+    set_chunk_columns(monkeypatch, 100)
+    given = operands([20, 30], vocabulary=256, hidden=256, dtype=torch.float32, bias=False)
+    logits_NV = top - 10 + 0.5 * torch.randn(50, 256)
+    logits_NV[torch.arange(50), given["targets_N"]] = top
+    given |= {"head_VD": torch.eye(256), "hidden_ND": logits_NV.requires_grad_(),
+              "ref_logps_N": torch.full((50,), -0.01), "weights_N": torch.ones(50)}
+    exact = gradients(weighted_logratio_spec, given | {"head_VD": torch.eye(256, dtype=torch.float64),
+                                                       "hidden_ND": logits_NV.detach().double().requires_grad_()})
+    same = gradients(weighted_logratio_spec, given)
+    for name, ours in gradients(op, given).items():
+        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
+        assert error <= 2 * allowed + 1e-7 * exact[name].norm(), name
+
+
+@IMPLEMENTATIONS
 def test_vocabulary_that_a_bias_rules_out(op, monkeypatch):
     """Whole tiles and chunks of probability 0, as in a vocabulary padded to a multiple."""
     set_chunk_columns(monkeypatch, 10)
@@ -227,8 +245,8 @@ def test_what_is_not_finite_shows(op):
     grad_hidden_ND, = torch.autograd.grad(logps_N, given["hidden_ND"], upstream)
     assert grad_hidden_ND[30].isnan().all() and grad_hidden_ND[:16].isfinite().all()
     broken = given | {"hidden_ND": given["hidden_ND"].detach().index_fill(0, torch.tensor(7), float("nan"))}
-    ratio_S, logps_N = op(**broken)
-    assert logps_N.isnan().nonzero().tolist() == [[7]]
+    ratio_S, logps_N, entropy_N, _ = op(**broken, stats=True)
+    assert logps_N.isnan().nonzero().tolist() == entropy_N.isnan().nonzero().tolist() == [[7]]
     _, logps_N = op(**given | {"targets_N": given["targets_N"].index_fill(0, torch.tensor(3), 37)})
     assert logps_N.isnan().nonzero().tolist() == [[3]]
 
@@ -282,6 +300,62 @@ def test_a_second_backward_pass_gives_the_same():
     assert torch.equal(first, second)
 
 
+@IMPLEMENTATIONS
+def test_strides_do_not_matter(op):
+    """Every operand and the upstream gradients as views with gaps, or expanded from one number."""
+    given = operands([5, 3, 9], dtype=torch.float32)
+    given["scale_S"].requires_grad_()
+
+    def spread(tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor is given["seq_lens_S"]:
+            return tensor
+        return torch.stack([tensor.detach(), torch.zeros_like(tensor)], dim=-1)[..., 0].requires_grad_(
+            tensor.requires_grad)
+    views = {name: spread(tensor) for name, tensor in given.items()}
+    assert not views["hidden_ND"].is_contiguous() and not views["weights_N"].is_contiguous()
+    assert_equal_to_specification(op, views, atol=2e-5, rtol=1e-4)
+    given["weights_N"] = torch.ones(1).expand(17)
+    names = ("hidden_ND", "scale_S")
+    ours, expected = [torch.autograd.grad(sum(output.sum() for output in way(**given)), [given[name] for name in names])
+                      for way in (op, weighted_logratio_spec)]
+    for mine, theirs in zip(ours, expected):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+@IMPLEMENTATIONS
+def test_a_second_derivative_is_refused(op):
+    given = operands([2, 3], dtype=torch.float32)
+    grad_hidden_ND, = torch.autograd.grad(op(**given)[1].sum(), given["hidden_ND"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad_hidden_ND.square().sum().backward()
+
+
+@IMPLEMENTATIONS
+def test_no_sequences(op):
+    given = operands([], dtype=torch.float32)
+    ratio_S, logps_N = op(**given | {"seq_lens_S": torch.zeros(0, dtype=torch.int64)})
+    assert ratio_S.shape == logps_N.shape == (0,)
+
+
+def test_the_kernel_asks_for_no_precision_by_the_old_interface_and_restores_what_it_sets():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    name = "allow_bf16_reduced_precision_reduction"
+    try:
+        settings.fp32_precision = "tf32"
+        setattr(settings, name, (False, False))
+        gradients(triton_op, operands([2, 3], dtype=torch.float32))
+        assert (getattr(settings, name), getattr(settings, f"{name}_split_k")) == (False, False)
+    finally:
+        settings.fp32_precision = before
+        setattr(settings, name, (True, True))
+
+
+def test_tiles_without_the_accelerator_are_small():
+    large, small = (kernel.default_tiles(torch.bfloat16, (9, 0), aligned) for aligned in (True, False))
+    assert large.descriptors and large.block_v == 256 and not small.descriptors and small.block_v == 128
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op_large_tiles], ids=["chunked", "triton"])
 def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
@@ -310,6 +384,12 @@ def test_the_cpu_takes_the_chunked_path(monkeypatch):
     ({"head_VD": torch.ones(37, 12)}, r"hidden is \(5, 11\)"),
     ({"bias_V": torch.ones(36)}, r"bias is \(36,\)"),
     ({"head_VD": torch.ones(37, 11).bfloat16()}, "cast them to one dtype"),
+    ({"head_VD": torch.ones(37)}, r"head is of shape \(37,\)"),
+    ({"hidden_ND": torch.ones(5, 11, dtype=torch.int64)}, "hidden states are torch.int64"),
+    ({"targets_N": torch.zeros(5)}, "targets is torch.float32"),
+    ({"targets_N": torch.zeros(5, 1, dtype=torch.int64)}, r"targets is torch.int64 of shape \(5, 1\)"),
+    ({"seq_lens_S": torch.tensor([2.0, 3.0])}, "seq_lens is torch.float32"),
+    ({"seq_lens_S": torch.tensor([-2, 7])}, r"sequences of \[-2, 7\] tokens"),
 ])
 def test_operands_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

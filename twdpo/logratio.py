@@ -10,6 +10,7 @@ Legend: N response tokens, D hidden size, V vocabulary, W vocabulary entries of 
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 # One chunk's logits [N, W] take at most this, but W >= CHUNK_COLUMNS. Logits that fit KEEP_BYTES whole are one chunk,
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 CHUNK_BYTES = 16 * 2**20
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
+
+OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 LOGPS_VERSION = 2  # raise it when log-probs change by more than rounding: cached reference log-probs are then redone
 
@@ -47,6 +50,8 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def segment_sum(values_N: torch.Tensor, seq_lens_S: torch.Tensor) -> torch.Tensor:
     """Sum over the tokens of each sequence, [S]; 0 for an empty one. seq_lens_S lives on the CPU: no device sync."""
+    if not len(seq_lens_S):
+        return values_N.new_zeros(0)
     return torch.stack([part.sum() for part in values_N.split(seq_lens_S.tolist())])
 
 
@@ -57,7 +62,7 @@ def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tenso
 
 
 def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                bias_V=None, options: HeadOptions | None = None):
+                           bias_V=None, options: HeadOptions | None = None):
     """The specification, in plain autograd: see `weighted_logratio`."""
     logits_NV = logits_of(hidden_ND, head_VD, bias_V, options or HeadOptions())
     logps_N = logits_NV.log_softmax(dim=-1).gather(-1, targets_N[:, None])[:, 0]
@@ -92,6 +97,14 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
     if len({operand.dtype for operand in operands}) > 1:
         raise ValueError(f"hidden states, head and bias are {', '.join(str(operand.dtype) for operand in operands)}: "
                          "cast them to one dtype")
+    if hidden_ND.dtype not in OPERAND_DTYPES:
+        raise ValueError(f"hidden states are {hidden_ND.dtype}: they must be one of "
+                         f"{', '.join(map(str, OPERAND_DTYPES))}")
+    for name, tensor in (("targets", targets_N), ("seq_lens", seq_lens_S)):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be a vector of int64")
+    if head_VD.ndim != 2:
+        raise ValueError(f"head is of shape {tuple(head_VD.shape)}: it must be [V, D]")
     num_tokens = len(targets_N)
     shapes = {"hidden": (hidden_ND, (num_tokens, head_VD.shape[1])), "ref_logps": (ref_logps_N, (num_tokens,)),
               "weights": (weights_N, (num_tokens,)), "scale": (scale_S, (len(seq_lens_S),))}
@@ -103,7 +116,7 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
                              f"{num_tokens} targets and {len(seq_lens_S)} sequences: {tuple(expected)} would")
     if seq_lens_S.is_cuda:
         raise ValueError("seq_lens is on the GPU: keep it on the CPU, where reading it does not wait for the device")
-    if int(seq_lens_S.sum()) != num_tokens:
+    if int(seq_lens_S.sum()) != num_tokens or (seq_lens_S < 0).any():
         raise ValueError(f"sequences of {seq_lens_S.tolist()} tokens don't fit {num_tokens} targets")
 
 
@@ -130,56 +143,60 @@ class ChunkedLogps(torch.autograd.Function):
         buffer = hidden_ND.new_empty(num_tokens * width, dtype=logps_dtype)
         # Stays NaN for a target outside the vocabulary.
         target_logits_N = hidden_ND.new_full((num_tokens,), float("nan"), dtype=logps_dtype)
-        lse_parts, top_parts, entropy_parts = [], [], []
+        # The log-sum-exp is kept as maximum and sum: one fp32 number would round away log p of a sure token.
+        top_parts, total_parts, entropy_parts = [], [], []
         for first in range(0, vocabulary, width):
             logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
             inside_N, places_N = targets_in_chunk(targets_N, first, logits_NW.shape[1])
             target_logits_N = torch.where(inside_N, logits_NW.gather(-1, places_N[:, None])[:, 0], target_logits_N)
-            top_N = logits_NW.amax(dim=-1)
-            shift_N = top_N.clamp_min(torch.finfo(logps_dtype).min)  # -inf - -inf would be NaN
-            centred_NW = logits_NW.sub_(shift_N[:, None])
+            # Finite, as -inf - -inf would be NaN.
+            top_parts.append(logits_NW.amax(dim=-1).clamp_min(torch.finfo(logps_dtype).min))
+            centred_NW = logits_NW.sub_(top_parts[-1][:, None])
             exps_NW = centred_NW.exp() if stats else centred_NW.exp_()
-            total_N = exps_NW.sum(dim=-1)
-            lse_parts.append(shift_N + total_N.log())
+            total_parts.append(exps_NW.sum(dim=-1))
             if stats:
-                top_parts.append(top_N)
                 expected_N = (exps_NW * centred_NW.clamp_min(torch.finfo(logps_dtype).min)).sum(dim=-1)
-                entropy_parts.append(torch.where(total_N > 0, total_N.log() - expected_N / total_N, 0))
-        lse_N = torch.stack(lse_parts).logsumexp(dim=0)
-        logps_N = target_logits_N - lse_N
+                entropy_N = total_parts[-1].log() - expected_N / total_parts[-1]
+                entropy_parts.append(torch.where(total_parts[-1] == 0, 0, entropy_N))
+        top_CN = torch.stack(top_parts)
+        top_N = top_CN.amax(dim=0)
+        totals_CN = torch.stack(total_parts) * (top_CN - top_N).exp()
+        total_N = totals_CN.sum(dim=0)
+        logps_N = (target_logits_N - top_N) - total_N.log()
         entropy_N = top1_N = None
         if stats:
             # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
-            log_share_CN = (torch.stack(lse_parts) - lse_N).clamp_min(torch.finfo(logps_dtype).min)
-            entropy_N = (log_share_CN.exp() * (torch.stack(entropy_parts) - log_share_CN)).sum(dim=0)
-            top1_N = target_logits_N >= torch.stack(top_parts).amax(dim=0)
+            share_CN = totals_CN / total_N
+            parts_CN = share_CN * (torch.stack(entropy_parts) - share_CN.log())
+            entropy_N = torch.where(share_CN == 0, 0, parts_CN).sum(dim=0)
+            top1_N = target_logits_N >= top_N
             ctx.mark_non_differentiable(entropy_N, top1_N)
         kept = fits and options.softcap is None and any(ctx.needs_input_grad)
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, exps_NW if kept else None,
-                              1 / total_N if kept else None)
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, top_N, 1 / total_N, exps_NW if kept else None)
         ctx.options, ctx.width = options, width
         return logps_N, entropy_N, top1_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_N, *_):
-        hidden_ND, head_VD, bias_V, targets_N, lse_N, kept_exps_NV, kept_scale_N = ctx.saved_tensors
+        hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, kept_exps_NV = ctx.saved_tensors
         options, width = ctx.options, ctx.width
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=lse_N.dtype) if needs_hidden else None
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=top_N.dtype) if needs_hidden else None
         grad_head_VD = torch.empty_like(head_VD) if needs_head else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        buffer = lse_N.new_empty(len(lse_N) * width)
+        buffer = top_N.new_empty(len(top_N) * width)
+        scale_N = -grad_N * inverse_total_N
         for first in range(0, len(head_VD), width):
             # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
             slope_NW = None
             if kept_exps_NV is not None:
-                scale_N = -grad_N * kept_scale_N
                 gradient_NW = torch.mul(kept_exps_NV, scale_N[:, None], out=buffer.view_as(kept_exps_NV))
             else:
                 logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
                 if options.softcap is not None:
                     slope_NW = 1 - (logits_NW / options.softcap) ** 2
-                gradient_NW = logits_NW.sub_(lse_N[:, None]).exp_().mul_(-grad_N[:, None])
+                gradient_NW = logits_NW.sub_(top_N[:, None]).exp_().mul_(scale_N[:, None])
             inside_N, places_N = targets_in_chunk(targets_N, first, gradient_NW.shape[1])
             gradient_NW.scatter_add_(-1, places_N[:, None], torch.where(inside_N, grad_N, 0)[:, None])
             if slope_NW is not None:
