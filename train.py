@@ -19,13 +19,20 @@ import torch
 
 from twdpo.batch import PairBatch, collate, set_weights
 from twdpo.chat import Example, tokenize_pairs
-from twdpo.checkpoint import export_model, load_checkpoint, open_run, save_checkpoint
-from twdpo.config import InputError, TrainConfig, parse_config, to_json
+from twdpo.checkpoint import (
+    drop_later_checkpoints,
+    export_model,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    start_run,
+)
+from twdpo.config import InputError, TrainConfig, parse_config
 from twdpo.dist import Process, run_script, sum_over_processes
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs, require_single_layer
-from twdpo.files import hash_json, write_json
+from twdpo.files import hash_file, hash_json
 from twdpo.judge import JudgedPair, build_judge_inputs
-from twdpo.log import Log, summarize
+from twdpo.log import Log, start_wandb, summarize
 from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.model import (
@@ -38,8 +45,8 @@ from twdpo.model import (
     load_tokenizer,
     pick_dtype,
 )
-from twdpo.pairs import Dataset, load_dataset, settle_bad_rows, split_by_prompt
-from twdpo.reference import reference_directory, reference_logps
+from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
+from twdpo.reference import example_key, reference_directory, reference_logps
 from twdpo.rows import evaluation_batches, global_batch, num_steps, plan_rows
 from twdpo.weights import WEIGHTS, WeightContext, check_covered, find_source
 from twdpo.weights_file import WeightsFile
@@ -67,7 +74,7 @@ def train(config: TrainConfig, process: Process) -> None:
                   f"tokens; output in {run_dir}")
 
     extracts = "attention" in getattr(WEIGHTS[source], "needs", ()) and not weights_path
-    inputs = check_inputs(config, process, run_dir, extracts)
+    inputs = check_inputs(config, process, run_dir, extracts, weights_path)
     train_examples, held_out = inputs.train, inputs.held_out
 
     # What the run will touch: the batches of its first epoch (later ones reuse their pairs), and the held-out pairs.
@@ -76,13 +83,17 @@ def train(config: TrainConfig, process: Process) -> None:
                    for step in range(min(steps, math.ceil(len(train_examples) / config.batch_size)))]
     held_out_batches = evaluation_batches(len(held_out), config.batch_size)
     used = [train_examples[pair] for batch in first_epoch for pair in batch] + held_out
-    process.on_main(lambda: write_json(run_dir / "config.json", to_json(config)))
+    wandb_runs: list = []  # one on the first process, none elsewhere
+    process.on_main(lambda: wandb_runs.append(start_wandb(config, run_dir)))
+    process.on_main(lambda: start_run(config, run_dir))
 
     if extracts:
         weights_path = cache / "weights" / hash_json(inputs.meta)[:24]
         judged = {example.pair.key: inputs.judged[example.pair.key] for example in used}
         extract_attention(config, inputs.meta, weights_path, judged, inputs.model_dir, inputs.tokenizer, process)
-    context = open_context(config, weights_path, used, process)
+    context = open_context(config, inputs.weights_file or (weights_path and WeightsFile(weights_path, config.layer)),
+                           used, process)
+    identity = process.on_main(lambda: run_identity(config, inputs, context))
 
     policy = load_policy(inputs.model_dir, dtype, process)
     train_logps = held_out_logps = None
@@ -118,9 +129,10 @@ def train(config: TrainConfig, process: Process) -> None:
 
     step, progress = 0, {"best_eval_loss": None}
     if checkpoint:
-        step, progress = load_checkpoint(checkpoint, policy, optimizer, process)
+        step, progress = load_checkpoint(checkpoint, policy, optimizer, identity, process)
+        process.on_main(lambda: drop_later_checkpoints(run_dir, step))
         process.print(f"resumed from {checkpoint} at step {step} of {steps}")
-    log = Log(run_dir, step, config, process)
+    log = Log(run_dir, step, wandb_runs[0] if wandb_runs else None, process)
     if held_out and step == 0:
         log.write(evaluate(0))
     with process.progress(total=steps, initial=step, desc="train", unit="step") as bar:
@@ -143,7 +155,7 @@ def train(config: TrainConfig, process: Process) -> None:
                     progress["best_eval_loss"] = row["eval/loss"]
                     export("best")
             if config.save_every and (last or step % config.save_every == 0):
-                save_checkpoint(run_dir, step, policy, optimizer, progress, process, config.keep_last)
+                save_checkpoint(run_dir, step, policy, optimizer, progress, identity, process, config.keep_last)
     export("final")
     log.close()
     process.print(summarize(run_dir))
@@ -216,10 +228,12 @@ class Inputs:
     held_out: list[Example]
     meta: dict[str, object]  # of the extraction to come; empty when there is none
     judged: dict[int, JudgedPair]  # by pair key; empty when nothing is extracted
+    weights_file: WeightsFile | None  # that --weights names
 
 
-def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts: bool) -> Inputs:
+def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts: bool, weights_path: str) -> Inputs:
     """Read and check all pairs, as text and then as tokens. Raises InputError before anything is loaded. All ranks."""
+    weights_file = WeightsFile(weights_path, config.layer) if weights_path else None
     dataset = load_dataset(config.data, config.eval_data, with_held_out=config.eval_fraction > 0)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
@@ -239,25 +253,51 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts:
         report_counts(judge_inputs.counts, process)
         bad += bad_judged
         train, held_out = ([example for example in part if example.pair.key in judged] for part in (train, held_out))
+    if weights_file and config.skip_bad_rows:
+        bad += [BadRow(example.pair.where, f"no attention in {weights_path}", example.pair.to_row())
+                for example in train + held_out if example.pair.key not in weights_file]
+        train, held_out = ([example for example in part if example.pair.key in weights_file]
+                           for part in (train, held_out))
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
     if not train:
         raise InputError(f"--data {config.data}: no pair is left to train on")
     longest = max(example.longest for example in train + held_out)
     process.print(f"{len(train)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} tokens")
+    check_vocabulary(train + held_out, model_dir)
     if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
         process.print(warning)
-    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judged)
+    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judged, weights_file)
 
 
-def open_context(config: TrainConfig, weights_path: str | Path, used: list[Example], process: Process) -> WeightContext:
-    """What weight sources may read; a weights file (if one is named) must cover the pairs that are used."""
-    if not weights_path:
+def check_vocabulary(examples: list[Example], model_dir: Path) -> None:
+    """Raise InputError when the tokenizer makes ids that the model has no embedding for."""
+    largest = max(int(ids.max()) for example in examples
+                  for ids in (example.prompt_ids, example.chosen.ids, example.rejected.ids) if len(ids))
+    vocabulary = load_model_config(model_dir).get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise InputError(f"{model_dir}: its tokenizer gives id {largest}, its model has {vocabulary} embeddings; they "
+                         "don't belong together")
+
+
+def open_context(config: TrainConfig, weights_file: WeightsFile | None, used: list[Example], process: Process
+                 ) -> WeightContext:
+    """What weight sources may read; a weights file must cover the pairs that are used."""
+    if not weights_file:
         return WeightContext(config)
-    weights_file = WeightsFile(weights_path, config.layer)
     check_covered(weights_file, used)
     verdicts = weights_file.verdict_statistics([example.pair.key for example in used])
     process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in verdicts.items()))
     return WeightContext(config, weights_file)
+
+
+def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext) -> dict[str, str]:
+    """Fingerprints of what the settings only name: a resumed run must be made from the same."""
+    pairs = [[example_key(example) for example in part] for part in (inputs.train, inputs.held_out)]
+    identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.fingerprint,
+                "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
+    if context.attention:
+        identity["the token weights"] = hash_json(context.attention.meta)
+    return identity
 
 
 def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: Process):
@@ -285,12 +325,17 @@ def report_counts(counts: dict[str, int], process: Process) -> None:
 
 def import_files(paths: str) -> None:
     """Run the files of --import, which add to LOSSES or WEIGHTS. Raises InputError for one that is not there."""
-    for path in filter(None, paths.split(",")):
+    for path in split_paths(paths):
         if not Path(path).is_file():
             raise InputError(f"--import {path}: no such file")
         spec = importlib.util.spec_from_file_location(f"twdpo_import_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+
+
+def split_paths(paths: str) -> list[str]:
+    """The files of --import."""
+    return [path for path in paths.split(",") if path]
 
 
 def throughput(batches: list[PairBatch], num_pairs: int, started: float, process: Process) -> dict[str, float]:

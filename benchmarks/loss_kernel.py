@@ -15,6 +15,7 @@ products in the same run; time over that of 8 N V D at that rate; peak memory ab
 
 import argparse
 import ctypes
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -209,15 +210,32 @@ def show(row: dict) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the figures were measured on, and with."""
-    import triton
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__,
+    return {"device": name, "torch": torch.__version__, "triton": installed_version("triton"),
             "python": platform.python_version(), "date": date.today().isoformat()}
+
+
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def rows_of_other_calls(path: Path, report: dict) -> list[dict]:
+    """Rows that earlier calls wrote to `path` with the same machine and versions and that this one did not measure."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if [old["machine"] | {"date": ""}, old["dtype"]] != [report["machine"] | {"date": ""}, report["dtype"]]:
+        return []
+    measured = [[row[name] for name in ("head", "tokens", "method")] for row in report["rows"]]
+    return [row for row in old["rows"] if [row[name] for name in ("head", "tokens", "method")] not in measured]
 
 
 def result_path(device: torch.device, name: str) -> Path:
@@ -235,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", help="comma-separated: methods whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each method, of a case's rounds")
     parser.add_argument("--error-tokens", type=int, default=512, help="tokens of the comparison with fp64")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>/loss_kernel.json by default")
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>/loss_kernel.json by default. "
+                        "Its rows of other heads, tokens and methods stay, if machine and versions are the same")
     flags = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads = GPU_HEADS if device.type == "cuda" else CPU_HEADS
@@ -243,6 +262,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if flags.tokens:
         tokens = tuple(map(int, flags.tokens.split(",")))
+    if min(*tokens, flags.error_tokens) < 2:
+        parser.error("--tokens and --error-tokens must be at least 2: a pair has two sequences")
+    if flags.only and not any(part in method.name for method in find_methods(device, None)
+                              for part in flags.only.split(",")):
+        parser.error(f"--only {flags.only}: no method's name contains that; there are "
+                     + "; ".join(method.name for method in find_methods(device, None)))
     cases = [(name, shape, count) for name, shape in heads.items() for count in tokens]
     if device.type == "cuda":
         cases.append(PUBLIC_ROW)
@@ -273,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             print(show(row), flush=True)
             report["rows"].append(row)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, report)
+        write_json(out, report | {"rows": report["rows"] + rows_of_other_calls(out, report)})
     print(f"written to {out}")
     print(json.dumps(report))
 

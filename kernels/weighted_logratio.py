@@ -74,6 +74,19 @@ def _tile_place(num_row_blocks, num_col_blocks, GROUP_N: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x, OPERAND: tl.constexpr):
+    """tanh, for operands of 16 bits to their precision, else to a few units in the last place."""
+    if OPERAND == tl.bfloat16 or OPERAND == tl.float16:
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    # That would cancel near 0.
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    power = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - power) / (1.0 + power)
+    return tl.where(square < 0.05, series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
 def _logits_tile(
     hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride,
     V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -107,7 +120,7 @@ def _logits_tile(
     if LOGIT_SCALE is not None:
         logits *= LOGIT_SCALE
     if SOFTCAP is not None:
-        logits = SOFTCAP - (2.0 * SOFTCAP) / (1.0 + tl.exp(2.0 / SOFTCAP * logits))  # tanh x = 1 - 2 / (1 + e^2x)
+        logits = SOFTCAP * _tanh(logits / SOFTCAP, OPERAND)
     return logits
 
 
@@ -493,13 +506,15 @@ def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights
     backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
     operands and refuses a DTensor: call that.
     """
-    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (hidden_ND, head_VD))
+    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+                          else matrix.contiguous() for matrix in (hidden_ND, head_VD))
     if tiles is None:
         tiles = INTERPRETED_TILES
         if not INTERPRETED:
             tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device),
                                   _has_aligned_rows(hidden_ND, head_VD))
     plan = Plan(logit_scale, softcap, tiles, wave_mib)
-    outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S,
-                                     plan, stats)
+    with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device; autograd sets it for the backward
+        outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S,
+                                         seq_lens_S, plan, stats)
     return outputs if stats else outputs[:2]

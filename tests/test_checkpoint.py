@@ -43,12 +43,14 @@ def test_a_loaded_checkpoint_is_the_saved_state(toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     for _ in range(3):
         step(policy, optimizer)
-    save_checkpoint(tmp_path, 3, policy, optimizer, {"best_eval_loss": 0.5}, process, keep_last=2)
+    save_checkpoint(tmp_path, 3, policy, optimizer, {"best_eval_loss": 0.5}, {"the pairs": "x"}, process, keep_last=2)
     state, random = snapshot(policy, optimizer), torch.get_rng_state()
     step(policy, optimizer)
     torch.rand(3)
     fresh, fresh_optimizer = make(toy_model, process)
-    assert load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, process) == (
+    with pytest.raises(InputError, match="another run: since then the pairs changed"):
+        load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "y"}, process)
+    assert load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "x"}, process) == (
         3, {"best_eval_loss": 0.5})
     loaded = snapshot(fresh, fresh_optimizer)
     assert loaded.keys() == state.keys() and len(state) > 40
@@ -60,11 +62,11 @@ def test_a_loaded_checkpoint_is_the_saved_state(toy_model, process, tmp_path):
 
 
 @pytest.mark.parametrize("damage, word", [("flip", "has changed"), ("cut", "has changed"), ("missing", "is missing"),
-                                          ("extra", "does not belong")])
+                                          ("extra", "does not belong"), ("manifest", "has no files, identity")])
 def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     step(policy, optimizer)
-    path = save_checkpoint(tmp_path, 1, policy, optimizer, {}, process, keep_last=1)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {}, {}, process, keep_last=1)
     (file, *_) = sorted(path.glob("*.safetensors"))
     if damage == "flip":
         data = bytearray(file.read_bytes())
@@ -74,17 +76,19 @@ def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_pat
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "missing":
         file.unlink()
+    elif damage == "manifest":
+        (path / "manifest.json").write_text("{}")
     else:
         (path / "shard-stray.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match=word):
-        load_checkpoint(path, policy, optimizer, process)
+        load_checkpoint(path, policy, optimizer, {}, process)
 
 
 def test_no_pickle_is_written_and_old_checkpoints_go(toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     for number in (1, 2, 3):
         step(policy, optimizer)
-        path = save_checkpoint(tmp_path, number, policy, optimizer, {}, process, keep_last=2)
+        path = save_checkpoint(tmp_path, number, policy, optimizer, {}, {}, process, keep_last=2)
     assert [each.name for each in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
     assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json"}
     assert not [each for each in (tmp_path / "checkpoints").iterdir() if each.name.startswith(".")]

@@ -80,10 +80,15 @@ def test_fp32_is_not_rounded_to_tf32():
         assert (ours.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), name
 
 
-def test_sizes_past_32_bit_offsets():
-    """N V = 2.6e9 > 2^31: the last rows and columns are as right as the first."""
-    num_tokens, vocabulary = 20_011, 128_256
-    given = case(num_tokens, vocabulary, 64)
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden", [
+    (20_011, 128_256, 64),  # N V = 2.6e9
+    (70, 128_256, 17_000),  # V D = 2.2e9: offsets into the head itself pass 2^31
+    (70, 128_256, 17_001),  # and without the tensor memory accelerator
+    (2_200_000, 100, 1_000),  # N D = 2.2e9
+])
+def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden):
+    """More than 2^31 elements: the last rows and columns are as right as the first."""
+    given = case(num_tokens, vocabulary, hidden)
     ours = results(weighted_logratio, given)
     chunked = results(weighted_logratio_chunked, given)
     for name in ("logps_N", "hidden_ND", "head_VD"):

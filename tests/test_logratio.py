@@ -277,7 +277,10 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
     ratio_S, logps_N, entropy_N, top1_N = op(**given, options=options, stats=True)
     torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=logits_NV).entropy(), atol=1e-5,
                                rtol=1e-4)
-    assert top1_N.tolist() == (logits_NV.argmax(dim=-1) == given["targets_N"]).tolist()
+    best_N2 = logits_NV.topk(2, dim=-1).values
+    clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-5  # a softcap can bring two logits within rounding of each other
+    expected_N = logits_NV.argmax(dim=-1) == given["targets_N"]
+    assert clear_N.sum() >= 45 and torch.equal(top1_N[clear_N], expected_N[clear_N])
     assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
     plain = op(**given, options=options)
     assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
@@ -285,7 +288,7 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
 
 @IMPLEMENTATIONS
 def test_without_gradients_log_probs_are_the_same_bits(op):
-    """The reference pass and the policy's first step agree exactly, whatever shares the batch; so do two runs."""
+    """The reference pass and the policy's first step agree exactly on the same batch; so do two runs."""
     given = operands([20, 30], vocabulary=101, hidden=40, dtype=torch.float32)
     first, second = gradients(op, given), gradients(op, given)
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -68,9 +68,13 @@ def test_bad_rows_stop_the_run_or_are_written(tmp_path, capsys):
         settle_bad_rows(bad, False, tmp_path, 12)
     assert "12 of 12" in str(stopped.value) and f"{path}:10: not JSON" in str(stopped.value)
     assert f"{path}:11" not in str(stopped.value)
-    settle_bad_rows(bad, True, tmp_path, 12)
+    with pytest.raises(InputError, match="No row is left"):
+        settle_bad_rows(bad, True, tmp_path, 12)
+    settle_bad_rows(bad, True, tmp_path, 13)
     rows = [json.loads(line) for line in (tmp_path / "rejected_rows.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and rows[11]["where"] == f"{path}:12" and rows[0]["row"] == "nonsense"
+    settle_bad_rows([], True, tmp_path, 13)
+    assert not (tmp_path / "rejected_rows.jsonl").exists()  # it was of another run
 
 
 @pytest.mark.parametrize("text, message", [("{}", "JSON list"), ("[", "not JSON")])
@@ -80,6 +84,15 @@ def test_files_that_hold_no_rows(text, message, tmp_path):
         load_dataset(str(tmp_path / "pairs.json"), "")
     with pytest.raises(InputError, match="no such file"):
         load_dataset(str(tmp_path / "missing.jsonl"), "")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="it holds no pair"):
+        load_dataset(str(tmp_path / "empty.jsonl"), "")
+
+
+def test_lists_within_lists_are_a_bad_row(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    assert "not JSON" in load_dataset(str(path), "").bad_rows[0].reason
 
 
 def make_pairs(num_prompts: int = 60) -> list[Pair]:

@@ -168,6 +168,78 @@ def test_a_run_is_not_overwritten_or_resumed_by_accident(tmp_path, arguments, ca
     train.main([*arguments(tmp_path / "run", max_steps=1), "--overwrite"])
 
 
+def fails(argv: list[str], message: str, capsys) -> None:
+    """The command ends with code 2 and one message that holds `message`."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and "Traceback" not in error
+
+
+def test_overwrite_deletes_nothing_before_the_new_input_is_checked(tmp_path, arguments, capsys):
+    run_dir = tmp_path / "run"
+    train.main(arguments(run_dir, max_steps=1))
+    before = sorted(path.name for path in run_dir.iterdir())
+    fails([*arguments(run_dir, data="typo.jsonl"), "--overwrite"], "no such file", capsys)
+    assert sorted(path.name for path in run_dir.iterdir()) == before
+    train.main([*arguments(run_dir, max_steps=2), "--overwrite"])
+    # What started it stands in config.json, but not that it was to overwrite.
+    train.main(["--config", str(run_dir / "config.json"), "--resume"])
+    assert read_rows(run_dir)[-1]["step"] == 2
+
+
+def test_resume_refuses_other_pairs_under_the_same_name(tmp_path, arguments, pairs_file, capsys):
+    copy = tmp_path / "pairs.jsonl"
+    copy.write_text(pairs_file.read_text())
+    argv = arguments(tmp_path / "run", data=copy, max_steps=2, save_every=1)
+    train.main(argv)
+    copy.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][30:50]))
+    fails([*argv, "--resume"], "since then the pairs (or their tokens), the token weights changed", capsys)
+
+
+def test_resume_from_an_earlier_checkpoint_gives_the_later_ones_up(tmp_path, arguments, capsys):
+    train.main(arguments(tmp_path / "whole"))
+    argv = arguments(tmp_path / "run", save_every=2, keep_last=0)
+    train.main(argv)
+    checkpoints = tmp_path / "run/checkpoints"
+    # It dies before its first save, and is resumed again: not from the step 6 of the branch that was given up.
+    run_and_die([*argv, "--resume", str(checkpoints / "step-0000002")], "twdpo.checkpoint", "state_tensors", 2)
+    assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-0000002"]
+    train.main([*argv, "--resume"])
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+
+
+def test_resume_may_ask_for_token_stats(tmp_path, arguments, capsys):
+    train.main(arguments(tmp_path / "run", max_steps=2, save_every=1))
+    train.main([*arguments(tmp_path / "run", max_steps=2, save_every=1), "--resume", "--token-stats"])
+
+
+@pytest.mark.parametrize("file, text, message", [
+    ("config.json", "{", "is not JSON"), ("checkpoints/step-0000001/manifest.json", "{}", "has no files"),
+])
+def test_resume_of_a_damaged_run_is_one_message(file, text, message, tmp_path, arguments, capsys):
+    argv = arguments(tmp_path / "run", max_steps=1, save_every=1)
+    train.main(argv)
+    (tmp_path / "run" / file).write_text(text)
+    fails([*argv, "--resume"], message, capsys)
+
+
+def test_a_cache_that_a_kill_or_a_disk_damaged_is_mended(tmp_path, arguments, capsys):
+    argv = arguments(tmp_path / "run", cache_dir=tmp_path / "cache", max_steps=2)
+    train.main(argv)
+    expected = read_rows(tmp_path / "run")
+    (folder,) = (tmp_path / "cache/weights").iterdir()
+    shard = next(folder.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    train.main([*argv, "--overwrite"])
+    assert f"{shard} is damaged" in capsys.readouterr().out and read_rows(tmp_path / "run") == expected
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / ".meta.json.123.tmp").write_text("{")  # what a kill leaves of the first file
+    train.main([*argv, "--overwrite"])
+    assert read_rows(tmp_path / "run") == expected
+
+
 def test_metrics_and_model_of_a_run(tmp_path, arguments, capsys):
     run_dir = tmp_path / "run"
     train.main(arguments(run_dir, cache_dir=tmp_path / "cache"))
@@ -269,6 +341,9 @@ def test_own_loss_and_source_from_a_file(tmp_path, arguments):
     (["--cache-dir", __file__], "the folder can't be made"),
     (["--eval-data", os.devnull + ".jsonl"], "no such file"),
     (["--max-judge-length", "10"], "pairs.jsonl:1: a judge input of 10 tokens"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--data", os.devnull + ".jsonl"], "no such file"),
+    (["--output-dir", "/proc"], "can't be made or written to"),
 ])
 def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -62,8 +62,8 @@ def set_chat_template(tokenizer, path: str) -> None:
     if path:
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--chat-template {path}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--chat-template {path}: it can't be read as text ({error})") from error
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with "
                          "--chat-template FILE")

@@ -18,13 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError, TrainConfig, changed_settings
+from twdpo.config import InputError, TrainConfig, changed_settings, to_json
 from twdpo.dist import Process
-from twdpo.files import hash_file, make_directory, remove, write_atomic, write_json
+from twdpo.files import hash_file, make_directory, remove, remove_temporaries, write_atomic, write_json
 from twdpo.model import DTYPES, Policy, load_model_config
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("config.json", "metrics.jsonl", "rejected_rows.jsonl", "checkpoints", "final", "best")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints", "final", "best")
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -63,6 +63,17 @@ def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, 
     return process.on_main(lambda: _open_run(config))
 
 
+def start_run(config: TrainConfig, run_dir: Path) -> None:
+    """All input has been checked: the folder holds this run from now on, and with --overwrite no older one."""
+    if config.overwrite and (run_dir / "config.json").exists():
+        for name in RUN_FILES:
+            remove(run_dir / name)
+    for directory in (run_dir, run_dir / "checkpoints"):
+        remove_temporaries(directory)
+    # What was asked of this start alone would contradict the next one's flags.
+    write_json(run_dir / "config.json", to_json(replace(config, resume="", overwrite=False)))
+
+
 def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
     name = Path(config.model).name or "toy"
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -73,28 +84,31 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
     make_directory(run_dir, "--output-dir")
     checkpoint = find_checkpoint(run_dir, config.resume) if config.resume else None
     config = replace(config, output_dir=str(run_dir))
-    if (run_dir / "config.json").exists():
-        if config.resume:
-            stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-            if changed := changed_settings(stored, config):
-                raise InputError(f"--resume: {run_dir} was started with other settings (--config "
-                                 f"{run_dir / 'config.json'} repeats them):\n  " + "\n  ".join(changed))
-        elif config.overwrite:
-            for file in RUN_FILES:
-                remove(run_dir / file)
-        else:
-            raise InputError(f"{run_dir} holds a run: go on with it (--resume), replace it (--overwrite), or choose "
-                             "another --output-dir")
+    # The run that the checkpoint is of may stand in another folder.
+    stored_path = (checkpoint.resolve().parent.parent if checkpoint else run_dir) / "config.json"
+    if config.resume and stored_path.exists():
+        try:
+            stored = json.loads(stored_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"--resume: {stored_path} is not JSON ({error}); put back the settings of the run, or "
+                             "start anew with --overwrite") from error
+        if changed := changed_settings(stored, config):
+            raise InputError(f"--resume: {stored_path.parent} was started with other settings (--config {stored_path} "
+                             "repeats them):\n  " + "\n  ".join(changed))
+    elif (run_dir / "config.json").exists() and not config.overwrite:
+        raise InputError(f"{run_dir} holds a run: go on with it (--resume), replace it (--overwrite), or choose "
+                         "another --output-dir")
     if config.resume and not checkpoint:
         print(f"--resume: no complete checkpoint in {run_dir}: starting at step 0")
     return config, run_dir, checkpoint
 
 
 def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, progress: dict[str, object],
-                    process: Process, keep_last: int) -> Path:
+                    identity: dict[str, str], process: Process, keep_last: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the last `keep_last` (0: keep all). All ranks.
 
-    progress: JSON values of the loop to restore, returned by `load_checkpoint`.
+    progress: JSON values of the loop to restore, returned by `load_checkpoint`. identity: fingerprints of what the run
+    is made from, which `load_checkpoint` compares.
     """
     path = checkpoint_path(run_dir, step)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -110,7 +124,7 @@ def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.o
         files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
                  for file in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"step": step, "world_size": process.world_size, "progress": progress,
-                                          "files": files})
+                                          "identity": identity, "files": files})
         for file in temporary.iterdir():
             sync_to_disk(file)
         remove(path)
@@ -151,14 +165,16 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, process: Process
-                    ) -> tuple[int, dict[str, object]]:
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
+                    process: Process) -> tuple[int, dict[str, object]]:
     """Restore model, optimizer and random states in place: (step, progress). All ranks.
 
-    Raises InputError when a file is missing, extra or changed, and names it. Another world size may read it; the
-    random states are then those of the processes that exist in both.
+    Raises InputError when a file is missing, extra or changed, and names it; and when the run was made from something
+    else than `identity`. Another world size may read it; the random states are then those of the processes that exist
+    in both.
     """
     manifest = read_manifest(path)
+    check_identity(path, manifest, identity)
     problems = process.gather(check_files(path, manifest, process))
     if first := next((problem for part in problems for problem in part), None):
         raise InputError(f"checkpoint {path} is damaged: {first}. Resume from another one with --resume DIR")
@@ -177,9 +193,30 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, pr
 def read_manifest(path: Path) -> dict[str, object]:
     """manifest.json of a checkpoint. Raises InputError."""
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        missing = {"step", "world_size", "progress", "identity", "files"} - dict(manifest).keys()
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} can't be read ({error})") from error
+    if missing:
+        raise InputError(f"checkpoint {path}: {MANIFEST} has no {', '.join(sorted(missing))}; resume from another one "
+                         "with --resume DIR")
+    return manifest
+
+
+def check_identity(path: Path, manifest: dict[str, object], identity: dict[str, str]) -> None:
+    """Raise InputError that names what has changed under the same settings since the checkpoint was written."""
+    old = manifest["identity"]
+    if changed := [name for name in sorted(old.keys() | identity.keys()) if old.get(name) != identity.get(name)]:
+        raise InputError(f"checkpoint {path} is of another run: since then {', '.join(changed)} changed. Put back what "
+                         "it was, or start anew in another --output-dir")
+
+
+def drop_later_checkpoints(run_dir: Path, step: int) -> None:
+    """The run goes on from `step`: checkpoints after it are of a branch that is given up."""
+    for path in list_checkpoints(run_dir):
+        if path.name > checkpoint_path(run_dir, step).name:
+            print(f"--resume: {path.name} comes after the step that the run goes on from: removed")
+            remove(path)
 
 
 def check_files(path: Path, manifest: dict[str, object], process: Process) -> list[str]:

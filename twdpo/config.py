@@ -134,7 +134,7 @@ class TrainConfig(SharedConfig):
         require(self, "eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
         require(self, "lr", self.lr > 0, "> 0")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
-        for name in ("weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "max_steps",
+        for name in ("seed", "weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "max_steps",
                      "micro_batch_tokens", "sink_k_min"):
             require(self, name, getattr(self, name) >= 0, ">= 0")
         for name in ("batch_size", "epochs", "max_prompt_length"):
@@ -255,7 +255,7 @@ def read_config_file(cls, path: str) -> dict[str, object]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: it must hold one JSON object, not {type(values).__name__}")

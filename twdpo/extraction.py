@@ -64,7 +64,7 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], directory: 
     Processes share the work by shards; what is stored already is kept.
     """
     process.on_main(lambda: write_meta(directory, meta))
-    stored = process.broadcast(stored_keys(directory) if process.is_main else None)
+    stored = process.on_main(lambda: stored_keys(directory))
     keys = list(judged)
     groups = [keys[start:start + PAIRS_PER_SHARD] for start in range(0, len(keys), PAIRS_PER_SHARD)]
     todo = [(number, [key for key in group if key not in stored]) for number, group in enumerate(groups)]

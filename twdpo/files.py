@@ -4,30 +4,43 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from twdpo.config import InputError
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
     """Call `write(temporary)` and rename the result to `path`: a reader sees the whole file or none.
 
-    `write` may make a file or a folder. A folder that already stands at `path` is moved aside first and deleted last.
+    `write` may make a file or a folder. A folder that already stands at `path` is moved aside first and deleted last;
+    without `replace` it stays and the new one is dropped (several processes may make the same folder at once).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove(temporary)
+    name = f".{path.name}.{uuid.uuid4().hex[:8]}"  # processes of several machines may share the folder
+    temporary, old = path.with_name(f"{name}.tmp"), path.with_name(f"{name}.old.tmp")
     try:
         write(temporary)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.is_dir():
-            os.rename(path, old)
-        os.replace(temporary, path)
-        remove(old)
+        try:
+            os.replace(temporary, path)
+        except OSError:  # a folder that is not empty is never replaced
+            if not path.is_dir():
+                raise
+            if replace:
+                os.rename(path, old)
+                os.rename(temporary, path)
+                remove(old)
     finally:
         remove(temporary)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what killed processes left half written in a folder that no other process writes to."""
+    for path in Path(directory).glob(".*.tmp"):
+        remove(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -37,11 +50,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def make_directory(path: Path, flag: str) -> Path:
-    """Make a folder that a flag names, if it is not there. Raises InputError."""
+    """Make a folder that a flag names, if it is not there. Raises InputError, also when it can't be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f"{flag} {path}: the folder can't be made ({error.strerror})") from error
+        raise InputError(f"{flag} {path}: the folder can't be made or written to ({error.strerror})") from error
     return path
 
 

@@ -94,12 +94,12 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
     if any(isinstance(operand, DTensor) for operand in operands):
         raise ValueError("weighted_logratio got a DTensor: call it inside the forward of the module that owns the "
                          "head, where FSDP2 has gathered it (full_tensor() would give a wrong gradient)")
-    if len({operand.dtype for operand in operands}) > 1:
-        raise ValueError(f"hidden states, head and bias are {', '.join(str(operand.dtype) for operand in operands)}: "
-                         "cast them to one dtype")
     if hidden_ND.dtype not in OPERAND_DTYPES:
         raise ValueError(f"hidden states are {hidden_ND.dtype}: they must be one of "
                          f"{', '.join(map(str, OPERAND_DTYPES))}")
+    if len({operand.dtype for operand in operands}) > 1:
+        raise ValueError(f"hidden states, head and bias are {', '.join(str(operand.dtype) for operand in operands)}: "
+                         "cast them to one dtype")
     for name, tensor in (("targets", targets_N), ("seq_lens", seq_lens_S)):
         if tensor.dtype != torch.int64 or tensor.ndim != 1:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be a vector of int64")

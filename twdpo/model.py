@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
@@ -43,7 +44,8 @@ def _find_model(config: SharedConfig) -> Path:
         version = hash_json([hash_file(Path(toy.__file__)), torch.__version__, transformers.__version__])[:12]
         directory = cache_directory(config) / f"toy-{version}"
         if not directory.is_dir():
-            write_atomic(directory, lambda temporary: (temporary.mkdir(), toy.build_toy_model(temporary)))
+            write_atomic(directory, lambda temporary: (temporary.mkdir(), toy.build_toy_model(temporary)),
+                         replace=False)
         return directory
     directory = Path(config.model)
     if not directory.is_dir():
@@ -125,8 +127,11 @@ def head_options(model_config) -> HeadOptions:
 
 
 def load_judge(directory: Path, dtype: torch.dtype, device: torch.device):
-    """A plain copy of the model that can give attention rows, in eval mode on one device."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    """A plain copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the model in {directory} can't be loaded: {error}") from error
     return model.eval().to(device)
 
 

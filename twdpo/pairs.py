@@ -65,6 +65,8 @@ class Dataset:
 def load_dataset(data: str, eval_data: str, with_held_out: bool = True) -> Dataset:
     """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError."""
     train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS))
+    if not train and not bad:
+        raise InputError(f"--data {data}: it holds no pair")
     held_out: list[Pair] = []
     if with_held_out and eval_data:
         held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS))
@@ -96,7 +98,7 @@ def read_rows(data: str, splits: tuple[str, ...]) -> tuple[list[tuple[str, objec
     if path.is_file() and path.suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error})") from error
         if not isinstance(rows, list):
             raise InputError(f"{path}: it must hold a JSON list of rows, not {type(rows).__name__}")
@@ -118,7 +120,7 @@ def read_jsonl(path: Path) -> tuple[list[tuple[str, object]], list[BadRow]]:
             continue
         try:
             rows.append((f"{path}:{number}", json.loads(line.decode("utf-8-sig"))))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError, lists in lists in ...
             bad.append(BadRow(f"{path}:{number}", f"not JSON: {error}", line.decode("utf-8", "replace")))
     return rows, bad
 
@@ -227,15 +229,18 @@ def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list
 def settle_bad_rows(bad_rows: list[BadRow], skip: bool, directory: Path, total: int) -> None:
     """Stop with the first ten bad rows, or write all of them to `directory/rejected_rows.jsonl`.
 
-    Raises InputError unless `skip`; also when no row of `total` is left.
+    Raises InputError unless `skip`; also when no row of `total` is left. Without bad rows an older file is removed.
     """
+    path = Path(directory) / "rejected_rows.jsonl"
     if not bad_rows:
+        path.unlink(missing_ok=True)
         return
     shown = "\n".join(f"  {bad.where}: {bad.reason}" for bad in bad_rows[:10])
     message = f"{len(bad_rows)} of {total} rows can't be used:\n{shown}" + ("\n  ..." if len(bad_rows) > 10 else "")
     if not skip:
         raise InputError(message + "\nMend them, or leave them out with --skip-bad-rows.")
+    if len(bad_rows) == total:
+        raise InputError(f"{message}\nNo row is left.")
     lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}) + "\n" for bad in bad_rows]
-    path = Path(directory) / "rejected_rows.jsonl"
     write_atomic(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
     print(f"{message}\nThey are left out and stand in {path}.")

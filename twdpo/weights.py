@@ -129,4 +129,5 @@ def check_covered(weights_file: WeightsFile, examples: list[Example]) -> None:
     if missing:
         raise InputError(f"{len(missing)} of {len(examples)} pairs have no attention in {weights_file.directory}, the "
                          f"first is {missing[0].where}: extract it from the same pairs (a changed row is another "
-                         "pair), or leave --weights empty and train.py extracts what is missing")
+                         "pair), leave them out with --skip-bad-rows, or leave --weights empty and train.py extracts "
+                         "what is missing")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from twdpo.config import InputError
 from twdpo.files import hash_json, write_atomic, write_json
@@ -47,7 +47,8 @@ def write_meta(directory: Path, meta: dict[str, object]) -> None:
         if changed:
             raise InputError(f"{directory} holds another extraction; choose another folder. What differs:\n"
                              + "\n".join(changed))
-    elif directory.is_dir() and {path.name for path in directory.iterdir()} - {"rejected_rows.jsonl"}:
+    elif directory.is_dir() and any(path.name != "rejected_rows.jsonl" and not path.name.startswith(".")
+                                    for path in directory.iterdir()):  # a kill leaves temporary files, named .*
         raise InputError(f"{directory} is neither empty nor a weights file (no meta.json): choose another folder")
     else:
         write_json(directory / "meta.json", meta)
@@ -81,11 +82,15 @@ def shard_paths(directory: Path) -> list[Path]:
 
 
 def stored_keys(directory: Path) -> set[int]:
-    """Keys of all pairs that the weights file holds."""
+    """Keys of all pairs that the weights file holds. A shard that can't be read is removed, with a word."""
     keys: set[int] = set()
     for path in shard_paths(directory):
-        with safe_open(path, "numpy") as shard:
-            keys.update(shard.get_tensor("key_E").tolist())
+        try:
+            with safe_open(path, "numpy") as shard:
+                keys.update(shard.get_tensor("key_E").tolist())
+        except SafetensorError as error:
+            print(f"warning: {path} is damaged ({error}): removed, its pairs are extracted again")
+            path.unlink()
     return keys
 
 
@@ -103,7 +108,11 @@ class WeightsFile:
         self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
         self._verdicts: dict[int, np.ndarray] = {}
         for path in shard_paths(directory):
-            self._read(path, place)
+            try:
+                self._read(path, place)
+            except SafetensorError as error:
+                raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
+                                 "replaces it") from error
 
     def _read(self, path: Path, place: int) -> None:
         with safe_open(path, "numpy") as shard:
