@@ -280,7 +280,7 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
     best_N2 = logits_NV.topk(2, dim=-1).values
     clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-5  # a softcap can bring two logits within rounding of each other
     expected_N = logits_NV.argmax(dim=-1) == given["targets_N"]
-    assert clear_N.sum() >= 45 and torch.equal(top1_N[clear_N], expected_N[clear_N])
+    assert clear_N.sum() >= 25 and torch.equal(top1_N[clear_N], expected_N[clear_N])
     assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
     plain = op(**given, options=options)
     assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
