@@ -271,7 +271,7 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
     if columns < 1000:
         set_chunk_columns(monkeypatch, columns)
     given = operands([30, 20], vocabulary=101, dtype=torch.float32)
-    given["hidden_ND"] = given["hidden_ND"].detach() * 0.5  # a saturated softcap would tie
+    given["hidden_ND"] = given["hidden_ND"].detach() * 0.2  # a saturated softcap would tie
     logits_NV = logratio.logits_of(given["hidden_ND"], given["head_VD"], given["bias_V"], options)
     given["targets_N"][::2] = logits_NV.argmax(dim=-1)[::2]
     ratio_S, logps_N, entropy_N, top1_N = op(**given, options=options, stats=True)
@@ -280,7 +280,7 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
     best_N2 = logits_NV.topk(2, dim=-1).values
     clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-5  # a softcap can bring two logits within rounding of each other
     expected_N = logits_NV.argmax(dim=-1) == given["targets_N"]
-    assert clear_N.sum() >= 25 and torch.equal(top1_N[clear_N], expected_N[clear_N])
+    assert clear_N.sum() >= 45 and torch.equal(top1_N[clear_N], expected_N[clear_N])
     assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
     plain = op(**given, options=options)
     assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
