@@ -69,7 +69,7 @@ def _torch_core(softcap: float | None) -> list[Method]:
     if softcap is not None:
         return [Method(name, missing="takes no softcap")]
     Options = torch.nn.LinearCrossEntropyOptions
-    choices = {"default": None, "chunks auto": Options()}
+    choices = {"default": None}
     choices |= {f"chunks {size}": Options(batch_chunk_size=size, chunking_method=None) for size in (256, 1024, 4096)}
 
     def logps(options, hidden_ND, head_VD, targets_N):

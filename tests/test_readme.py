@@ -1,5 +1,6 @@
 """The README's promises that a test can check: its two commands, its file table, its example."""
 
+import json
 import re
 import subprocess
 import sys
@@ -43,6 +44,23 @@ def test_example_loss_and_source_run():
         for registry, old in zip((LOSSES, WEIGHTS), before):
             registry.clear()
             registry.update(old)
+
+
+def test_figures_of_the_fused_op_are_those_of_the_committed_run():
+    """Every row of the README's table, against benchmarks/results/cpu/loss_kernel.json."""
+    report = json.loads((ROOT / "benchmarks/results/cpu/loss_kernel.json").read_text())
+    rows = {(row["vocabulary"], row["tokens"], row["method"]): row for row in report["rows"]}
+    table = re.findall(r"^\| V ([\d,]+), D 512 \| ([\d,]+) \| (.+?) \| (.+?) \| (.+?) MiB \| (.+?) MiB \|$", README,
+                       re.MULTILINE)
+    assert len(table) == len({key[:2] for key in rows})
+    for vocabulary, tokens, *figures in table:
+        case = int(vocabulary.replace(",", "")), int(tokens.replace(",", ""))
+        ours, full = rows[(*case, "twdpo, torch chunks")], rows[(*case, "full logits")]
+        core = min(row["forward_backward_ms"] for key, row in rows.items()
+                   if key[:2] == case and key[2].startswith("F.linear_cross_entropy") and "forward_backward_ms" in row)
+        milliseconds = ours["forward_backward_ms"]
+        assert figures == [f"{milliseconds / full['forward_backward_ms']:.2f}", f"{milliseconds / core:.2f}",
+                           f"{ours['peak_extra_mib']:.0f}", f"{full['peak_extra_mib']:,.0f}"]
 
 
 def test_no_package_is_called_kernels():
