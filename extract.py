@@ -8,14 +8,24 @@ train.py does this by itself when no weights are given; `train.py --weights weig
 
 from pathlib import Path
 
-from twdpo.config import ExtractConfig, parse_config
+from twdpo.columns import export_columns
+from twdpo.config import ExtractConfig, TrainConfig, parse_config
 from twdpo.dist import Process, run_script
-from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
+from twdpo.extraction import (
+    check_judge_inputs,
+    describe_extraction,
+    describe_scores,
+    extract_attention,
+    extract_scores,
+    open_judge_inputs,
+    stored_pairs,
+)
 from twdpo.files import make_directory
-from twdpo.judge import build_judge_inputs
-from twdpo.model import find_model, fingerprint_model, load_tokenizer
-from twdpo.pairs import load_dataset, settle_bad_rows
-from twdpo.weights_file import WeightsFile
+from twdpo.model import find_model, fingerprint_model, load_tokenizer, pick_dtype
+from twdpo.pairs import TEST_SPLITS, TRAIN_SPLITS, Dataset, Pair, load_dataset, settle_bad_rows
+from twdpo.report import write_report
+from twdpo.verbalized import ScoresFile, describe_left_out
+from twdpo.weights_file import WeightsFile, read_meta
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def extract(config: ExtractConfig, process: Process) -> None:
-    """pairs -> judge inputs -> attention -> weights file. All ranks."""
+    """pairs -> judge inputs -> attention -> weights file, or pairs -> verbalised scores. All ranks."""
     out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data)
     pairs = dataset.train + dataset.held_out
@@ -34,19 +44,45 @@ def extract(config: ExtractConfig, process: Process) -> None:
     model_dir = find_model(config, process)
     tokenizer = load_tokenizer(model_dir, config.chat_template)
     fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
-    meta = describe_extraction(config, config.layers, model_dir, fingerprint, tokenizer, dataset.fingerprint,
-                               process.device)
+    if config.verbalized:
+        process.on_main(lambda: settle_bad_rows(dataset.bad_rows, config.skip_bad_rows, out, total))
+        meta = describe_scores(fingerprint, tokenizer, dataset.fingerprint, pick_dtype(config.judge_dtype,
+                                                                                       process.device))
+        extract_scores(config, meta, out, pairs, model_dir, tokenizer, process)
+        process.print(describe_left_out(ScoresFile(out), [pair.key for pair in pairs]))
+        return
+    meta = describe_extraction(config, config.layers, "--layers", config.rollout, model_dir, fingerprint, tokenizer,
+                               dataset.fingerprint, process.device)
     inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
-    judged, bad = build_judge_inputs(
-        inputs, pairs, lambda items: process.progress(items, desc="tokenise", unit="pair"))
-    for what, count in inputs.counts.items():
-        process.print(f"{what}: {count}") if count else None
+    stored = stored_pairs(out, meta, process)
+    bad = check_judge_inputs(inputs, [pair for pair in pairs if pair.key not in stored], process)
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, out, total))
-    extract_attention(config, meta, out, judged, model_dir, tokenizer, process)
-    if process.is_main:
-        stored = WeightsFile(out)
-        print(f"{out}: {len(judged)} pairs, layers {', '.join(map(str, meta['layers']))}; "
-              + "; ".join(f"{name} {value:.3f}" for name, value in stored.verdict_statistics(list(judged)).items()))
+    unfit = {row.where for row in bad}
+    pairs = [pair for pair in pairs if pair.where not in unfit]
+    extract_attention(config, meta, out, pairs, inputs, model_dir, tokenizer, process)
+    process.on_main(lambda: finish(config, out, pairs, tokenizer, dataset))
+
+
+def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, dataset: Dataset) -> None:
+    """Say what is stored; write the export and the report."""
+    stored = WeightsFile(out, ",".join(map(str, read_meta(out)["layers"])))
+    figures = stored.verdict_statistics([pair.key for pair in pairs])
+    print(f"{out}: {len(pairs)} pairs, layers {', '.join(stored.layers)}"
+          + "".join(f"; {name} {value:.3f}" for name, value in figures.items()))
+    if config.export:
+        targets = [(Path(config.export), config.data, TRAIN_SPLITS)]
+        if dataset.held_out:
+            path = targets[0][0]
+            targets.append((path.with_name(f"{path.stem}_held_out{path.suffix}"), config.eval_data or config.data,
+                            TEST_SPLITS + TRAIN_SPLITS if config.eval_data else TEST_SPLITS))
+        for path, data, splits in targets:
+            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.rounds)
+            print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
+    if config.report:
+        defaults = TrainConfig()
+        print(write_report(Path(config.report), stored, pairs, tokenizer, config.rounds, defaults.sink_k,
+                           defaults.sink_k_min, config.report_min_count, config.report_pairs, defaults.seed))
+        print(f"{Path(config.report) / 'weights.html'}: a page to look at; report.json: the same figures")
 
 
 if __name__ == "__main__":

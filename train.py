@@ -12,11 +12,12 @@ import importlib.util
 import math
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from twdpo.attention import ROLLOUT
 from twdpo.batch import PairBatch, collate, set_weights
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.checkpoint import (
@@ -27,11 +28,20 @@ from twdpo.checkpoint import (
     save_checkpoint,
     start_run,
 )
+from twdpo.columns import WeightsColumns
 from twdpo.config import InputError, TrainConfig, parse_config
 from twdpo.dist import Process, run_script, sum_over_processes
-from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs, require_single_layer
+from twdpo.extraction import (
+    check_judge_inputs,
+    describe_extraction,
+    describe_scores,
+    extract_attention,
+    extract_scores,
+    open_judge_inputs,
+    stored_pairs,
+)
 from twdpo.files import hash_file, hash_json
-from twdpo.judge import JudgedPair, build_judge_inputs
+from twdpo.judge import JudgeInputs
 from twdpo.log import Log, start_wandb, summarize
 from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
@@ -48,8 +58,11 @@ from twdpo.model import (
 from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.reference import example_key, reference_directory, reference_logps
 from twdpo.rows import evaluation_batches, global_batch, num_steps, plan_rows
-from twdpo.weights import WEIGHTS, WeightContext, check_covered, find_source
+from twdpo.verbalized import ScoresFile, describe_left_out
+from twdpo.weights import WEIGHTS, WeightContext, alignment_shares, check_covered, find_source
 from twdpo.weights_file import WeightsFile
+
+ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +77,6 @@ def train(config: TrainConfig, process: Process) -> None:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
     loss = LOSSES[config.loss]
     source, weights_path = find_source(loss, config)
-    require_single_layer(config.layer)
     config, run_dir, checkpoint = open_run(config, process)
     cache = cache_directory(config)
     budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)
@@ -73,8 +85,11 @@ def train(config: TrainConfig, process: Process) -> None:
                   f"{process.device.type}, compute {str(dtype).removeprefix('torch.')}; micro-batches of {budget} "
                   f"tokens; output in {run_dir}")
 
-    extracts = "attention" in getattr(WEIGHTS[source], "needs", ()) and not weights_path
-    inputs = check_inputs(config, process, run_dir, extracts, weights_path)
+    needs = getattr(WEIGHTS[source], "needs", ())
+    extracts = "attention" in needs and not weights_path
+    inputs = check_inputs(config, process, run_dir, needs, weights_path)
+    if "scores" in needs:
+        inputs = leave_out_unscored(config, inputs, weights_path, process)
     train_examples, held_out = inputs.train, inputs.held_out
 
     # What the run will touch: the batches of its first epoch (later ones reuse their pairs), and the held-out pairs.
@@ -88,11 +103,11 @@ def train(config: TrainConfig, process: Process) -> None:
     process.on_main(lambda: start_run(config, run_dir))
 
     if extracts:
-        weights_path = cache / "weights" / hash_json(inputs.meta)[:24]
-        judged = {example.pair.key: inputs.judged[example.pair.key] for example in used}
-        extract_attention(config, inputs.meta, weights_path, judged, inputs.model_dir, inputs.tokenizer, process)
-    context = open_context(config, inputs.weights_file or (weights_path and WeightsFile(weights_path, config.layer)),
-                           used, process)
+        weights_path = weights_directory(config, inputs.meta)
+        extract_attention(config, inputs.meta, weights_path, [example.pair for example in used], inputs.judge_inputs,
+                          inputs.model_dir, inputs.tokenizer, process)
+        inputs = replace(inputs, weights_file=WeightsFile(weights_path, config.layer))
+    context = open_context(config, inputs, used, process)
     identity = process.on_main(lambda: run_identity(config, inputs, context))
 
     policy = load_policy(inputs.model_dir, dtype, process)
@@ -227,32 +242,40 @@ class Inputs:
     train: list[Example]
     held_out: list[Example]
     meta: dict[str, object]  # of the extraction to come; empty when there is none
-    judged: dict[int, JudgedPair]  # by pair key; empty when nothing is extracted
-    weights_file: WeightsFile | None  # that --weights names
+    judge_inputs: JudgeInputs | None  # when there is one
+    weights_file: WeightsFile | WeightsColumns | None  # that --weights names, or that was extracted
+    data_fingerprint: str
+    scores: ScoresFile | None = None  # for sources that need them
 
 
-def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts: bool, weights_path: str) -> Inputs:
-    """Read and check all pairs, as text and then as tokens. Raises InputError before anything is loaded. All ranks."""
-    weights_file = WeightsFile(weights_path, config.layer) if weights_path else None
+def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: tuple[str, ...], weights_path: str
+                 ) -> Inputs:
+    """Read and check all pairs, as text and then as tokens. Raises InputError before anything is loaded. All ranks.
+
+    needs: of the weight source. weights_path: what --weights names, "" when it is a source.
+    """
     dataset = load_dataset(config.data, config.eval_data, with_held_out=config.eval_fraction > 0)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
     model_dir = find_model(config, process)
     tokenizer = load_tokenizer(model_dir, config.chat_template)
+    opens = weights_path and "attention" in needs
+    weights_file = open_weights(config, weights_path, tokenizer) if opens else None
     fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
     train, held_out, bad = prepare_examples(config, dataset, tokenizer, process)
-    meta, judged = {}, {}
-    if extracts:
-        meta = describe_extraction(config, config.layer, model_dir, fingerprint, tokenizer, dataset.fingerprint,
-                                   process.device)
+    meta, judge_inputs = {}, None
+    if "attention" in needs and not weights_path:
+        rollout = config.layer == ROLLOUT
+        meta = describe_extraction(config, "" if rollout else config.layer, "--layer", rollout, model_dir, fingerprint,
+                                   tokenizer, dataset.fingerprint, process.device)
         judge_inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
-        judged, bad_judged = build_judge_inputs(
-            judge_inputs, [example.pair for example in train + held_out],
-            lambda items: process.progress(items, desc="judge inputs", unit="pair"))
-        report_counts(judge_inputs.counts, process)
-        bad += bad_judged
-        train, held_out = ([example for example in part if example.pair.key in judged] for part in (train, held_out))
+        stored = stored_pairs(weights_directory(config, meta), meta, process)
+        pairs = [example.pair for example in train + held_out if example.pair.key not in stored]
+        bad_judged = check_judge_inputs(judge_inputs, pairs, process)
+        bad, unfit = bad + bad_judged, {row.where for row in bad_judged}
+        train, held_out = ([example for example in part if example.pair.where not in unfit]
+                           for part in (train, held_out))
     if weights_file and config.skip_bad_rows:
         bad += [BadRow(example.pair.where, f"no attention in {weights_path}", example.pair.to_row())
                 for example in train + held_out if example.pair.key not in weights_file]
@@ -266,7 +289,44 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, extracts:
     check_vocabulary(train + held_out, model_dir)
     if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
         process.print(warning)
-    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judged, weights_file)
+    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judge_inputs, weights_file,
+                  dataset.fingerprint)
+
+
+def leave_out_unscored(config: TrainConfig, inputs: Inputs, path: str, process: Process) -> Inputs:
+    """Without the pairs whose answers the model scored too little of; it scores first unless `path` names scores.
+
+    Raises InputError when none is left. All ranks.
+    """
+    everything = inputs.train + inputs.held_out
+    directory = Path(path)
+    if not path:
+        meta = describe_scores(inputs.fingerprint, inputs.tokenizer, inputs.data_fingerprint,
+                               pick_dtype(config.judge_dtype, process.device))
+        directory = cache_directory(config) / "scores" / hash_json(meta)[:24]
+        extract_scores(config, meta, directory, [example.pair for example in everything], inputs.model_dir,
+                       inputs.tokenizer, process)
+    scores = ScoresFile(directory)
+    process.print(describe_left_out(scores, [example.pair.key for example in everything]))
+    train, held_out = ([example for example in part if example.pair.key not in scores.left_out]
+                       for part in (inputs.train, inputs.held_out))
+    if not train:
+        raise InputError("no pair is left to train on: the model's scores cover too little of every answer; use those "
+                         "of another model (extract.py --verbalized, then --weights)")
+    return replace(inputs, train=train, held_out=held_out, scores=scores)
+
+
+def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | WeightsColumns:
+    """What --weights names, as a folder or as exported columns. Raises InputError."""
+    if Path(path).is_dir():
+        return WeightsFile(path, config.layer)
+    other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
+    return WeightsColumns(path, config.layer, other or tokenizer)
+
+
+def weights_directory(config: TrainConfig, meta: dict[str, object]) -> Path:
+    """Where the cache keeps the attention of an extraction."""
+    return cache_directory(config) / "weights" / hash_json(meta)[:24]
 
 
 def check_vocabulary(examples: list[Example], model_dir: Path) -> None:
@@ -279,15 +339,19 @@ def check_vocabulary(examples: list[Example], model_dir: Path) -> None:
                          "don't belong together")
 
 
-def open_context(config: TrainConfig, weights_file: WeightsFile | None, used: list[Example], process: Process
-                 ) -> WeightContext:
-    """What weight sources may read; a weights file must cover the pairs that are used."""
-    if not weights_file:
-        return WeightContext(config)
-    check_covered(weights_file, used)
-    verdicts = weights_file.verdict_statistics([example.pair.key for example in used])
-    process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in verdicts.items()))
-    return WeightContext(config, weights_file)
+def open_context(config: TrainConfig, inputs: Inputs, used: list[Example], process: Process) -> WeightContext:
+    """What weight sources may read; it must cover the pairs that are used. Raises InputError."""
+    for stored in filter(None, (inputs.weights_file, inputs.scores)):
+        check_covered(stored, used)
+    if inputs.weights_file:
+        figures = inputs.weights_file.verdict_statistics([example.pair.key for example in used])
+        if figures:
+            process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        sample = used[:ALIGNMENT_SAMPLE]
+        shares = alignment_shares(sample, inputs.weights_file, config.rounds)
+        process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+                      + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
+    return WeightContext(config, inputs.weights_file, inputs.scores)
 
 
 def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext) -> dict[str, str]:
@@ -295,8 +359,8 @@ def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext) ->
     pairs = [[example_key(example) for example in part] for part in (inputs.train, inputs.held_out)]
     identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.fingerprint,
                 "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
-    if context.attention:
-        identity["the token weights"] = hash_json(context.attention.meta)
+    for stored in filter(None, (context.attention, context.scores)):
+        identity["the token weights"] = hash_json(stored.meta)
     return identity
 
 

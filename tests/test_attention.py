@@ -1,14 +1,22 @@
-"""The captured attention row equals the map of an eager model, on architectures that differ where it matters."""
+"""The judge's attention rows and rollout equal the maps of an eager model, on architectures that differ where it
+matters; so do all models' outputs, whose attention is ours."""
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from twdpo.attention import ATTENTION_NAME, attention_rows, parse_layers
+from twdpo import attention
+from twdpo.attention import (
+    ATTENTION_NAME,
+    JudgeCapture,
+    judge_forward,
+    parse_heads,
+    parse_layers,
+    rollout_rows,
+)
 from twdpo.config import InputError
-from twdpo.logratio import logits_of
-from twdpo.model import head_options
+from twdpo.rows import pack
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3,
@@ -17,66 +25,127 @@ MODELS = {
     "llama": {},
     "mistral": {"sliding_window": 7},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {},
     "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
                "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 7},
     "gpt_neox": {},
+    "gpt_oss": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": {"rope_type": "default",
+                                                                                      "rope_theta": 1e4}},
+    "cohere": {},
+    "olmo2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
 }
 
 
-def build(name: str, implementation: str):
+def build(name: str, implementation: str, **changes):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(SMALL | MODELS[name]))
+    config = AutoConfig.for_model(name, **(SMALL | MODELS[name] | changes))
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
-def sequences() -> list[np.ndarray]:
+def groups() -> list[list[np.ndarray]]:
+    """Two pairs of judge inputs: with a long common beginning, and with none; and one input alone."""
     rng = np.random.default_rng(0)
-    return [rng.integers(3, 97, length) for length in (20, 11, 5)]
+    begin, *ends = (rng.integers(3, 97, length) for length in (9, 12, 14, 5, 8, 6))
+    return [[np.concatenate([begin, end]) for end in ends[:2]], ends[2:4], ends[4:]]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_and_logits_equal_those_of_separate_eager_forwards(name, eager):
-    model, plain = build(name, ATTENTION_NAME), build(name, "eager")
+def sequences() -> list[np.ndarray]:
+    return [ids for group in groups() for ids in group]
 
-    def head_logits(hidden_ND):
-        head = model.get_output_embeddings()
-        return logits_of(hidden_ND, head.weight, getattr(head, "bias", None), head_options(model.config))
 
-    rows, logits = attention_rows(model, head_logits, sequences(), [0, 1, 2], eager)
-    assert rows.shape == (3, 3, 20) and rows.dtype == torch.float32
-    for place, ids in enumerate(sequences()):
+@pytest.fixture(scope="module", params=MODELS)
+def expected(request):
+    """(model's name, of each sequence alone: maps [L, H, T, T] and the last position's logits) of an eager model."""
+    plain, results = build(request.param, "eager"), []
+    for ids in sequences():
         with torch.no_grad():
             output = plain(torch.from_numpy(ids)[None], output_attentions=True)
+        results.append((torch.cat(output.attentions), output.logits[0, -1].float()))
+    return request.param, results
+
+
+def run(name: str, share: bool = True, **options) -> tuple[JudgeCapture, torch.Tensor]:
+    """(the capture of one packed row, logits of each sequence's last position)."""
+    model = build(name, ATTENTION_NAME)
+    capture = JudgeCapture(pack(groups(), share), frozenset(range(3)), **options)
+    hidden_SD = judge_forward(model.get_decoder(), capture, 3)
+    logits_SV = model.get_output_embeddings()(hidden_SD)
+    scale, cap = getattr(model.config, "logit_scale", None), getattr(model.config, "final_logit_softcapping", None)
+    logits_SV = logits_SV * scale if scale else logits_SV
+    return capture, cap * torch.tanh(logits_SV / cap) if cap else logits_SV
+
+
+@pytest.mark.parametrize("options", [{}, {"share": False}, {"eager": True}, {"final_layer": 2}, {"heads": (0, 3)}],
+                         ids=lambda options: ",".join(options) or "plain")
+def test_rows_and_logits_equal_those_of_separate_eager_forwards(expected, options):
+    name, results = expected
+    capture, logits_SV = run(name, **options)
+    for place, (maps_LHTT, logits_V) in enumerate(results):
         for layer in range(3):
-            expected = output.attentions[layer][0, :, -1].mean(dim=0)
-            torch.testing.assert_close(rows[place, layer, :len(ids)], expected, atol=1e-6, rtol=0)
-            assert (rows[place, layer, len(ids):] == 0).all()
-            assert rows[place, layer].sum().item() == pytest.approx(1, abs=1e-5)
-        torch.testing.assert_close(logits[place], output.logits[0, -1].float(), atol=2e-4, rtol=1e-4)
+            last_HT = maps_LHTT[layer, :, -1]
+            ours_T = capture.rows[layer][place]
+            wanted_T = (last_HT[[0, 3]] if "heads" in options else last_HT).mean(dim=0)
+            assert ours_T.dtype == torch.float32
+            torch.testing.assert_close(ours_T, wanted_T, atol=3e-6, rtol=0)
+        torch.testing.assert_close(logits_SV[place].float(), logits_V, atol=2e-4, rtol=1e-4)
 
 
-def test_windows_and_softcap_matter_in_these_models():
+@pytest.mark.parametrize("heads", [(), (1, 2)])
+def test_rollout_is_the_last_row_of_the_dense_product(expected, heads, monkeypatch):
+    monkeypatch.setitem(attention.MAP_BLOCK_BYTES, "cpu", 0)  # the least: several blocks a sequence
+    name, results = expected
+    capture, _ = run(name, keep=True, final_layer=2, heads=heads)
+    for ours_T, (maps_LHTT, _) in zip(rollout_rows(capture), results):
+        product = torch.eye(len(ours_T))
+        for maps_HTT in maps_LHTT:
+            maps_TT = (maps_HTT[list(heads)] if heads else maps_HTT).mean(dim=0)
+            product = (0.5 * maps_TT + 0.5 * torch.eye(len(ours_T))) @ product
+        torch.testing.assert_close(ours_T, product[-1], atol=1e-6, rtol=0)
+
+
+def test_plain_rows_equal_an_eager_model(expected, monkeypatch):
+    """The policy's forward: padded on the right, no mask given."""
+    monkeypatch.setattr(attention, "WINDOW_BLOCK", 4)
+    name, results = expected
+    model = build(name, ATTENTION_NAME)
+    rows = [torch.from_numpy(ids) for ids in sequences()]
+    with torch.no_grad():
+        logits_STV = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits
+    for place, (ids, (_, logits_V)) in enumerate(zip(rows, results)):
+        torch.testing.assert_close(logits_STV[place, len(ids) - 1].float(), logits_V, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, change", [("mistral", {"sliding_window": 64}), ("gemma2", {"sliding_window": 64}),
+                                          ("gemma2", {"attn_logit_softcapping": 50.0})])
+def test_windows_and_softcap_matter_in_these_models(name, change):
     """The cases above would prove little if the window or the softcap changed nothing."""
-    rows = {}
-    for window in (7, 64):
-        config = AutoConfig.for_model("mistral", **(SMALL | {"sliding_window": window}))
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval()
-        rows[window], _ = attention_rows(model, lambda hidden: hidden, sequences(), [2])
-    assert (rows[7][0, 0, :13] == 0).all() and (rows[64][0, 0, :13] > 0).all()
+    rows = []
+    for changes in ({}, change):
+        capture = JudgeCapture(pack(groups()), frozenset(range(3)))
+        judge_forward(build(name, ATTENTION_NAME, **changes).get_decoder(), capture, 3)
+        rows.append(capture.rows[0][0])
+    assert (rows[0] - rows[1]).abs().max() > 1e-3
 
 
-def test_an_architecture_without_the_interface_is_a_clear_error():
-    config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_an_architecture_without_the_interface_is_a_clear_error(name):
+    config = AutoConfig.for_model(name, vocab_size=97, hidden_size=32, n_layer=2, n_head=4, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(InputError, match="bloom: the attention of layer 2 can't be reached"):
-        attention_rows(model, lambda hidden: hidden, sequences(), [1])
+    with pytest.raises(InputError, match=f"{name}: the attention of layer 1 can't be reached"):
+        judge_forward(model.get_decoder(), JudgeCapture(pack(groups()), frozenset([1])), 2)
 
 
-def test_layers_are_one_based():
+def test_layers_and_heads_are_one_based():
     assert parse_layers("last", 32) == [31] and parse_layers("all", 3) == [0, 1, 2]
     assert parse_layers("32,1,8,8", 32) == [0, 7, 31]
+    assert parse_heads("mean", 8) == () and parse_heads("8,1", 8) == (0, 7)
     for bad in ("0", "33", "one", "1,,2", ""):
         with pytest.raises(InputError, match="--layers"):
             parse_layers(bad, 32)
+        with pytest.raises(InputError, match="--heads"):
+            parse_heads(bad, 32)

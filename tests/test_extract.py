@@ -1,6 +1,8 @@
 """The weights file: what extract.py writes, resumes, refuses; and what is read back."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +61,45 @@ def test_stored_attention_is_that_of_the_whole_maps(tmp_path, arguments, toy_mod
                 row = output.attentions[layer - 1][0, :, -1].mean(0)
                 for side, answer in enumerate(weights_file[pair.key]):
                     first, stop = judged.ranges[turn][side]
-                    np.testing.assert_allclose(answer.attention_RJ[turn], row[first:stop], atol=1e-6)
+                    np.testing.assert_allclose(answer.attention_LRJ[0, turn], row[first:stop], atol=1e-6)
                     assert (answer.ids_J == judged.ids[side]).all()
                     text = getattr(pair, ("chosen", "rejected")[side])
                     assert answer.spans_J2.min() == 0 and answer.spans_J2.max() == len(text)
+
+
+def test_layers_heads_and_rollout_of_one_pass_are_those_of_passes_of_their_own(tmp_path, arguments, pairs_file):
+    extract.main(arguments(tmp_path / "all", "--rollout"))
+    extract.main(arguments(tmp_path / "first", "--layers", "1"))
+    extract.main(arguments(tmp_path / "one", "--heads", "1"))
+    extract.main(arguments(tmp_path / "other", "--heads", "2,3,4"))
+    for pair in load_dataset(str(pairs_file), "").train:
+        layers = {layer: WeightsFile(tmp_path / "all", layer)[pair.key][0].attention_LRJ
+                  for layer in ("1", "2", "rollout", "last")}
+        assert (layers["last"] == layers["2"]).all() and not np.allclose(layers["rollout"], layers["2"], atol=1e-4)
+        np.testing.assert_allclose(WeightsFile(tmp_path / "first")[pair.key][0].attention_LRJ, layers["1"], atol=1e-7)
+        heads = [WeightsFile(tmp_path / name)[pair.key][0].attention_LRJ for name in ("one", "other")]
+        np.testing.assert_allclose((heads[0] + 3 * heads[1]) / 4, layers["2"], atol=1e-6)
+
+
+def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monkeypatch, capsys):
+    """Without the model's last layer there is no verdict to store, and nothing is said of it."""
+    seen = []
+    original = extraction.judge_forward
+    monkeypatch.setattr(extraction, "judge_forward", lambda decoder, capture, num_layers:
+                        seen.append((num_layers, len(decoder.layers))) or original(decoder, capture, num_layers))
+    extract.main(arguments(tmp_path / "w", "--layers", "1"))
+    assert set(seen) == {(1, 1)} and "position consistency" not in capsys.readouterr().out
+    assert WeightsFile(tmp_path / "w").verdict_statistics([]) == {}
+
+
+def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, arguments, monkeypatch, pairs_file, capsys):
+    extract.main(arguments(tmp_path / "packed"))
+    monkeypatch.setattr(extraction.Judge, "check_packing", lambda self: False)
+    extract.main(arguments(tmp_path / "alone"))
+    assert "judge inputs run one by one" in capsys.readouterr().out
+    for pair in load_dataset(str(pairs_file), "").train:
+        np.testing.assert_allclose(WeightsFile(tmp_path / "packed")[pair.key][1].attention_LRJ,
+                                   WeightsFile(tmp_path / "alone")[pair.key][1].attention_LRJ, atol=1e-6)
 
 
 def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, capsys):
@@ -100,9 +137,48 @@ def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, argum
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_a_sigkill_at_any_shard_resumes_to_the_same_bytes(tmp_path, arguments):
+    """A real SIGKILL in the middle of a write, of the first shard and of a later one."""
+    extract.main(arguments(tmp_path / "whole"))
+    for number in (1, 3):
+        out = tmp_path / f"killed-{number}"
+        program = ("import os, signal, sys; from twdpo import extraction, files; import extract\n"
+                   "extraction.PAIRS_PER_SHARD = 2\nreplace, calls = os.replace, []\n"
+                   "def dies(source, target):\n"
+                   "    calls.append(str(target).endswith('.safetensors'))\n"
+                   f"    if sum(calls) == {number}: os.kill(os.getpid(), signal.SIGKILL)\n"
+                   "    replace(source, target)\n"
+                   "os.replace = dies\nextract.main(sys.argv[1:])")
+        child = subprocess.run([sys.executable, "-c", program, *arguments(out)], cwd=ROOT, capture_output=True,
+                               timeout=200)
+        assert child.returncode == -signal.SIGKILL and len(shard_paths(out)) == number - 1
+        extract.main(arguments(out))
+        left = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        assert left == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("extra, word", [(["--query", "verdict"], "query"), (["--layers", "2"], "layers"),
-                                         (["--max-judge-length", "300"], "max_judge_length")])
-def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, capsys):
+                                         (["--max-judge-length", "300"], "max_judge_length"), (["--rollout"], "layers"),
+                                         (["--heads", "1"], "heads"), (["--model", "OTHER"], "model"),
+                                         (["--judge-prompt", "PROMPT"], "judge_prompt"), (["--data", "OTHER"], "data"),
+                                         (["--chat-template", "TEMPLATE"], "tokenizer")])
+def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, toy_model, capsys):
+    if extra[1:] == ["OTHER"] and extra[0] == "--model":
+        shutil.copytree(toy_model, tmp_path / "model")
+        model = AutoModelForCausalLM.from_pretrained(toy_model)
+        model.lm_head.weight.data[0] += 1
+        model.save_pretrained(tmp_path / "model")
+        extra = ["--model", str(tmp_path / "model")]
+    elif extra[0] == "--data":
+        (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][7:12]))
+        extra = ["--data", str(tmp_path / "other.jsonl")]
+    elif extra[0] == "--judge-prompt":
+        (tmp_path / "prompt.txt").write_text(JUDGE_PROMPTS["short"] + " Now")
+        extra = ["--judge-prompt", str(tmp_path / "prompt.txt")]
+    elif extra[0] == "--chat-template":
+        template = AutoTokenizer.from_pretrained(toy_model).chat_template
+        (tmp_path / "template.jinja").write_text(template + " ")
+        extra = ["--chat-template", str(tmp_path / "template.jinja")]
     extract.main(arguments(tmp_path / "w"))
     before = contents(tmp_path / "w")
     with pytest.raises(SystemExit) as stopped:
@@ -116,7 +192,7 @@ def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs
     extract.main(arguments(tmp_path / "verdict", "--query", "verdict"))
     key = load_dataset(str(pairs_file), "").train[0].key
     first, second = WeightsFile(tmp_path / "prompt")[key][0], WeightsFile(tmp_path / "verdict")[key][0]
-    assert not np.allclose(first.attention_RJ, second.attention_RJ, rtol=1e-3)
+    assert not np.allclose(first.attention_LRJ, second.attention_LRJ, rtol=1e-3)
 
 
 def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file):
@@ -124,7 +200,7 @@ def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "eager", "--attention", "eager"))
     for pair in load_dataset(str(pairs_file), "").train:
         for ours, theirs in zip(WeightsFile(tmp_path / "row")[pair.key], WeightsFile(tmp_path / "eager")[pair.key]):
-            np.testing.assert_allclose(ours.attention_RJ, theirs.attention_RJ, atol=1e-6)
+            np.testing.assert_allclose(ours.attention_LRJ, theirs.attention_LRJ, atol=1e-6)
 
 
 def test_bad_rows_stop_before_the_model_or_are_left_out(tmp_path, arguments, pairs_file, capsys):

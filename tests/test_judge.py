@@ -101,8 +101,9 @@ def test_the_input_is_the_rendered_prompt_with_the_answers_in_both_orders():
 
 def test_conversations_are_shown_as_role_blocks():
     many = Pair((("system", "be kind"), ("user", "hi"), ("assistant", "yes?"), ("user", "why")), "a", "b", "x:1")
-    assert show_question(many) == "system: be kind\n\nuser: hi\n\nassistant: yes?\n\nuser: why"
-    assert show_question(pair()) == "What?"
+    assert show_question(many, "conversation") == "system: be kind\n\nuser: hi\n\nassistant: yes?\n\nuser: why"
+    assert show_question(many, "first") == "hi"
+    assert show_question(pair(), "conversation") == "What?"
 
 
 def test_long_inputs_lose_the_left_of_the_question_and_then_the_ends_of_both_answers():
@@ -149,3 +150,24 @@ def test_verdict_tokens_spell_a_and_b():
     tokenizer = byte_level()
     for letter, ids in zip("AB", verdict_ids(tokenizer)):
         assert ids and all(tokenizer.decode([id]).strip() == letter for id in ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"strip": True, "cut": "authors", "spans": "authors", "question": "first"}])
+def test_inputs_built_together_are_those_built_one_by_one(options):
+    tokenizer = byte_level(TRIMMED)
+    pairs = [pair(f"What is {number}?" * (number % 7 + 1), "Hello there. " * (number + 1), "Lazy dog\n" * (20 - number))
+             for number in range(20)]
+    pairs += [pair("Say <|im_end|>", "yes <|im_end|> no", "no"), pair("long " * 400, "Hello " * 300, "dog")]
+    make = [JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], 1400, **options) for _ in range(2)]
+    together = make[0].build_all(pairs)
+    for given, built in zip(pairs, together):
+        try:
+            alone = make[1].build(given)
+        except ValueError as error:
+            assert str(built) == str(error)
+            continue
+        for name in ("input_ids", "ids", "spans_N2"):
+            for ours, theirs in zip(getattr(built, name), getattr(alone, name)):
+                np.testing.assert_array_equal(ours, theirs)
+        assert built.ranges == alone.ranges
+    assert make[0].counts == make[1].counts and sum(make[0].counts.values()) > 0

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from twdpo.rows import evaluation_batches, global_batch, num_steps, plan_rows
+from twdpo.rows import (
+    common_beginning,
+    evaluation_batches,
+    fill_rows,
+    global_batch,
+    num_steps,
+    pack,
+    plan_rows,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -45,3 +53,30 @@ def test_global_batches_cover_each_epoch_once_in_a_new_order():
 def test_steps():
     assert num_steps(10, 3, 2, 0) == 8 and num_steps(10, 3, 2, 5) == 5 and num_steps(10, 3, 1, 50) == 50
     assert evaluation_batches(5, 2) == [[0, 1], [2, 3], [4]] and evaluation_batches(0, 2) == []
+
+
+def test_packed_rows_share_the_beginning_of_a_group():
+    """[1 2 3 | 4 5 | 6] and [7 8]: the second sequence of the first group takes 1 2 3 from the first."""
+    groups = [[np.array([1, 2, 3, 4, 5]), np.array([1, 2, 3, 6])], [np.array([7, 8])]]
+    row = pack(groups)
+    assert row.input_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert row.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
+    assert row.ranges == (((0, 5),), ((0, 3), (5, 6)), ((6, 8),))
+    apart = pack(groups, share=False)
+    assert apart.input_ids_T.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
+    for packed in (row, apart):
+        sequences = [np.concatenate([packed.input_ids_T[first:stop] for first, stop in ranges]).tolist()
+                     for ranges in packed.ranges]
+        assert sequences == [ids.tolist() for group in groups for ids in group]
+
+
+def test_every_packed_sequence_keeps_its_last_token():
+    same = np.array([1, 2, 3])
+    assert common_beginning([same, same]) == 2 and common_beginning([same, same[:1]]) == 0
+    assert common_beginning([same, np.array([4, 2, 3])]) == 0
+    assert pack([[same, same]]).ranges == (((0, 3),), ((0, 2), (3, 4)))
+
+
+def test_rows_are_filled_longest_first_within_the_budget():
+    assert fill_rows([3, 9, 4, 12, 2], 10) == [[3], [1], [2, 0, 4]]
+    assert fill_rows([5, 5], 0) == [[0], [1]] and fill_rows([], 10) == []

@@ -51,6 +51,37 @@ def align(mass_J, judge_ids_J, judge_spans_J2, ids_N, spans_N2) -> np.ndarray:
     return aligned_N
 
 
+def align_by_edits(mass_J, judge_ids_J, ids_N) -> np.ndarray:
+    """Mass of judge tokens -> mass of training tokens, float64 [N], as the paper's authors do it (appendix D).
+
+    Where one side begins with the other it copies. Else the tokens that a cheapest edit script keeps copy, and all
+    others get 0: mass is lost. Ties go to keeping or substituting, then to inserting, then to deleting.
+    """
+    mass_J, aligned_N = np.asarray(mass_J, dtype=np.float64), np.zeros(len(ids_N))
+    shorter = min(len(ids_N), len(judge_ids_J))
+    if (ids_N[:shorter] == judge_ids_J[:shorter]).all():
+        aligned_N[:shorter] = mass_J[:shorter]
+        return aligned_N
+    steps = np.arange(len(judge_ids_J) + 1)
+    costs = [steps]  # of turning the first i training tokens into the first j judge tokens
+    for row, id in enumerate(ids_N, 1):
+        cheapest = np.minimum(costs[-1][:-1] + (judge_ids_J != id), costs[-1][1:] + 1)
+        cheapest = np.concatenate([[row], cheapest])
+        costs.append(np.minimum.accumulate(cheapest - steps) + steps)  # insertions run along the row
+    row, column = len(ids_N), len(judge_ids_J)
+    while row and column:
+        differs = ids_N[row - 1] != judge_ids_J[column - 1]
+        if costs[row - 1][column - 1] + differs == costs[row][column]:
+            row, column = row - 1, column - 1
+            if not differs:
+                aligned_N[row] = mass_J[column]
+        elif costs[row][column - 1] + 1 == costs[row][column]:
+            column -= 1
+        else:
+            row -= 1
+    return aligned_N
+
+
 def fill_empty(spans_2: np.ndarray) -> np.ndarray:
     """Spans with every empty one replaced by its left neighbour's, or by the first one's that is not empty."""
     filled_2 = np.array(spans_2)

@@ -1,38 +1,77 @@
-"""The attention row of a verdict: SDPA everywhere, and on the wanted layers one query row in fp32 beside it.
+"""The attention of every model here: SDPA, and beside it the row that a judge's verdict pays to each token.
 
-No S x S map is ever made (unless `eager` asks for it, as a check). Shapes: S sequences, T tokens, H heads, D head
-dimension, L wanted layers, V vocabulary.
+All rows are causal and none needs a mask: plain rows are padded on the right, sequences of a packed row
+(twdpo.rows.PackedRow) are taken apart for the attention alone. No S x S map is ever made, unless `eager` asks for it
+as a check. What SDPA can't express (softcap, sinks) and windows shorter than a sequence go block by block.
+
+Shapes: B rows, S sequences, T tokens, Q queries, K keys, H heads (keys and values may have fewer), D head dimension,
+L wanted layers.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from twdpo.config import InputError
+from twdpo.rows import PackedRow
 
-ATTENTION_NAME = "twdpo_row"
+ATTENTION_NAME = "twdpo"
+ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them
+WINDOW_BLOCK = 512  # queries at once where SDPA needs a window's mask
+MAP_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of fp32 attention at once where SDPA can't be used
+
+
+class AttentionOptions(NamedTuple):
+    """What an architecture does to q K^T before and in the softmax."""
+
+    scaling: float
+    sliding_window: int | None = None  # tokens, the query's own included
+    softcap: float | None = None
+    sinks_H: torch.Tensor | None = None  # logits of a share of attention that goes nowhere (gpt-oss)
 
 
 @dataclass
-class RowCapture:
-    """What one judge forward collects: `rows[layer]` is fp32 [S, T], the mean over heads, layers counted from 0."""
+class JudgeCapture:
+    """What one judge forward over a packed row collects.
 
-    layers: set[int]
-    queries_S: torch.Tensor  # position of the wanted query in each sequence
-    eager: bool
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows[layer]: for each sequence fp32 [T], the mean over heads of its last token's attention, layers counted from 0.
+    kept[layer]: queries, keys and options, when rollout needs them.
+    """
+
+    row: PackedRow
+    layers: frozenset[int]
+    heads: tuple[int, ...] = ()  # empty: all
+    eager: bool = False
+    keep: bool = False
+    final_layer: int = -1  # of the model: only its last positions go on
+    windows: tuple[bool, ...] = ()  # by layer, whether the config says that it has a window
+    rows: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionOptions]] = field(default_factory=dict)
 
 
-_capture: RowCapture | None = None
+_capture: JudgeCapture | None = None
+_seen: list[int] | None = None
 
 
 @contextmanager
-def capturing(capture: RowCapture):
-    """Rows are collected inside this context. It does not nest."""
+def recording_layers(seen: list[int]) -> Iterator[None]:
+    """Layers that attend inside this context are added to `seen`, counted from 0."""
+    global _seen
+    _seen = seen
+    try:
+        yield
+    finally:
+        _seen = None
+
+
+@contextmanager
+def capturing(capture: JudgeCapture) -> Iterator[JudgeCapture]:
+    """A forward inside this context is of `capture.row`. It does not nest."""
     global _capture
     assert _capture is None
     _capture = capture
@@ -42,105 +81,196 @@ def capturing(capture: RowCapture):
         _capture = None
 
 
-def row_attention_forward(module, query_SHTD, key, value, attention_mask, scaling=None, dropout=0.0,
-                          sliding_window=None, softcap=None, s_aux=None, **kwargs):
-    """The attention function behind `ATTENTION_NAME`; its output is SDPA's, or eager's where SDPA has no such option.
+def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+                      softcap=None, s_aux=None, **kwargs):
+    """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""
+    if _seen is not None:
+        _seen.append(module.layer_idx)
+    assert attention_mask is None and not dropout, "rows here are causal, without a mask and without dropout"
+    scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    if _capture is None:
+        return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
+    return _judge_attention(_capture, module.layer_idx, query_BHTD, key, value, options), None
 
-    softcap (Gemma-2) and s_aux (sinks, gpt-oss) can't be expressed by SDPA.
-    """
-    wanted = _capture is not None and module.layer_idx in _capture.layers
-    scaling = query_SHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query_SHTD.shape[1] // key.shape[1]
-    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
-    eager = (wanted and _capture.eager) or softcap is not None or s_aux is not None
-    if eager:
-        positions_ST = torch.arange(query_SHTD.shape[2], device=query_SHTD.device).expand(query_SHTD.shape[0], -1)
-        probs_SHTT = attention_probabilities(query_SHTD, key, attention_mask, positions_ST, **options)
-        output = (probs_SHTT.to(value.dtype) @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous()
-    else:
-        output, _ = sdpa_attention_forward(module, query_SHTD, key, value, attention_mask, dropout=dropout,
-                                           scaling=scaling, sliding_window=sliding_window, **kwargs)
-    if wanted:
-        queries_S1 = _capture.queries_S[:, None]
-        rows = torch.arange(len(queries_S1), device=query_SHTD.device)
-        if eager:
-            row_ST = probs_SHTT[rows, :, _capture.queries_S].mean(dim=1)
+
+def _judge_attention(capture: JudgeCapture, layer: int, query_1HTD, key, value, options: AttentionOptions
+                     ) -> torch.Tensor:
+    """Attention of one layer of a judge forward, [1, T, H, D]; rows of wanted layers go into the capture."""
+    if capture.windows and capture.windows[layer] and options.sliding_window is None:
+        raise InputError(f"layer {layer + 1} has a sliding window that its attention is not told of: this architecture "
+                         "can't be judged with packed rows; use another judge model")
+    if capture.keep:
+        capture.kept[layer] = query_1HTD, key, options
+    wanted = layer in capture.layers
+    rows = capture.rows.setdefault(layer, []) if wanted else []
+    # Only the last position of each sequence goes on to the verdict, so the final layer computes no other output.
+    output_1THD = torch.zeros_like(query_1HTD.transpose(1, 2), memory_format=torch.contiguous_format)
+    done = 0
+    for ranges in capture.row.ranges:
+        query, keys, values = (_take(tensor, ranges) for tensor in (query_1HTD, key, value))
+        stop = ranges[-1][1]
+        if wanted or layer == capture.final_layer:
+            start = 0 if capture.eager else query.shape[2] - 1
+            probs_1HQK = attention_probabilities(query[:, :, start:], keys, start, options)
+            last_HK = probs_1HQK[0, :, -1]
+            if wanted:
+                rows.append((last_HK[list(capture.heads)] if capture.heads else last_HK).mean(dim=0))
+        if layer == capture.final_layer:
+            output_1THD[0, stop - 1] = _grouped_matmul(last_HK[None, :, None].to(value.dtype), values)[0, :, 0]
         else:
-            query_SH1D = query_SHTD[rows, :, _capture.queries_S][:, :, None]
-            mask = None if attention_mask is None else attention_mask[rows, :, _capture.queries_S][:, :, None]
-            row_ST = attention_probabilities(query_SH1D, key, mask, queries_S1, **options)[:, :, 0].mean(dim=1)
-        _capture.rows[module.layer_idx] = row_ST
-    return output, None
+            output = (_grouped_matmul(probs_1HQK.to(value.dtype), values) if wanted and capture.eager
+                      else causal_attention(query, keys, values, options))
+            output_1THD[:, done:stop] = output[:, :, done - stop:].transpose(1, 2)  # a shared beginning is done once
+        done = stop
+    return output_1THD
 
 
-def attention_probabilities(query_SHQD, key, mask, positions_SQ, scaling, softcap=None, s_aux=None,
-                            sliding_window=None) -> torch.Tensor:
-    """softmax(q K^T * scale) in fp32, [S, H, Q, T], for queries at the given positions; key may have fewer heads."""
-    key_SHTD = key.repeat_interleave(query_SHQD.shape[1] // key.shape[1], dim=1)
-    scores = query_SHQD.float() @ key_SHTD.float().transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    # The mask may be None where SDPA's own causal flag would do: causality and the window are applied either way.
-    keys_T = torch.arange(key.shape[2], device=key.device)
-    seen = keys_T <= positions_SQ[:, None, :, None]
-    if sliding_window is not None:
-        seen = seen & (keys_T > positions_SQ[:, None, :, None] - sliding_window)
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask[..., :key.shape[2]]
-    elif mask is not None:
-        scores = scores + mask[..., :key.shape[2]].float()
-    # Finite, so that a padding query which sees nothing gives no NaN; a masked key's share is still exactly 0.
-    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
-    if s_aux is not None:  # a sink takes a share of the attention and gives nothing
-        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+def _take(tensor_BHTD: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The tokens of one sequence; a view where they stand together."""
+    pieces = [tensor_BHTD[:, :, first:stop] for first, stop in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _match_heads(key_BHTD: torch.Tensor, query_BHTD: torch.Tensor) -> torch.Tensor:
+    """Keys or values with as many heads as the queries."""
+    return key_BHTD.repeat_interleave(query_BHTD.shape[1] // key_BHTD.shape[1], dim=1)
+
+
+def _grouped_matmul(left_BHQX: torch.Tensor, right_BHXY: torch.Tensor) -> torch.Tensor:
+    """left @ right, [B, H, Q, Y], where the right side may have fewer heads; nothing is repeated in memory."""
+    rows, heads, queries, inner = left_BHQX.shape
+    grouped = left_BHQX.reshape(rows, right_BHXY.shape[1], -1, inner) @ right_BHXY
+    return grouped.view(rows, heads, queries, -1)
+
+
+def _map_block(query_BHTD: torch.Tensor) -> int:
+    """How many queries of a sequence may have their attention to all of it in memory at once."""
+    rows, heads, num_tokens, _ = query_BHTD.shape
+    return max(16, MAP_BLOCK_BYTES[query_BHTD.device.type] // (4 * rows * heads * num_tokens))
+
+
+def causal_attention(query_BHTD, key, value, options: AttentionOptions) -> torch.Tensor:
+    """Causal attention of whole sequences, [B, H, T, D]."""
+    num_tokens, window = query_BHTD.shape[2], options.sliding_window
+    plain = options.softcap is None and options.sinks_H is None
+    if plain and (window is None or num_tokens <= window):
+        return F.scaled_dot_product_attention(query_BHTD, key, value, is_causal=True, scale=options.scaling,
+                                              enable_gqa=key.shape[1] != query_BHTD.shape[1])
+    block = WINDOW_BLOCK if plain else _map_block(query_BHTD)
+    outputs = []
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        query, keys, values = query_BHTD[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
+        if plain:
+            seen_QK = visible(start - first, stop - start, stop - first, window, query.device)
+            outputs.append(F.scaled_dot_product_attention(query, _match_heads(keys, query), _match_heads(values, query),
+                                                          attn_mask=seen_QK, scale=options.scaling))
+        else:
+            probs_BHQK = attention_probabilities(query, keys, start - first, options)
+            outputs.append(_grouped_matmul(probs_BHQK.to(value.dtype), values))
+    return torch.cat(outputs, dim=2)
+
+
+def visible(start: int, num_queries: int, num_keys: int, window: int | None, device) -> torch.Tensor:
+    """bool [Q, K]: which keys the queries at positions start, start + 1, ... see."""
+    queries_Q1 = torch.arange(start, start + num_queries, device=device)[:, None]
+    keys_K = torch.arange(num_keys, device=device)
+    seen_QK = keys_K <= queries_Q1
+    return seen_QK if window is None else seen_QK & (keys_K > queries_Q1 - window)
+
+
+def attention_probabilities(query_BHQD, key_BHKD, start: int, options: AttentionOptions) -> torch.Tensor:
+    """softmax(q K^T * scale) in fp32, [B, H, Q, K], for queries at positions start, start + 1, ... of the keys."""
+    scores = _grouped_matmul(query_BHQD.float() * options.scaling, key_BHKD.float().transpose(2, 3))
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    # Without a window all queries see the keys before the first of them: only what follows needs a mask.
+    first = start if options.sliding_window is None else 0
+    seen_QK = visible(start - first, scores.shape[2], scores.shape[3] - first, options.sliding_window, scores.device)
+    scores[..., first:].masked_fill_(~seen_QK, float("-inf"))
+    if options.sinks_H is not None:
+        sinks = options.sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
     return scores.softmax(dim=-1)
 
 
-AttentionInterface.register(ATTENTION_NAME, row_attention_forward)
-# Without a mask function of the same name transformers hands over no mask at all, without a word.
-AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def rollout_rows(capture: JudgeCapture) -> list[torch.Tensor]:
+    """Attention rollout (Abnar and Zuidema 2020) of each sequence's last token, fp32 [T] each.
+
+    The last row of the product of all 0.5 I + 0.5 A_l, as vector times matrix from the top layer down, the maps A_l
+    (mean over heads) made block by block.
+    """
+    results = []
+    for ranges in capture.row.ranges:
+        num_tokens = sum(stop - first for first, stop in ranges)
+        flow_T = torch.zeros(num_tokens, device=capture.kept[0][0].device)
+        flow_T[-1] = 1.0
+        lowest = num_tokens - 1  # queries before it carry nothing yet: the top layer has one
+        for layer in sorted(capture.kept, reverse=True):
+            query, key, options = capture.kept[layer]
+            query, key = _take(query, ranges), _take(key, ranges)
+            if capture.heads:
+                key = _match_heads(key, query)[:, list(capture.heads)]
+                sinks_H = None if options.sinks_H is None else options.sinks_H[list(capture.heads)]
+                query, options = query[:, list(capture.heads)], options._replace(sinks_H=sinks_H)
+            moved_T = torch.zeros_like(flow_T)
+            block = _map_block(query)
+            for start in range(lowest, num_tokens, block):
+                stop = min(start + block, num_tokens)
+                probs_1HQK = attention_probabilities(query[:, :, start:stop], key[:, :, :stop], start, options)
+                moved_T[:stop] += (flow_T[start:stop] @ probs_1HQK[0]).mean(dim=0)
+            flow_T = 0.5 * flow_T + 0.5 * moved_T
+            lowest = 0
+        results.append(flow_T)
+    return results
 
 
-def parse_layers(text: str, num_layers: int) -> list[int]:
+# No mask function goes with the name: transformers then makes no mask, and this file takes care of what one would say.
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> list[int]:
     """`last`, `all` or `1,8,16` (1-based) -> layers counted from 0, ascending. Raises InputError."""
     if text == "last":
         return [num_layers - 1]
     if text == "all":
         return list(range(num_layers))
+    return parse_numbers(flag, text, num_layers, "layers", "last, all,")
+
+
+def parse_heads(text: str, num_heads: int) -> tuple[int, ...]:
+    """`mean` (all heads: empty) or `1,5` (1-based) -> heads counted from 0. Raises InputError."""
+    return () if text == "mean" else tuple(parse_numbers("--heads", text, num_heads, "heads", "mean"))
+
+
+def parse_numbers(flag: str, text: str, largest: int, things: str, words: str) -> list[int]:
+    """`1,8,16` -> [0, 7, 15]: ascending, each once, counted from 0. Raises InputError."""
     try:
-        layers = sorted({int(part) for part in text.split(",")})
+        numbers = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise InputError(f"--layers is {text!r}: it must be last, all, or numbers separated by commas") from error
-    if layers[0] < 1 or layers[-1] > num_layers:
-        raise InputError(f"--layers is {text!r}: the model has layers 1 to {num_layers}")
-    return [layer - 1 for layer in layers]
+        raise InputError(f"{flag} is {text!r}: it must be {words} or numbers separated by commas") from error
+    if numbers[0] < 1 or numbers[-1] > largest:
+        raise InputError(f"{flag} is {text!r}: the model has {things} 1 to {largest}")
+    return [number - 1 for number in numbers]
 
 
 @torch.no_grad()
-def attention_rows(model, head_logits, sequences: list, layers: list[int], eager: bool = False
-                   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention of each sequence's last position, and the logits that it predicts.
+def judge_forward(decoder, capture: JudgeCapture, num_layers: int) -> torch.Tensor:
+    """Run the judge over `capture.row`; the hidden states of each sequence's last token, [S, D].
 
-    model: a causal LM loaded with attn_implementation=ATTENTION_NAME. head_logits: hidden [N, D] -> fp32 logits
-    [N, V]. sequences: S arrays of token ids. Returns rows [S, L, T] fp32 on the CPU (T: the longest sequence, zeros
-    after a shorter one's end) and logits [S, V] fp32 on the CPU.
-    Raises InputError when a wanted layer gave no row: the architecture does not go through transformers' interface.
+    num_layers: how many layers must have attended, each once. Raises InputError when some did not: the architecture
+    does not go through transformers' AttentionInterface there, so its attention can't be reached.
     """
-    device = next(model.parameters()).device
-    lengths_S = torch.tensor([len(ids) for ids in sequences])
-    input_ids_ST = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(ids) for ids in sequences], batch_first=True).long()
-    mask_ST = torch.arange(input_ids_ST.shape[1]) < lengths_S[:, None]
-    capture = RowCapture(set(layers), (lengths_S - 1).to(device), eager)
-    with capturing(capture):
-        hidden_STD = model.get_decoder()(input_ids=input_ids_ST.to(device), attention_mask=mask_ST.to(device),
-                                         use_cache=False).last_hidden_state
-    missing = [layer + 1 for layer in layers if layer not in capture.rows]
-    if missing:
-        raise InputError(f"{model.config.model_type}: the attention of layer {missing[0]} can't be reached (the "
+    device = next(decoder.parameters()).device
+    seen: list[int] = []
+    with capturing(capture), recording_layers(seen):
+        hidden_1TD = decoder(input_ids=torch.from_numpy(capture.row.input_ids_T)[None].long().to(device),
+                             position_ids=torch.from_numpy(capture.row.positions_T)[None].long().to(device),
+                             use_cache=False).last_hidden_state
+    if sorted(seen) != list(range(num_layers)):
+        missing = sorted(set(range(num_layers)) - set(seen)) or seen
+        raise InputError(f"{decoder.config.model_type}: the attention of layer {missing[0] + 1} can't be reached (the "
                          "architecture does not use transformers' AttentionInterface); use another judge model")
-    rows = torch.stack([capture.rows[layer] for layer in layers], dim=1).cpu()  # sync
-    logits = head_logits(hidden_STD[torch.arange(len(sequences), device=device), capture.queries_S]).cpu()  # sync
-    if not (rows.isfinite().all() and logits.isfinite().all()):
-        raise InputError(f"{model.config.model_type}: the judge's attention is not finite; try --judge-dtype float32")
-    return rows, logits
+    return hidden_1TD[0, [ranges[-1][1] - 1 for ranges in capture.row.ranges]]

@@ -11,7 +11,7 @@ import torch
 
 from twdpo.chat import Example
 from twdpo.rows import MicroBatch
-from twdpo.weights import WEIGHTS, WeightContext, normalize
+from twdpo.weights import WEIGHTS, WeightContext, judged_lengths, normalize
 
 
 @dataclass
@@ -74,8 +74,16 @@ def set_weights(batch: PairBatch, source_name: str, loss, context: WeightContext
     """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
     source = WEIGHTS[source_name]
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
-    weights_N, scale_S = normalize(source(batch, context), batch.seq_lens_S, norm)
+    raw_N = source(batch, context)
+    if norm == "mean1" and not context.config.renormalize:
+        weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, "none")[0], batch.seq_lens_S.float()
+    else:
+        weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, norm)
+    if norm == "mean1" and context.config.multiplier == "judged":
+        scale_S = judged_lengths(batch, context)
     if context.config.length_normalize:
         # Eq. 15 drops |y|: weights of sum 1 and scale 1.
-        weights_N, scale_S = normalize(weights_N, batch.seq_lens_S, "mean1")[0], torch.ones_like(scale_S)
+        if context.config.renormalize:
+            weights_N = normalize(weights_N, batch.seq_lens_S, "mean1")[0]
+        scale_S = torch.ones_like(scale_S)
     return replace(batch, weights_N=weights_N, scale_S=scale_S)

@@ -32,8 +32,8 @@ class SharedConfig:
                           "--eval-fraction")
     chat_template: str = flag("", "model and data", "Jinja file; empty: the tokenizer's own template")
     skip_bad_rows: bool = flag(False, "model and data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
-    preset: str = flag("", "model and data", "settings to start from: paper or toy; empty: toy for --data toy, else "
-                       "paper")
+    preset: str = flag("", "model and data", "settings to start from: paper, authors or toy; empty: toy for --data "
+                       "toy, else paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
                        free=True)
     imports: str = flag("", "model and data", "Python files that add to LOSSES or WEIGHTS, separated by commas; "
@@ -41,20 +41,35 @@ class SharedConfig:
     cache_dir: str = flag("", "model and data", "folder for attention and reference log-probs; empty: "
                           "$XDG_CACHE_HOME/twdpo, else ~/.cache/twdpo", free=True)
 
-    judge_prompt: str = flag("paper", "judge", "'paper' (Fig. 6), 'short', or a text file with {question}, {answer_a} "
-                             "and {answer_b}")
+    judge_prompt: str = flag("paper", "judge", "'paper' (Fig. 6), 'authors' (their code's: four spaces on its second "
+                             "line), 'short', or a text file with {question}, {answer_a} and {answer_b}")
+    question: str = flag("conversation", "judge", "what the judge sees before the answers: 'conversation' (all turns) "
+                         "or 'first' (the first user turn)")
+    strip_answers: bool = flag(False, "judge", "the judge sees answers without white space around them; off: as the "
+                               "chat template prints them")
     max_judge_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context")
+    judge_cut: str = flag("common", "judge", "how too long inputs are cut: 'common' (the question, then both answers "
+                          "to one length) or 'authors' (at 2048 tokens: answers to 768, the question to the rest)")
+    spans: str = flag("exact", "judge", "'exact': all of an answer's tokens; 'authors': without its last ones, by the "
+                      "rules of their code")
     query: str = flag("prompt", "judge", "whose attention is read: 'prompt' (the last prompt position, whose output is "
-                      "the verdict) or 'verdict' (the likelier of A and B is appended)")
+                      "the verdict) or 'verdict' (the likelier of A and B is appended: a second forward)")
+    heads: str = flag("mean", "judge", "'mean' of all heads, or of these: 1-based, separated by commas")
     attention: str = flag("row", "judge", "'row': one fp32 row beside SDPA; 'eager': the whole map on the wanted "
                           "layers, as a check")
+    rounds: str = flag("raw", "judge", "'raw': the two rounds are averaged, then normalised (Eq. 13); 'normalized': "
+                       "each is normalised first (authors' code)")
     judge_dtype: str = flag("auto", "judge", "float32 or bfloat16; auto: bfloat16 on CUDA, float32 on CPU")
-    judge_batch_tokens: int = flag(0, "judge", "most tokens in one judge batch, padding counted; 0: 8192 on CPU, 32768 "
+    judge_batch_tokens: int = flag(0, "judge", "most tokens in one judge batch; 0: 8192 on CPU, 32768 "
                                    "on CUDA", free=True)
 
     def __post_init__(self):
         require(self, "judge_prompt", bool(self.judge_prompt), "paper, short or a file")
         require(self, "max_judge_length", self.max_judge_length >= 0, ">= 0")
+        require(self, "question", self.question in ("conversation", "first"), "conversation or first")
+        require(self, "judge_cut", self.judge_cut in ("common", "authors"), "common or authors")
+        require(self, "spans", self.spans in ("exact", "authors"), "exact or authors")
+        require(self, "rounds", self.rounds in ("raw", "normalized"), "raw or normalized")
         require(self, "query", self.query in ("prompt", "verdict"), "prompt or verdict")
         require(self, "attention", self.attention in ("row", "eager"), "row or eager")
         require(self, "judge_dtype", self.judge_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
@@ -66,12 +81,27 @@ class ExtractConfig(SharedConfig):
     """`extract.py`: pairs -> raw attention on disk."""
 
     layers: str = flag("last", "judge", "layers to store, 1-based, separated by commas; 'last' or 'all'")
+    rollout: bool = flag(False, "judge", "store attention rollout through all layers beside them (keeps the queries "
+                         "and keys of a batch in memory); off: layers only")
+    verbalized: bool = flag(False, "judge", "let the model write down scores of each answer's parts instead (paper "
+                            "section 4.2; one generation an answer); off: attention")
     out: str = flag("", "output", "folder for the weights file (required); one that holds the same extraction is "
                     "completed", free=True)
+    export: str = flag("", "output", ".jsonl file of the rows with the columns of the authors' code (token ids, "
+                       "weights by layer); held-out rows go into FILE_held_out.jsonl; empty: off", free=True)
+    report: str = flag("", "output", "folder for statistics of the weights (the paper's Tables 1 and 2 among them) and "
+                       "a page that shows them; empty: off", free=True)
+    report_pairs: int = flag(24, "output", "pairs shown on that page", free=True)
+    report_min_count: int = flag(100, "output", "tokens of the most weighted ones occur at least so often", free=True)
 
     def __post_init__(self):
         super().__post_init__()
         require(self, "out", bool(self.out), "a folder to write to")
+        require(self, "export", not self.export or self.export.endswith(".jsonl"), "a .jsonl file")
+        if self.verbalized and (self.export or self.report):
+            raise InputError("--export and --report are of attention: leave them out with --verbalized")
+        require(self, "report_pairs", self.report_pairs >= 0, ">= 0")
+        require(self, "report_min_count", self.report_min_count >= 1, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -79,15 +109,28 @@ class TrainConfig(SharedConfig):
     """`train.py`: pairs -> judge -> weights -> TwDPO -> evaluated checkpoint. Defaults: paper Table 6."""
 
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
-    weights: str = flag("", "objective", "a name in WEIGHTS (twdpo/weights.py) or a folder made by extract.py; empty: "
-                        "the loss's own source")
+    weights: str = flag("", "objective", "a name in WEIGHTS (twdpo/weights.py), a folder made by extract.py, or a file "
+                        "of its --export; empty: the loss's own source")
+    weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored layer that attention weights are read from, 1-based; 'last': the "
-                      "last one stored")
+                      "last one stored; 'all' stored, or several separated by commas: see --layer-merge; 'rollout'")
+    layer_merge: str = flag("mean", "objective", "weights of several layers: their 'mean', or their 'sum' as in the "
+                            "authors' code")
+    align: str = flag("characters", "objective", "judge tokens to training tokens by 'characters', or by 'edits' as in "
+                      "appendix D")
     beta: float = flag(5e-3, "objective", "strength of the KL penalty; 2.0 with --length-normalize unless given")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
     label_smoothing: float = flag(0.0, "objective", "share of labels taken as flipped, 0 to 0.5; 0: off")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
     sink_k_min: int = flag(5, "objective", "the reset applies to answers of at least this many judge tokens")
+    sink_on: str = flag("training", "objective", "tokens that the reset is made on: 'training', after the alignment, "
+                        "or 'judge', before it (authors' code)")
+    unseen: str = flag("mean", "objective", "weight of tokens that the judge did not see, the end of the turn among "
+                       "them: 'mean' (1/n) or 'zero' (authors' code)")
+    renormalize: bool = flag(True, "objective", "weights sum to 1 in each answer; off: to what cuts and the alignment "
+                             "left (authors' code)")
+    multiplier: str = flag("answer", "objective", "what |y| counts: tokens of the 'answer', or those 'judged' "
+                           "(authors' code)")
 
     eval_fraction: float = flag(0.05, "held-out pairs", "share of the pairs held out when the data has no test split, "
                                 "split by prompt; 0: no evaluation at all")
@@ -130,7 +173,12 @@ class TrainConfig(SharedConfig):
         super().__post_init__()
         require(self, "beta", self.beta > 0, "> 0")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
+        require(self, "layer_merge", self.layer_merge in ("mean", "sum"), "mean or sum")
+        require(self, "align", self.align in ("characters", "edits"), "characters or edits")
         require(self, "sink_k", self.sink_k >= 0, ">= 0")
+        require(self, "sink_on", self.sink_on in ("training", "judge"), "training or judge")
+        require(self, "unseen", self.unseen in ("mean", "zero"), "mean or zero")
+        require(self, "multiplier", self.multiplier in ("answer", "judged"), "answer or judged")
         require(self, "eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
         require(self, "lr", self.lr > 0, "> 0")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
@@ -150,6 +198,21 @@ class TrainConfig(SharedConfig):
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},  # the fields' defaults: paper Table 6 and sections 2.5, 2.6
+    # What the authors' code does where it differs from the paper's text (github.com/HCY123902/AttentionPO).
+    "authors": {
+        "judge_prompt": "authors",
+        "question": "first",
+        "strip_answers": True,
+        "judge_cut": "authors",
+        "spans": "authors",
+        "layer_merge": "sum",
+        "rounds": "normalized",
+        "align": "edits",
+        "sink_on": "judge",
+        "unseen": "zero",
+        "renormalize": False,
+        "multiplier": "judged",
+    },
     "toy": {
         "judge_prompt": "short",
         "lr": 1e-3,

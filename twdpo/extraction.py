@@ -1,48 +1,68 @@
-"""The judge pass: pairs -> attention rows -> weights file. Resumes after a kill with the same bytes."""
+"""The judge pass: pairs -> attention rows -> weights file. Resumes after a kill with the same bytes.
 
+Both rounds of a pair stand in one packed row and share their common beginning; the forward stops after the last wanted
+layer, and the head runs at the last position of each input alone.
+"""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from twdpo.attention import attention_rows, parse_layers
+from twdpo.attention import ROLLOUT, JudgeCapture, judge_forward, parse_heads, parse_layers, rollout_rows
+from twdpo.chat import encode, printed_answers, render
 from twdpo.config import InputError, SharedConfig
 from twdpo.dist import Process
 from twdpo.files import hash_json
-from twdpo.judge import ROUNDS, JudgedPair, JudgeInputs, load_judge_prompt, verdict_ids
+from twdpo.judge import ROUNDS, JudgedPair, JudgeInputs, load_judge_prompt, show_question, verdict_ids
 from twdpo.logratio import logits_of
 from twdpo.model import (
     check_length,
     context_length,
+    decoder_layers,
     fingerprint_tokenizer,
     head_options,
     load_judge,
     load_model_config,
     pick_dtype,
 )
+from twdpo.pairs import BadRow, Pair
+from twdpo.rows import common_beginning, fill_rows, pack
+from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, locate_parts, matched_share, parse_parts
 from twdpo.weights_file import shard_path, stored_keys, write_meta, write_shard
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
 PAIRS_PER_SHARD = 128
 
 
-def describe_extraction(config: SharedConfig, layers: str, model_dir: Path, model_fingerprint: str, tokenizer,
-                        data_fingerprint: str, device: torch.device) -> dict[str, object]:
-    """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense."""
+def describe_extraction(config: SharedConfig, layers: str, flag: str, rollout: bool, model_dir: Path,
+                        model_fingerprint: str, tokenizer, data_fingerprint: str, device: torch.device
+                        ) -> dict[str, object]:
+    """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense.
+
+    layers: as --layers, or as `flag` says; "" for none but the rollout.
+    """
     model_config = load_model_config(model_dir)
     text_config = model_config.get_text_config()
-    max_length = config.max_judge_length or context_length(model_config)
+    numbers = parse_layers(layers, text_config.num_hidden_layers, flag) if layers else []
+    parse_heads(config.heads, text_config.num_attention_heads)
     return {
         "code": EXTRACTION_VERSION,
         "model": model_fingerprint,
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "judge_prompt": hash_json(load_judge_prompt(config.judge_prompt)),
-        "max_judge_length": max_length,
+        "question": config.question,
+        "strip_answers": config.strip_answers,
+        "judge_cut": config.judge_cut,
+        "spans": config.spans,
+        "max_judge_length": config.max_judge_length or context_length(model_config),
         "query": config.query,
         "attention": config.attention,
         "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
-        "heads": "mean",
-        "layers": [layer + 1 for layer in parse_layers(layers, text_config.num_hidden_layers)],
+        "heads": config.heads,
+        "layers": [layer + 1 for layer in numbers] + [ROLLOUT] * rollout,
         "data": data_fingerprint,
     }
 
@@ -54,96 +74,291 @@ def open_judge_inputs(config: SharedConfig, meta: dict[str, object], model_dir: 
     if config.max_judge_length:
         warning = check_length("--max-judge-length", config.max_judge_length, load_model_config(model_dir))
         process.print(warning) if warning else None
-    return JudgeInputs(tokenizer, load_judge_prompt(config.judge_prompt), meta["max_judge_length"] - appended)
+    inputs = JudgeInputs(tokenizer, load_judge_prompt(config.judge_prompt), meta["max_judge_length"] - appended,
+                         config.question, config.strip_answers, config.judge_cut, config.spans)
+    if config.spans == "authors" and inputs.end_rule is None:
+        process.print("--spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
+    return inputs
 
 
-def extract_attention(config: SharedConfig, meta: dict[str, object], directory: Path, judged: dict[int, JudgedPair],
-                      model_dir: Path, tokenizer, process: Process) -> None:
-    """Add the attention of all `judged` pairs (by key) to the weights file in `directory`. All ranks.
+def stored_pairs(directory: Path, meta: dict[str, object], process: Process) -> set[int]:
+    """Keys of the pairs whose attention under these settings is in `directory` already. All ranks."""
+    def read() -> set[int]:
+        if not (directory / "meta.json").exists():
+            return set()
+        write_meta(directory, meta)  # compares
+        return stored_keys(directory)
+    return process.on_main(read)
+
+
+def check_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], process: Process) -> list[BadRow]:
+    """Rows that can't be judged, in order; says what was cut or done apart. The processes share the work. All ranks."""
+    bad: dict[int, BadRow] = {}
+    mine = range(process.rank, len(pairs), process.world_size)
+    with process.progress(total=len(mine), desc="judge inputs", unit="pair") as bar:
+        for start in range(0, len(mine), PAIRS_PER_SHARD):
+            places = mine[start:start + PAIRS_PER_SHARD]
+            for place, built in zip(places, inputs.build_all([pairs[place] for place in places])):
+                if isinstance(built, ValueError):
+                    bad[place] = BadRow(pairs[place].where, str(built), pairs[place].to_row())
+            bar.update(len(places))
+    counts: Counter = Counter()
+    for other_bad, other_counts in process.gather((bad, inputs.counts)):
+        bad |= other_bad
+        counts.update(other_counts)
+    for what, count in counts.items():
+        process.print(f"{what}: {count}") if count else None
+    return [bad[place] for place in sorted(bad)]
+
+
+def list_work(meta: dict[str, object], directory: Path, pairs: list[Pair], what: str, process: Process
+              ) -> list[tuple[int, list[Pair]]]:
+    """(number, pairs) of the shards that the folder lacks; each pair once. All ranks."""
+    process.on_main(lambda: write_meta(directory, meta))
+    stored = process.on_main(lambda: stored_keys(directory))
+    pairs = list({pair.key: pair for pair in pairs}.values())
+    groups = [pairs[start:start + PAIRS_PER_SHARD] for start in range(0, len(pairs), PAIRS_PER_SHARD)]
+    todo = [(number, [pair for pair in group if pair.key not in stored]) for number, group in enumerate(groups)]
+    todo = [(number, group) for number, group in todo if group]
+    missing = sum(len(group) for _, group in todo)
+    process.print(f"{what}: {len(pairs) - missing} of {len(pairs)} pairs stored in {directory}"
+                  + (f", {missing} to extract" if missing else ", nothing to extract"))
+    return todo
+
+
+def extract_attention(config: SharedConfig, meta: dict[str, object], directory: Path, pairs: list[Pair],
+                      inputs: JudgeInputs, model_dir: Path, tokenizer, process: Process) -> None:
+    """Add the attention of all `pairs` to the weights file in `directory`. All ranks.
 
     Processes share the work by shards; what is stored already is kept.
     """
-    process.on_main(lambda: write_meta(directory, meta))
-    stored = process.on_main(lambda: stored_keys(directory))
-    keys = list(judged)
-    groups = [keys[start:start + PAIRS_PER_SHARD] for start in range(0, len(keys), PAIRS_PER_SHARD)]
-    todo = [(number, [key for key in group if key not in stored]) for number, group in enumerate(groups)]
-    todo = [(number, group) for number, group in todo if group]
-    missing = sum(len(group) for _, group in todo)
-    process.print(f"attention: {len(keys) - missing} of {len(keys)} pairs stored in {directory}"
-                  + (f", {missing} to extract" if missing else ", nothing to extract"))
+    todo = list_work(meta, directory, pairs, "attention", process)
     if not todo:
         return
-    dtype = pick_dtype(config.judge_dtype, process.device)
-    model = load_judge(model_dir, dtype, process.device)
-    run = JudgeRun(config, meta, model, tokenizer, process.device)
+    judge = Judge(config, meta, model_dir, tokenizer, process)
     mine = todo[process.rank::process.world_size]
     with process.progress(total=sum(len(group) for _, group in mine), desc="judge", unit="pair") as bar:
-        for number, group in mine:
-            write_shard(shard_path(directory, number, group), run.shard(group, judged, bar))
-    del model, run
+        with ThreadPoolExecutor(1) as pool:  # the next shard is tokenised while the device works on this one
+            following = pool.submit(inputs.build_all, mine[0][1]) if mine else None
+            for place, (number, group) in enumerate(mine):
+                judged = following.result()
+                for pair, built in zip(group, judged):
+                    if isinstance(built, ValueError):  # checked before, unless a damaged shard was removed since
+                        raise InputError(f"{pair.where}: {built}")
+                if place + 1 < len(mine):
+                    following = pool.submit(inputs.build_all, mine[place + 1][1])
+                keys = [pair.key for pair in group]
+                write_shard(shard_path(directory, number, keys), judge.shard(keys, judged, bar))
+    del judge
     process.gather(None)  # all ranks have written before any reads
 
 
-class JudgeRun:
-    """A loaded judge and its settings."""
+def describe_scores(model_fingerprint: str, tokenizer, data_fingerprint: str, dtype: torch.dtype) -> dict[str, object]:
+    """meta.json of a folder of verbalised scores: everything that they depend on."""
+    return {"code": EXTRACTION_VERSION, "source": "verbalized", "model": model_fingerprint,
+            "tokenizer": fingerprint_tokenizer(tokenizer), "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
+            "judge_dtype": str(dtype).removeprefix("torch."), "data": data_fingerprint, "layers": []}
 
-    def __init__(self, config: SharedConfig, meta: dict[str, object], model, tokenizer, device: torch.device):
-        self.model, self.query, self.eager = model, config.query, config.attention == "eager"
-        self.layers = [layer - 1 for layer in meta["layers"]]
+
+def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Path, pairs: list[Pair], model_dir: Path,
+                   tokenizer, process: Process) -> None:
+    """Let the model score the parts of both answers of all `pairs`, into the folder `directory`. All ranks.
+
+    One generation an answer, greedy, as long as twice the answer and its quotes; what is stored already is kept.
+    """
+    todo = list_work(meta, directory, pairs, "verbalised scores", process)
+    if not todo:
+        return
+    model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device)
+    model.set_attn_implementation("sdpa")  # generation keeps a cache, which packed rows have none of
+    budget = config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
+    mine = todo[process.rank::process.world_size]
+    with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
+        for number, group in mine:
+            keys = [pair.key for pair in group]
+            write_shard(shard_path(directory, number, keys), score_pairs(model, tokenizer, group, budget, bar))
+    process.gather(None)  # all ranks have written before any reads
+
+
+def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
+    """The arrays of one shard (twdpo.verbalized)."""
+    prompts, answers = [], []
+    for pair in pairs:
+        _, _, printed = printed_answers(tokenizer, pair)
+        for answer in printed:
+            user = USER_PROMPT.format(question=show_question(pair, "conversation"), answer=answer.text)
+            prompts.append(render_prompt(tokenizer, SYSTEM_PROMPT, user))
+            answers.append((answer, encode(tokenizer, [answer.text])[0]))
+    ids = [each for each, _ in encode(tokenizer, prompts)]
+    outputs = {}
+    lengths = [len(ids[place]) + most_new_tokens(len(answers[place][1][0])) for place in range(len(ids))]
+    for batch in equal_batches(lengths, budget):
+        outputs |= dict(zip(batch, generate(model, tokenizer, [ids[place] for place in batch],
+                                            max(most_new_tokens(len(answers[place][1][0])) for place in batch))))
+        bar.update(len(batch) / 2)
+    spans, scores, matched = [], [], []
+    for place, (answer, (_, token_spans)) in enumerate(answers):
+        spans_J2, score_J = locate_parts(answer.text, parse_parts(outputs[place]))
+        matched.append(matched_share(token_spans, spans_J2, answer.text))
+        spans.append(spans_J2 + answer.start)
+        scores.append(score_J)
+    return {
+        "key_E": np.array([pair.key for pair in pairs], dtype=np.int64),
+        "length_E2": np.array([len(each) for each in scores], dtype=np.int32).reshape(-1, 2),
+        "spans_J2": np.concatenate(spans).astype(np.int32),
+        "score_J": np.concatenate(scores),
+        "matched_E2": np.array(matched, dtype=np.float32).reshape(-1, 2),
+    }
+
+
+def render_prompt(tokenizer, system: str, user: str) -> str:
+    """The conversation up to the answer; a template that knows no system turn gets both texts in one."""
+    try:
+        text = render(tokenizer, [("system", system), ("user", user)], generation_prompt=True)
+    except ValueError:
+        text = ""
+    return text if system in text else render(tokenizer, [("user", f"{system}\n\n{user}")], generation_prompt=True)
+
+
+def most_new_tokens(num_answer_tokens: int) -> int:
+    """Every word of an answer may be a part of its own, with quotes, brackets and a score around it."""
+    return 8 * num_answer_tokens + 64
+
+
+def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices by batch, longest first, each batch padded to its first within the budget."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of prompts in tokens, up to the end of the turn."""
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    room = context_length(model.config) - longest
+    if room < 1:
+        return [""] * len(prompts)  # nothing is matched: the pair is left out and counted
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):  # padded on the left, so that all go on from the same place
+        input_ids[row, longest - len(ids):] = torch.tensor(ids)
+        mask[row, longest - len(ids):] = 1
+    output = model.generate(input_ids.to(device), attention_mask=mask.to(device), do_sample=False,
+                            max_new_tokens=min(max_new_tokens, room), pad_token_id=0, temperature=None, top_p=None,
+                            top_k=None)
+    return tokenizer.batch_decode(output[:, longest:].tolist(), skip_special_tokens=True)
+
+
+class Judge:
+    """A loaded judge and its settings. Input 2i + r is round r of pair i."""
+
+    def __init__(self, config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process):
+        device = process.device
+        self.model = load_judge(model_dir, pick_dtype(config.judge_dtype, device), device)
+        self.decoder = self.model.get_decoder()
+        self.query, self.eager = config.query, config.attention == "eager"
+        self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
+        self.rollout = ROLLOUT in meta["layers"]
+        text_config = self.model.config.get_text_config()
+        self.heads = parse_heads(config.heads, text_config.num_attention_heads)
+        self.windows = tuple(kind == "sliding_attention" for kind in getattr(text_config, "layer_types", None) or ())
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
-        self.verdicts = verdict_ids(tokenizer)
-        self.options = head_options(model.config)
+        self.verdicts, self.options = verdict_ids(tokenizer), head_options(self.model.config)
+        # Nothing after the last wanted layer is run; the verdict needs them all.
+        layers = decoder_layers(self.model)
+        self.num_layers = len(layers)
+        self.has_verdict = self.rollout or self.query == "verdict" or self.layers[-1] == len(layers) - 1
+        if not self.has_verdict:
+            self.num_layers = self.layers[-1] + 1
+            del layers[self.num_layers:]
+        self.packs = self.check_packing()
+        if not self.packs:
+            process.print("judge inputs run one by one: packed rows give this model other hidden states")
 
-    def head_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        head = self.model.get_output_embeddings()
-        return logits_of(hidden_ND, head.weight, getattr(head, "bias", None), self.options)
+    def check_packing(self) -> bool:
+        """Whether two inputs with a common beginning get the hidden states that each gets alone."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        first = np.arange(24, dtype=np.int32) * 7 % vocabulary
+        inputs = [first, np.concatenate([first[:12], first[:5:-1]])]
+        together = self.forward(pack([inputs]), ())[1]
+        alone = torch.cat([self.forward(pack([[ids]]), ())[1] for ids in inputs])
+        tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+        # Some rotary embeddings change with the longest position in the row.
+        rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        adaptive = str(rope).find("dynamic") >= 0 or str(rope).find("longrope") >= 0
+        return not adaptive and bool((together - alone).norm() <= tolerance * alone.norm())  # sync
 
-    def shard(self, keys: list[int], judged: dict[int, JudgedPair], bar) -> dict[str, np.ndarray]:
-        """The arrays of one shard (twdpo.weights_file), its inputs batched by length up to the token budget."""
-        inputs = [(key, turn) for key in keys for turn in range(ROUNDS)]
-        inputs.sort(key=lambda place: -len(judged[place[0]].input_ids[place[1]]))
+    def forward(self, row, layers, keep: bool = False) -> tuple[JudgeCapture, torch.Tensor]:
+        """(what was captured, hidden states of each input's last token [S, D])."""
+        capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, self.num_layers - 1, self.windows)
+        return capture, judge_forward(self.decoder, capture, self.num_layers)
+
+    def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
+        """The arrays of one shard (twdpo.weights_file)."""
+        units = [(pair, (0, 1)) for pair in range(len(judged))]
+        if not self.packs:
+            units = [(pair, (turn,)) for pair, turns in units for turn in turns]
+        groups = [[judged[pair].input_ids[turn] for turn in turns] for pair, turns in units]
+        lengths = [sum(map(len, group)) - (len(group) - 1) * common_beginning(group) if len(group) > 1
+                   else len(group[0]) for group in groups]
         rows, verdicts, top_tokens = {}, {}, {}
-        start = 0
-        while start < len(inputs):
-            longest = len(judged[inputs[start][0]].input_ids[inputs[start][1]]) + 1
-            batch = inputs[start:start + max(1, self.budget // longest)]
-            attention_SLT, verdict_S2, top_S = self.judge([judged[key].input_ids[turn] for key, turn in batch])
-            for place, (key, turn) in enumerate(batch):
+        for batch in fill_rows(lengths, self.budget if self.packs else 0):
+            attention, verdict_S2, top_S = self.judge([groups[unit] for unit in batch])
+            inputs = [(units[unit][0], turn) for unit in batch for turn in units[unit][1]]
+            for place, (pair, turn) in enumerate(inputs):
                 for side in (0, 1):
-                    first, stop = judged[key].ranges[turn][side]
-                    rows[key, side, turn] = attention_SLT[place, :, first:stop]
-                verdicts[key, turn], top_tokens[key, turn] = verdict_S2[place], top_S[place]
-            start += len(batch)
-            bar.update(len(batch) / ROUNDS)
-        answers = [(key, side) for key in keys for side in (0, 1)]
-        attention_RLJ = np.stack([np.concatenate([rows[key, side, turn] for key, side in answers], axis=1)
+                    first, stop = judged[pair].ranges[turn][side]
+                    rows[pair, side, turn] = attention[place][:, first:stop]
+                if self.has_verdict:
+                    verdicts[pair, turn], top_tokens[pair, turn] = verdict_S2[place], top_S[place]
+            bar.update(len(inputs) / ROUNDS)
+        answers = [(pair, side) for pair in range(len(judged)) for side in (0, 1)]
+        attention_RLJ = np.stack([np.concatenate([rows[pair, side, turn] for pair, side in answers], axis=1)
                                   for turn in range(ROUNDS)])
-        return {
+        arrays = {
             "key_E": np.array(keys, dtype=np.int64),
-            "length_E2": np.array([[len(judged[key].ids[side]) for side in (0, 1)] for key in keys], dtype=np.int32),
-            "ids_J": np.concatenate([judged[key].ids[side] for key, side in answers]),
-            "spans_J2": np.concatenate([judged[key].spans_N2[side] for key, side in answers]),
+            "length_E2": np.array([[len(ids) for ids in pair.ids] for pair in judged], dtype=np.int32),
+            "ids_J": np.concatenate([judged[pair].ids[side] for pair, side in answers]),
+            "spans_J2": np.concatenate([judged[pair].spans_N2[side] for pair, side in answers]),
             "attention_RLJ": attention_RLJ,
-            "verdict_ER2": np.array([[verdicts[key, turn] for turn in range(ROUNDS)] for key in keys], np.float32),
-            "top_token_ER": np.array([[top_tokens[key, turn] for turn in range(ROUNDS)] for key in keys], np.int32),
         }
+        if self.has_verdict:
+            turns = range(ROUNDS)
+            arrays["verdict_ER2"] = np.array([[verdicts[pair, turn] for turn in turns] for pair in range(len(judged))],
+                                             dtype=np.float32)
+            arrays["top_token_ER"] = np.array([[top_tokens[pair, turn] for turn in turns]
+                                               for pair in range(len(judged))], dtype=np.int32)
+        return arrays
 
-    def judge(self, sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(attention [S, L, T], log-probs of A and of B [S, 2], argmax over the vocabulary [S])."""
-        rows, logits_SV = attention_rows(self.model, self.head_logits, sequences, self.layers, self.eager)
-        logps_SV = logits_SV.log_softmax(dim=-1)
-        verdict_S2 = torch.stack([logps_SV[:, ids].logsumexp(dim=-1) for ids in self.verdicts], dim=-1)
+    @torch.no_grad()
+    def judge(self, groups: list[list[np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """(attention of each input [L, T] fp32, log-probs of A and of B [S, 2], argmax over the vocabulary [S])."""
+        verdict_S2 = top_S = np.zeros(0)
+        capture, hidden_SD = self.forward(pack(groups), self.layers if self.query == "prompt" else (),
+                                          self.rollout and self.query == "prompt")
+        if self.has_verdict:
+            head = self.model.get_output_embeddings()
+            logps_SV = logits_of(hidden_SD, head.weight, getattr(head, "bias", None), self.options).log_softmax(dim=-1)
+            verdict_S2 = torch.stack([logps_SV[:, ids].logsumexp(dim=-1) for ids in self.verdicts], dim=-1)
+            verdict_S2 = verdict_S2.cpu().numpy()  # sync
+            top_S = logps_SV.argmax(dim=-1).cpu().numpy()
         if self.query == "verdict":
             # Append the likeliest spelling of the likelier verdict and read that token's row instead.
-            spellings = [self.verdicts[letter] for letter in verdict_S2.argmax(dim=-1).tolist()]
-            appended = [np.append(ids, spelling[int(logps_V[spelling].argmax())])
-                        for ids, spelling, logps_V in zip(sequences, spellings, logps_SV)]
-            rows, _ = attention_rows(self.model, self.head_logits, appended, self.layers, self.eager)
-        return rows.numpy(), verdict_S2.numpy(), logits_SV.argmax(dim=-1).numpy()
-
-
-def require_single_layer(text: str) -> None:
-    """--layer names one layer: raise InputError for a list."""
-    if text != "last" and not text.isdigit():
-        raise InputError(f"--layer is {text!r}: it must be last or one number")
+            spellings = [self.verdicts[letter] for letter in verdict_S2.argmax(axis=-1)]
+            last = iter([spelling[int(logps_V[spelling].argmax())] for spelling, logps_V in zip(spellings, logps_SV)])
+            groups = [[np.append(ids, next(last)).astype(np.int32) for ids in group] for group in groups]
+            capture, _ = self.forward(pack(groups), self.layers, self.rollout)
+        rows = [torch.cat(capture.rows[layer]) for layer in self.layers]
+        if self.rollout:
+            rows.append(torch.cat(rollout_rows(capture)))
+        attention_LT = torch.stack(rows).cpu().numpy()  # sync
+        if not (np.isfinite(attention_LT).all() and np.isfinite(verdict_S2).all()):
+            raise InputError(f"{self.model.config.model_type}: the judge's attention is not finite; try --judge-dtype "
+                             "float32")
+        ends = np.cumsum([len(ids) for group in groups for ids in group])[:-1]
+        return np.split(attention_LT, ends, axis=1), verdict_S2, top_S

@@ -13,7 +13,7 @@ import numpy as np
 
 from twdpo.chat import Answer, encode, encode_pieces, overlapping, printed_answers, special_pattern, template_pieces
 from twdpo.config import InputError
-from twdpo.pairs import BadRow, Pair
+from twdpo.pairs import Pair
 
 ROUNDS = 2
 QUESTION_FLOOR = 64  # tokens: a question is not cut below this while answers still have tokens to give
@@ -69,6 +69,19 @@ Better answer:""",
 }
 
 
+# The prompt as the authors' code spells it.
+JUDGE_PROMPTS["authors"] = JUDGE_PROMPTS["paper"].replace("better.\n\nConsider", "better.\n    \nConsider")
+
+# Their rule for an answer's last judge token, by what recognises a tokenizer's vocabulary: the answer ends so many
+# tokens before the one that begins so many characters after it ("\n<|The End of Answer A|>").
+AUTHORS_END_RULES = (
+    ({"<|begin_of_text|>": 128000, "<|eot_id|>": 128009}, 3, 2),  # Llama-3
+    ({"<s>": 1, "\u2581the": 272}, 2, 0),  # Mistral v0.1 and v0.2, zephyr
+    ({"<start_of_turn>": 105, "<end_of_turn>": 106}, 0, 0),  # Gemma-3
+)
+AUTHORS_LIMIT, AUTHORS_ANSWER, AUTHORS_TEMPLATE = 2048, 768, 300  # tokens: of an input, of an answer, of all else
+
+
 @dataclass(frozen=True)
 class JudgedPair:
     """Both judge inputs of a pair. Sides: 0 chosen, 1 rejected.
@@ -101,8 +114,11 @@ def load_judge_prompt(name: str) -> str:
     return text
 
 
-def show_question(pair: Pair) -> str:
-    """What the judge sees of the conversation: a single user turn as plain text, else `role: text` blocks."""
+def show_question(pair: Pair, what: str) -> str:
+    """What the judge sees of the conversation: a single user turn as plain text, else `role: text` blocks; of `first`
+    the first user turn alone."""
+    if what == "first":
+        return next((text for role, text in pair.messages if role == "user"), pair.messages[0][1])
     if len(pair.messages) == 1:
         return pair.messages[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
@@ -111,9 +127,15 @@ def show_question(pair: Pair) -> str:
 class JudgeInputs:
     """Builds judge inputs for one tokenizer and prompt; `counts` holds what was cut or tokenised apart."""
 
-    def __init__(self, tokenizer, prompt: str, max_length: int):
-        """max_length: most tokens of one input. Raises InputError when the chat template does not print the prompt."""
+    def __init__(self, tokenizer, prompt: str, max_length: int, question: str = "conversation", strip: bool = False,
+                 cut: str = "common", spans: str = "exact"):
+        """max_length: most tokens of one input; the others as the flags of their names (--strip-answers, --judge-cut).
+
+        Raises InputError when the chat template does not print the prompt.
+        """
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.question, self.strip, self.cut = question, strip, cut
+        self.end_rule = find_end_rule(tokenizer, prompt) if spans == "authors" else None
         self.pattern = special_pattern(tokenizer)
         self.counts = Counter()
         try:
@@ -125,10 +147,53 @@ class JudgeInputs:
         # Fixed text as a piece, a field by its name.
         self.parts = [part if place % 2 else (part, False) for place, part in enumerate(split)]
 
+    def build_all(self, pairs: list[Pair]) -> list[JudgedPair | ValueError]:
+        """Both rounds of every pair, or why it can't be judged. Texts are tokenised together, on all cores."""
+        shown, texts = [], []
+        for pair in pairs:
+            try:
+                shown.append(self._show(pair))
+            except ValueError as error:
+                shown.append(error)
+                continue
+            texts += ["".join(text for text, _ in self._pieces(shown[-1][0], shown[-1][1:], swapped))
+                      for swapped in (False, True)]
+        encoded = iter(encode(self.tokenizer, texts))
+        limit = self.max_length if self.cut == "common" else min(self.max_length, AUTHORS_LIMIT - 1)
+        results: list[JudgedPair | ValueError] = []
+        for pair, parts in zip(pairs, shown):
+            if isinstance(parts, ValueError):
+                results.append(parts)
+                continue
+            question, *sides = parts
+            both = next(encoded), next(encoded)
+            fits = max(len(ids) for ids, _ in both) <= limit
+            if fits and not any(self.pattern.search(text) for text in (question, *(side.text for side in sides))):
+                rounds = [self._round(question, tuple(sides), swapped, False, each)
+                          for swapped, each in zip((False, True), both)]
+                if rounds[0][1] == rounds[1][1]:
+                    results.append(self._join(rounds)[0])
+                    continue
+            try:
+                results.append(self.build(pair))
+            except ValueError as error:
+                results.append(error)
+        return results
+
+    def _show(self, pair: Pair) -> tuple[str, Answer, Answer]:
+        """What the judge sees of a pair: question, chosen, rejected. Raises ValueError."""
+        _, _, (chosen, rejected) = printed_answers(self.tokenizer, pair)
+        if self.strip:
+            chosen, rejected = (Answer(answer.text.strip(),
+                                       answer.start + len(answer.text) - len(answer.text.lstrip()))
+                                for answer in (chosen, rejected))
+        return show_question(pair, self.question), chosen, rejected
+
     def build(self, pair: Pair) -> JudgedPair:
         """Both rounds of one pair. Raises ValueError when it can't be judged, with the reason."""
-        _, _, (chosen, rejected) = printed_answers(self.tokenizer, pair)
-        question = show_question(pair)
+        question, chosen, rejected = self._show(pair)
+        if self.cut == "authors":
+            return self._cut_as_authors(question, chosen, rejected)
         judged, length, question_tokens = self._build(question, chosen, rejected)
         if length <= self.max_length:
             return judged
@@ -171,16 +236,50 @@ class JudgeInputs:
                          f"{whole[0]} and {whole[1]}, fewer than {ANSWER_FLOOR} of a longer answer or all of a shorter "
                          "one: raise --max-judge-length or use --judge-prompt short")
 
+    def _cut_as_authors(self, question: str, chosen: Answer, rejected: Answer) -> JudgedPair:
+        """Each round is cut by itself: at their limit answers keep their first tokens, the question its last ones."""
+        apart = self._is_apart(question, chosen, rejected)
+        rounds = []
+        for swapped in (False, True):
+            built = self._round(question, (chosen, rejected), swapped, apart)
+            if len(built[0]) >= AUTHORS_LIMIT:
+                self.counts["judge inputs cut"] += 1
+                sides, room = [], AUTHORS_LIMIT - AUTHORS_TEMPLATE
+                for answer in (chosen, rejected):
+                    ids = encode(self.tokenizer, [answer.text])[0][0][:AUTHORS_ANSWER]
+                    sides.append(Answer(self.tokenizer.decode(ids, skip_special_tokens=False), answer.start))
+                    room -= len(ids)
+                ids = encode(self.tokenizer, [question])[0][0][-room:]
+                built = self._round(self.tokenizer.decode(ids, skip_special_tokens=False), tuple(sides), swapped, apart)
+            rounds.append(built)
+        if any(rounds[0][1][side] != rounds[1][1][side] for side in (0, 1)):
+            raise ValueError("the two rounds see other tokens of an answer (--judge-cut authors cuts each by itself)")
+        judged, length, _ = self._join(rounds)
+        if length > self.max_length:
+            raise ValueError(f"a judge input of {length} tokens is longer than {self.max_length}: --judge-cut common "
+                             "cuts it")
+        return judged
+
+    def _is_apart(self, question: str, chosen: Answer, rejected: Answer) -> bool:
+        """Whether the data spells a special token, so that its text must be tokenised in pieces."""
+        apart = any(self.pattern.search(text) for text in (question, chosen.text, rejected.text))
+        self.counts["judge inputs that spell a special token, tokenised in pieces"] += apart
+        return apart
+
     def _build(self, question: str, chosen: Answer, rejected: Answer):
         """(JudgedPair, tokens of the longer round, spans of the question's tokens in the question)."""
         sides = (chosen, rejected)
-        apart = any(self.pattern.search(text) for text in (question, chosen.text, rejected.text))
-        self.counts["judge inputs that spell a special token, tokenised in pieces"] += apart
+        apart = self._is_apart(question, chosen, rejected)
         rounds = [self._round(question, sides, swapped, apart) for swapped in (False, True)]
         if any(rounds[0][1][side] != rounds[1][1][side] for side in (0, 1)):
             # The text around A and B makes an answer's border tokens differ: tokenised apart they can't.
             self.counts["judge inputs whose answers merge with the prompt, tokenised in pieces"] += 1
             rounds = [self._round(question, sides, swapped, apart=True) for swapped in (False, True)]
+        return self._join(rounds)
+
+    @staticmethod
+    def _join(rounds: list[tuple]):
+        """As `_build`, of two rounds that hold the same tokens of both answers."""
         _, ids, spans_N2, _, _ = rounds[0]
         judged = JudgedPair(tuple(np.array(each[0], dtype=np.int32) for each in rounds),
                             tuple(each[3] for each in rounds),
@@ -188,20 +287,34 @@ class JudgeInputs:
                             tuple(side.astype(np.int32) for side in spans_N2))
         return judged, max(len(each[0]) for each in rounds), rounds[0][4]
 
-    def _round(self, question: str, sides: tuple[Answer, Answer], swapped: bool, apart: bool):
-        """One order: (input ids, ids per side, spans per side, ranges per side, spans of the question's tokens)."""
+    def _pieces(self, question: str, sides: tuple[Answer, Answer], swapped: bool) -> list[tuple[str, bool]]:
+        """One order of the prompt in pieces, those of the data marked."""
         shown = {"question": question, "answer_a": sides[swapped].text, "answer_b": sides[not swapped].text}
-        pieces = [part if isinstance(part, tuple) else (shown[part], True) for part in self.parts]
-        place, starts = 0, {}
+        return [part if isinstance(part, tuple) else (shown[part], True) for part in self.parts]
+
+    def _round(self, question: str, sides: tuple[Answer, Answer], swapped: bool, apart: bool, encoded=None):
+        """One order: (input ids, ids per side, spans per side, ranges per side, spans of the question's tokens).
+
+        encoded: (ids, spans) of the whole text, when it has been tokenised already.
+        """
+        pieces = self._pieces(question, sides, swapped)
+        place, starts, shown = 0, {}, {}
         for part, (text, _) in zip(self.parts, pieces):
             if not isinstance(part, tuple):
-                starts[part] = place
+                starts[part], shown[part] = place, text
             place += len(text)
-        ids, spans_T2 = (encode_pieces(self.tokenizer, pieces) if apart
-                         else encode(self.tokenizer, ["".join(text for text, _ in pieces)])[0])
+        if encoded is None:
+            encoded = (encode_pieces(self.tokenizer, pieces) if apart
+                       else encode(self.tokenizer, ["".join(text for text, _ in pieces)])[0])
+        ids, spans_T2 = encoded
 
         def locate(field: str) -> tuple[int, int]:
-            return overlapping(spans_T2, starts[field], starts[field] + len(shown[field]))
+            end = starts[field] + len(shown[field])
+            first, stop = overlapping(spans_T2, starts[field], end)
+            if self.end_rule and field != "question":
+                before, characters = self.end_rule
+                stop = max(int(np.argmax(spans_T2[:, 0] >= end + characters)) - before, first + 1)
+            return first, stop
 
         ranges = tuple(locate("answer_b" if swapped == (side == 0) else "answer_a") for side in (0, 1))
         side_ids, side_spans = [], []
@@ -215,16 +328,15 @@ class JudgeInputs:
         return ids, tuple(side_ids), tuple(side_spans), ranges, question_spans
 
 
-def build_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], progress=iter
-                       ) -> tuple[dict[int, JudgedPair], list[BadRow]]:
-    """Judge inputs by pair key, and the rows that have none."""
-    judged, bad = {}, []
-    for pair in progress(pairs):
-        try:
-            judged[pair.key] = inputs.build(pair)
-        except ValueError as error:
-            bad.append(BadRow(pair.where, str(error), pair.to_row()))
-    return judged, bad
+def find_end_rule(tokenizer, prompt: str) -> tuple[int, int] | None:
+    """The authors' rule (tokens, characters) for this tokenizer, None when their code does not know it or the prompt
+    is not theirs."""
+    if "{answer_a}\n<|The End of Answer A|>" not in prompt:
+        return None
+    for probes, tokens, characters in AUTHORS_END_RULES:
+        if all(tokenizer.convert_tokens_to_ids(token) == id for token, id in probes.items()):
+            return tokens, characters
+    return None
 
 
 def verdict_ids(tokenizer) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
-from twdpo.attention import ATTENTION_NAME
+from twdpo.attention import ATTENTION_NAME, recording_layers
 from twdpo.batch import PairBatch
 from twdpo.chat import set_chat_template
 from twdpo.config import InputError, SharedConfig
@@ -170,6 +170,7 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -
         # dtype: from_config would take the checkpoint's; the master weights are fp32.
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
     refuse_converted_checkpoints(model)
+    check_attention(model)
     policy = Policy(model)
     shard_policy(policy, decoder_layers(model), compute_dtype, process.device)
     policy.to_empty(device=process.device)
@@ -207,10 +208,28 @@ def refuse_converted_checkpoints(model) -> None:
                          "which the sharded loader can't do; use a dense model")
 
 
-def decoder_layers(model) -> list[torch.nn.Module]:
+def check_attention(model) -> None:
+    """Raise InputError unless every layer of a model on the meta device attends through twdpo.attention.
+
+    A layer that does not would get no mask, and look ahead without a word.
+    """
+    seen: list[int] = []
+    error = None
+    try:
+        with recording_layers(seen):
+            model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+    except (KeyError, AttributeError) as raised:  # its own table of attention classes does not know ours
+        error = raised
+    missing = set(range(model.config.get_text_config().num_hidden_layers)) - set(seen)
+    if missing:
+        raise InputError(f"{model.config.model_type}: the attention of layer {min(missing) + 1} can't be reached (the "
+                         "architecture does not use transformers' AttentionInterface); use another model") from error
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
     """The decoder's layers. Raises InputError when they can't be found."""
     num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.get_decoder().modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return list(module)
+            return module
     raise InputError(f"{model.config.model_type}: no list of {num_layers} decoder layers to shard")

@@ -2,11 +2,13 @@
 
 Plain rows: every sequence (prompt + one answer) is a row of its own, padded on the right to the longest of its
 micro-batch. Attention is causal and padding stands after every real token, so plain rows need no attention mask.
+A packed row holds several sequences end to end, without padding; those of a group share their common beginning.
 
 A pair is named by its index in the list of examples; its length is the tokens of its longer sequence.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,15 @@ class MicroBatch:
 
     pairs: tuple[int, ...]
     real: bool = True
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Sequences end to end. ranges[s]: the [first, stop) pieces of the row that make up sequence s, in its order."""
+
+    input_ids_T: np.ndarray  # int32
+    positions_T: np.ndarray  # int32, of each token in its own sequence
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
 
 
 def num_steps(num_pairs: int, batch_size: int, epochs: int, max_steps: int) -> int:
@@ -58,3 +69,46 @@ def plan_rows(pairs: list[int], lengths: list[int], world_size: int, token_budge
 def evaluation_batches(num_pairs: int, batch_size: int) -> list[list[int]]:
     """All pairs in order, in global batches."""
     return [list(range(start, min(start + batch_size, num_pairs))) for start in range(0, num_pairs, batch_size)]
+
+
+def pack(groups: Iterable[Sequence[np.ndarray]], share: bool = True) -> PackedRow:
+    """Lay the sequences of all groups into one row. With `share` the common beginning of a group's sequences stands
+    once; each keeps at least its last token to itself.
+
+    groups: of each, token ids of its sequences, none of them empty.
+    """
+    pieces, positions, ranges = [], [], []
+    place = 0
+    for group in groups:
+        shared = common_beginning(group) if share and len(group) > 1 else 0
+        first = place
+        for number, ids in enumerate(group):
+            own = ids[shared if number else 0:]
+            pieces.append(own)
+            positions.append(np.arange(len(ids) - len(own), len(ids)))
+            before = ((first, first + shared),) if number and shared else ()
+            ranges.append((*before, (place, place + len(own))))
+            place += len(own)
+    return PackedRow(np.concatenate(pieces).astype(np.int32), np.concatenate(positions).astype(np.int32), tuple(ranges))
+
+
+def common_beginning(sequences: Sequence[np.ndarray]) -> int:
+    """How many first tokens all sequences have in common, less than the length of the shortest."""
+    most = min(map(len, sequences)) - 1
+    equal = np.all([sequences[0][:most] == ids[:most] for ids in sequences[1:]], axis=0)
+    return most if equal.all() else int(np.argmin(equal))
+
+
+def fill_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices into `lengths` by packed row, longest first, each put into the first row with room; what is longer than
+    the budget goes alone."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = next((place for place, left in enumerate(room) if left >= lengths[index]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(token_budget)
+        rows[place].append(index)
+        room[place] -= lengths[index]
+    return rows

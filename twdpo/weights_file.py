@@ -6,9 +6,11 @@
         key_E                int64 content key of the pair (twdpo.pairs.Pair.key)
         length_E2            int32 judge tokens of chosen and rejected
         ids_J, spans_J2      int32 id of each judge token, and the characters of the row's answer that it covers
-        attention_RLJ        fp32 raw attention from the query, by round (0: chosen shown first) and stored layer
+        attention_RLJ        fp32 raw attention from the query, by round (0: chosen shown first) and stored layer; the
+                             rollout, if it is stored, stands after the layers
         verdict_ER2          fp32 log-probability of A and of B at the query
         top_token_ER         int32 argmax over the whole vocabulary at the query
+                             (these two only when the forward reached the model's last layer)
 
 Shards are written to a temporary name and renamed: one that can be seen is complete.
 """
@@ -29,11 +31,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """Raw attention on the judge tokens of one answer: ids_J, spans_J2 and attention_RJ of one layer."""
+    """Raw attention on the judge tokens of one answer, of the layers that were asked for."""
 
     ids_J: np.ndarray
     spans_J2: np.ndarray
-    attention_RJ: np.ndarray
+    attention_LRJ: np.ndarray
 
 
 def write_meta(directory: Path, meta: dict[str, object]) -> None:
@@ -95,37 +97,47 @@ def stored_keys(directory: Path) -> set[int]:
 
 
 class WeightsFile:
-    """A weights file opened for reading, one layer of it in memory."""
+    """A weights file opened for reading, the wanted layers of it in memory."""
 
     def __init__(self, directory: Path, layer: str = "last"):
-        """layer: `last` (the last one stored) or a 1-based layer. Raises InputError when it is not stored."""
+        """layer: `last` (the last one stored), `all` stored, 1-based layers separated by commas, or `rollout`.
+
+        Raises InputError for one that is not stored.
+        """
         self.directory, self.meta = Path(directory), read_meta(directory)
-        layers = self.meta["layers"]
-        wanted = layers[-1] if layer == "last" else layer
-        if str(wanted) not in map(str, layers):
-            raise InputError(f"--layer is {layer!r}: {directory} stores layers {', '.join(map(str, layers))}")
-        place = list(map(str, layers)).index(str(wanted))
+        stored = list(map(str, self.meta["layers"]))
+        numbers = [name for name in stored if name.isdigit()]
+        wanted = {"last": numbers[-1:], "all": numbers}.get(layer, layer.split(","))
+        if not wanted or set(wanted) - set(stored):
+            raise InputError(f"--layer is {layer!r}: {directory} stores layers {', '.join(stored)}")
+        self.layers, places = wanted, [stored.index(name) for name in wanted]
         self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
         self._verdicts: dict[int, np.ndarray] = {}
+        self._top_tokens: dict[int, list[int]] = {}
         for path in shard_paths(directory):
             try:
-                self._read(path, place)
+                self._read(path, places)
             except SafetensorError as error:
                 raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
                                  "replaces it") from error
 
-    def _read(self, path: Path, place: int) -> None:
+    def _read(self, path: Path, places: list[int]) -> None:
         with safe_open(path, "numpy") as shard:
-            attention_RJ = shard.get_slice("attention_RLJ")[:, place, :]
+            attention = shard.get_slice("attention_RLJ")
+            attention_LRJ = np.stack([attention[:, place, :] for place in places])
             ids_J, spans_J2 = shard.get_tensor("ids_J"), shard.get_tensor("spans_J2")
             ends = np.cumsum(shard.get_tensor("length_E2").reshape(-1)).tolist()
-            verdict_ER2 = shard.get_tensor("verdict_ER2")
+            has_verdict = "verdict_ER2" in shard.keys()
+            verdict_ER2, top_token_ER = (shard.get_tensor(name) if has_verdict else None
+                                         for name in ("verdict_ER2", "top_token_ER"))
             for number, key in enumerate(shard.get_tensor("key_E").tolist()):
                 cuts = [slice(start, end) for start, end in
                         zip(([0] + ends)[2 * number:2 * number + 2], ends[2 * number:2 * number + 2])]
-                self._answers[key] = tuple(JudgedAnswer(ids_J[cut], spans_J2[cut], attention_RJ[:, cut])
+                self._answers[key] = tuple(JudgedAnswer(ids_J[cut], spans_J2[cut], attention_LRJ[:, :, cut])
                                            for cut in cuts)
-                self._verdicts[key] = verdict_ER2[number]
+                if verdict_ER2 is not None:
+                    self._verdicts[key] = verdict_ER2[number]
+                    self._top_tokens[key] = top_token_ER[number].tolist()
 
     def __contains__(self, key: int) -> bool:
         return key in self._answers
@@ -134,8 +146,17 @@ class WeightsFile:
         """The chosen and the rejected answer of a pair."""
         return self._answers[key]
 
+    def top_tokens(self, key: int) -> list[int] | None:
+        """The likeliest token at the query of each round, over the whole vocabulary; None when it is not stored."""
+        return self._top_tokens.get(key)
+
     def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
-        """Over these pairs: share of equal verdicts in both rounds, and agreement with the label over both rounds."""
+        """Over these pairs: share of equal verdicts in both rounds, and agreement with the label over both rounds.
+
+        Empty when the layers that were wanted stop before the verdict.
+        """
+        if not self._verdicts:
+            return {}
         verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
         prefers_first_ER = verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
         prefers_chosen_ER = prefers_first_ER ^ np.array([False, True])  # round 1 shows the rejected answer first

@@ -1,0 +1,193 @@
+"""The authors' columns: what extract.py --export writes, and train.py reads back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers_of_tests import TRIMMED, byte_level, sentencepiece_like
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import extract
+from twdpo import judge
+from twdpo.columns import WeightsColumns, token_spans
+from twdpo.config import InputError
+from twdpo.pairs import load_dataset
+from twdpo.toy import toy_rows
+from twdpo.weights_file import WeightsFile
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [row | {"extra": number} for number, row in enumerate(toy_rows()[0][:5])]
+    rows.insert(2, {"prompt": "no answers"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def exported(toy_model, pairs_file, tmp_path):
+    """(rows of an export with both layers and rollout, the weights file)."""
+    extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "1,2",
+                  "--rollout", "--out", str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl"),
+                  "--skip-bad-rows"])
+    return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()], tmp_path / "w"
+
+
+def test_one_row_per_input_row_with_their_columns(exported, pairs_file, toy_model):
+    rows, directory = exported
+    given = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    assert [{name: row[name] for name in source} for row, source in zip(rows, given)] == given
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    assert rows[2]["chosen_tokens"] is None and rows[2]["rejected_weights_1"] is None
+    for row, pair in zip([*rows[:2], *rows[3:]], load_dataset(str(pairs_file), "").train):
+        for number, side in enumerate(("chosen", "rejected")):
+            assert tokenizer.decode(row[f"{side}_tokens"]).strip() == row[side].strip()
+            for column, layer in (("0", "1"), ("1", "2"), ("attention_rollout", "rollout")):
+                weights = row[f"{side}_weights_{column}"]
+                stored = WeightsFile(directory, layer)[pair.key][number].attention_LRJ[0].mean(axis=0)
+                np.testing.assert_allclose(weights, stored / stored.sum(), rtol=1e-5)
+                assert sum(weights) == pytest.approx(1)
+        assert isinstance(row["cr_last_token"], str) and isinstance(row["rc_last_token"], str)
+
+
+@pytest.mark.parametrize("layer, column", [("1", "0"), ("last", "1"), ("rollout", "attention_rollout")])
+def test_an_export_is_read_back(layer, column, exported, tmp_path, toy_model, pairs_file):
+    rows, directory = exported
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    columns, stored = WeightsColumns(tmp_path / "rows.jsonl", layer, tokenizer), WeightsFile(directory, layer)
+    for row, pair in zip([*rows[:2], *rows[3:]], load_dataset(str(pairs_file), "").train):
+        assert pair.key in columns
+        for ours, theirs in zip(columns[pair.key], stored[pair.key]):
+            assert (ours.ids_J == theirs.ids_J).all() and (ours.spans_J2 == theirs.spans_J2).all()
+        np.testing.assert_allclose(columns[pair.key][0].attention_LRJ[0, 0], row[f"chosen_weights_{column}"], rtol=1e-6)
+
+
+def test_a_file_without_the_columns_or_the_layer_is_refused(exported, tmp_path, pairs_file, toy_model):
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    with pytest.raises(InputError, match="no row holds chosen_tokens"):
+        WeightsColumns(pairs_file, "last", tokenizer)
+    with pytest.raises(InputError, match="holds layers 1, 2, rollout"):
+        WeightsColumns(tmp_path / "rows.jsonl", "7", tokenizer)
+    rows = exported[0]
+    rows[0]["chosen_tokens"] = [5, 6, 7, 8]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"{path}:1: its weights can't be read"):
+        WeightsColumns(path, "last", tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like(TRIMMED)], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("answer", ["The quick brown fox.", "  spaces around ", "caf\u00e9 \u4f60\u597d \U0001f600 x"])
+def test_spans_of_ids_are_those_of_the_tokenizer(tokenizer, answer):
+    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    ids = np.array(encoded["input_ids"])
+    for num in (len(ids), len(ids) - 1):
+        assert token_spans(tokenizer, ids[:num], answer).tolist() == list(map(list, encoded["offset_mapping"][:num]))
+
+
+# The preset authors against a plain transcription of what their extraction does (methods.md 3.2.1)
+
+PROMPT = judge.JUDGE_PROMPTS["authors"]
+
+
+def find(ids: list[int], pattern: list[int]) -> int:
+    (place,) = [place for place in range(len(ids)) if ids[place:place + len(pattern)] == pattern]
+    return place
+
+
+def columns_of_the_authors(model, tokenizer, row: dict, before: int, end_text: str, drop_first: int) -> dict:
+    """One row's columns with dense eager maps. before, end_text, drop_first: their rule for the tokenizer."""
+    tokens, weights, last = {}, {}, {}
+    for name, order in (("cr", ("chosen", "rejected")), ("rc", ("rejected", "chosen"))):
+        shown, question = {side: row[side].strip() for side in order}, row["prompt"]
+
+        def spell(question, shown, order=order):
+            text = PROMPT.replace("{question}", question)
+            for letter, side in zip("ab", order):
+                text = text.replace("{answer_" + letter + "}", shown[side])
+            return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                                 tokenize=True, return_dict=False)
+        ids = spell(question, shown)
+        if len(ids) >= 2048:
+            cut = {side: tokenizer.encode(text, add_special_tokens=False)[:768] for side, text in shown.items()}
+            room = 2048 - 300 - sum(map(len, cut.values()))
+            question = tokenizer.decode(tokenizer.encode(question, add_special_tokens=False)[-room:])
+            ids = spell(question, {side: tokenizer.decode(each) for side, each in cut.items()})
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), output_attentions=True)
+        last[f"{name}_last_token"] = tokenizer.decode([int(output.logits[0, -1].argmax())])
+        maps = {str(layer): each[0].mean(dim=0) for layer, each in enumerate(output.attentions)}
+        rollout = torch.eye(len(ids))
+        for each in list(maps.values()):
+            rollout = (0.5 * each + 0.5 * torch.eye(len(ids))) @ rollout
+        maps["attention_rollout"] = rollout
+        for letter, side in zip("AB", order):
+            start_text = f"<|The Start of Answer {letter}|>\n"
+            start = find(ids, tokenizer.encode(start_text, add_special_tokens=False)[drop_first:])
+            start += len(tokenizer.encode(start_text, add_special_tokens=False)[drop_first:])
+            end = find(ids, tokenizer.encode(end_text.replace("X", letter), add_special_tokens=False)[drop_first:])
+            end = max(end - before, start + 1)
+            tokens[side, name] = ids[start:end]
+            for column, each in maps.items():
+                part = each[-1, start:end]
+                weights.setdefault((side, column), []).append(part / part.sum())
+    for side in ("chosen", "rejected"):
+        assert tokens[side, "cr"] == tokens[side, "rc"]
+    return last | {f"{side}_tokens": tokens[side, "cr"] for side in ("chosen", "rejected")} | {
+        f"{side}_weights_{column}": (sum(rounds) / 2).tolist() for (side, column), rounds in weights.items()}
+
+
+def compare_with_the_authors(directory: Path, rows: list[dict], tmp_path, *rule) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]})
+                            + "\n" for row in rows))
+    extract.main(["--model", str(directory), "--data", str(path), "--preset", "authors", "--layers", "all", "--rollout",
+                  "--out", str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for line, row in zip((tmp_path / "rows.jsonl").read_text().splitlines(), rows):
+        ours, expected = json.loads(line), columns_of_the_authors(model, tokenizer, row, *rule)
+        for name, value in expected.items():
+            if "weights" in name:
+                np.testing.assert_allclose(ours[name], value, atol=1e-5)
+            else:
+                assert ours[name] == value, name
+
+
+def make_model(directory: Path, tokenizer) -> Path:
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+                         initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
+    """A tokenizer made known to the rule of Llama-3: the last one or two tokens are left out, answers are stripped."""
+    tokenizer = byte_level()
+    monkeypatch.setattr(judge, "AUTHORS_END_RULES", (({"<|im_end|>": 2}, 3, 2),))
+    rows = [{"prompt": f"what of {number}?", "chosen": f" The fox jumps, {number} times. ", "rejected": "No.\n"}
+            for number in range(3)]
+    rows.append({"prompt": "long " * 900, "chosen": "dog " * 900, "rejected": "lazy"})  # past their limit
+    directory = make_model(tmp_path / "model", tokenizer)
+    compare_with_the_authors(directory, rows, tmp_path, 3, "|The End of Answer X|", 0)
+
+
+@pytest.mark.parametrize("name, rule", [("llama3", (3, "|The End of Answer X|", 0)),
+                                        ("mistral-v1", (2, "\n<|The End of Answer X|>", 1))])
+def test_the_preset_authors_equals_their_extraction_on_real_pairs(name, rule, shared, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    lines = (shared / "pairs/permissive_train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[::80]]
+    directory = make_model(tmp_path / "model", tokenizer)
+    compare_with_the_authors(directory, rows, tmp_path, *rule)
+
+
+def test_an_unknown_tokenizer_has_exact_spans_and_says_so(tmp_path, toy_model, capsys):
+    extract.main(["--model", str(toy_model), "--preset", "authors", "--judge-prompt", "short", "--judge-cut", "common",
+                  "--data", "toy", "--out", str(tmp_path / "w"), "--query", "prompt"])
+    assert "no rule for this tokenizer or prompt: spans are exact" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Statistics of the weights by hand, and the page that shows them."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import extract
+from twdpo.pairs import Pair
+from twdpo.report import describe_weights, render_page, shade
+from twdpo.toy import toy_rows
+from twdpo.weights_file import JudgedAnswer
+
+
+class Stored:
+    """A weights file of two layers in memory."""
+
+    layers = ["1", "2"]
+
+    def __init__(self, answers: dict):
+        self.answers = answers
+
+    def __getitem__(self, key: int):
+        return self.answers[key]
+
+    def verdict_statistics(self, keys):
+        return {"position consistency": 0.5}
+
+
+def answer(*rounds: list[float]) -> JudgedAnswer:
+    """One-character judge tokens; the first layer is uniform, the second has the rounds given."""
+    second = np.array(rounds, dtype=np.float32)
+    num = second.shape[1]
+    places = np.arange(num, dtype=np.int32)
+    layers = np.stack([np.full_like(second, 0.5 / num), second])
+    return JudgedAnswer(places + 10, np.stack([places, places + 1], axis=1), layers)
+
+
+class Letters:
+    """Decodes id 10 as 'a', 11 as 'b', ..."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(87 + id) for id in ids)
+
+
+PAIR = Pair((("user", "which?"),), "abcde", "ab", "x:1")
+
+
+@pytest.fixture
+def stored() -> Stored:
+    """Chosen: rounds (4, 1, 1, 1, 1)/8 and (2, 1, 3, 1, 1)/8, mean (3, 1, 2, 1, 1)/8. Rejected: (3, 1)/8 twice."""
+    chosen = answer([0.5, 0.125, 0.125, 0.125, 0.125], [0.25, 0.125, 0.375, 0.125, 0.125])
+    return Stored({PAIR.key: (chosen, answer([0.375, 0.125], [0.375, 0.125]))})
+
+
+def test_statistics_by_hand(stored):
+    """The sink fix sets a_1 = 1/5 and shares 4/5 as 1:2:1:1, so a = (.2, .16, .32, .16, .16): delta = 5 * .32 - 1. The
+    rejected answer is shorter than K' = 5: a = (.75, .25), delta = 0.5."""
+    report = describe_weights(stored, [PAIR], Letters(), "raw", 1, 5, min_count=1)
+    chosen, rejected = report["sides"]["chosen"], report["sides"]["rejected"]
+    assert chosen["max"] == pytest.approx(0.32) and chosen["length"] == 5 and chosen["delta"] == pytest.approx(0.6)
+    assert chosen["std"] == pytest.approx(np.std([0.2, 0.16, 0.32, 0.16, 0.16]))
+    assert [chosen[f"share of token {number} before the sink fix"] for number in (1, 2, 3)] == pytest.approx(
+        [0.375, 0.125, 0.25])
+    assert rejected["max"] == pytest.approx(0.75) and rejected["delta"] == pytest.approx(0.5)
+    first, second = report["most_weighted_tokens"]["chosen"][:2]
+    assert (first["token"], second["token"]) == ("c", "a") and first["weight"] == pytest.approx(0.32)
+    uniform, last = report["layers"]
+    assert uniform["layer"] == "1" and uniform["share of token 1"] == pytest.approx((0.2 + 0.5) / 2)
+    assert uniform["attention on the answer"] == pytest.approx(0.5)
+    expected = np.corrcoef(stored[PAIR.key][0].attention_LRJ[1])[0, 1]
+    assert last["correlation of the rounds"] == pytest.approx((expected + 1) / 2, abs=1e-6)
+    assert describe_weights(stored, [PAIR], Letters(), "raw", 1, 5, min_count=2)["most_weighted_tokens"]["chosen"] == []
+
+
+def test_page_escapes_what_it_shows_and_needs_no_network(stored):
+    pair = Pair((("user", "<script>alert(1)</script>"),), "a<b>e", "ab", "x:1")
+    stored.answers[pair.key] = stored.answers[PAIR.key]
+    report = describe_weights(stored, [pair], Letters(), "raw", 1, 5, 1)
+    page = render_page(report, stored, [pair], "raw", 1, 5)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "http" not in page and "src=" not in page
+    assert "prefers-color-scheme: dark" in page and page.count('class="answer"') == 2
+
+
+def test_shading_shows_every_character_once():
+    spans, weights = np.array([(0, 2), (2, 3), (2, 3), (4, 6)]), np.array([0.5, 0.125, 0.125, 0.25])
+    shaded = shade("ab\u4f60 ef", spans, weights)
+    assert re.sub(r"<[^>]*>", "", shaded) == "ab\u4f60 ef"
+    assert shaded.count("<span") == 3 and "a = 0.25000, n&middot;a = 1.00" in shaded  # both tokens of one character
+
+
+def test_report_of_an_extraction(tmp_path, toy_model, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:6]))
+    extract.main(["--model", str(toy_model), "--data", str(path), "--judge-prompt", "short", "--layers", "all",
+                  "--rollout", "--out", str(tmp_path / "w"), "--report", str(tmp_path / "report"), "--report-pairs",
+                  "3", "--report-min-count", "2"])
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert [layer["layer"] for layer in report["layers"]] == ["1", "2", "rollout"]
+    assert report["pairs"] == 6 and len(report["most_weighted_tokens"]["chosen"]) == 10
+    assert set(report["verdicts"]) == {"position consistency", "agreement with the label"}
+    page = Path(tmp_path / "report/weights.html").read_text()
+    assert page.count("<article") == 3
+    printed = capsys.readouterr().out
+    assert "most weighted in chosen" in printed and "correlation of the rounds" in printed
+    assert AutoTokenizer.from_pretrained(toy_model).decode([report["most_weighted_tokens"]["chosen"][0]["id"]]) == (
+        report["most_weighted_tokens"]["chosen"][0]["token"])

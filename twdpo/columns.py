@@ -1,0 +1,152 @@
+"""The columns of the paper's authors: token ids and weights of every pair in one .jsonl, written and read.
+
+    {chosen,rejected}_tokens            ids of the answer's judge tokens
+    {chosen,rejected}_weights_31        their weights by layer, counted from 0 (31 is layer 32); each list sums to 1
+    {chosen,rejected}_weights_attention_rollout
+    cr_last_token, rc_last_token        the judge's likeliest token, chosen first and rejected first
+
+A row holds its input columns too, so that a file of such rows is data and weights at once.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from twdpo.attention import ROLLOUT
+from twdpo.chat import encode
+from twdpo.config import InputError
+from twdpo.files import hash_file, write_atomic
+from twdpo.pairs import parse_row, read_rows
+from twdpo.weights import average_rounds
+from twdpo.weights_file import JudgedAnswer, WeightsFile
+
+SIDES = ("chosen", "rejected")
+ROLLOUT_COLUMN = "attention_rollout"
+
+
+def column_of(layer: str) -> str:
+    """The suffix of a layer's column: 1-based `32` or `rollout` -> `31`, `attention_rollout`."""
+    return ROLLOUT_COLUMN if layer == ROLLOUT else str(int(layer) - 1)
+
+
+def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file: WeightsFile, tokenizer, rounds: str
+                   ) -> tuple[int, int]:
+    """Write one row per row of `data`, in order: (rows, those with null lists because they were not judged).
+
+    weights_file: opened with all its layers (`weights_file.layers` names them). rounds: as --rounds.
+    """
+    rows, bad = read_rows(data, splits)
+    lines = [(where, row) for where, row in rows] + [(row.where, {"unreadable": row.row}) for row in bad]
+    lines.sort(key=lambda line: int(line[0].rpartition(":")[2]))
+    missing = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal missing
+        with open(temporary, "w", encoding="utf-8") as file:
+            for where, row in lines:
+                columns = row_columns(where, row, weights_file, tokenizer, rounds)
+                missing += columns["chosen_tokens"] is None
+                file.write(json.dumps((row if isinstance(row, dict) else {"row": row}) | columns) + "\n")
+
+    write_atomic(path, write)
+    return len(lines), missing
+
+
+def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str) -> dict[str, object]:
+    """The columns of one row; null lists when it is not stored."""
+    try:
+        key = parse_row(where, row).key
+    except ValueError:
+        key = None
+    stored = key is not None and key in weights_file
+    columns: dict[str, object] = {}
+    for number, side in enumerate(SIDES):
+        answer = weights_file[key][number] if stored else None
+        columns[f"{side}_tokens"] = answer.ids_J.tolist() if answer else None
+        for place, layer in enumerate(weights_file.layers):
+            columns[f"{side}_weights_{column_of(layer)}"] = (
+                average_rounds(answer.attention_LRJ[place], rounds).tolist() if answer else None)
+    top_tokens = weights_file.top_tokens(key) if stored else None
+    for turn, name in enumerate(("cr_last_token", "rc_last_token")):
+        columns[name] = tokenizer.decode([top_tokens[turn]]) if top_tokens is not None else None
+    return columns
+
+
+class WeightsColumns:
+    """A file of exported rows, opened for reading like a weights file; both rounds are one here."""
+
+    def __init__(self, path: str | Path, layer: str, tokenizer, progress: Callable = iter):
+        """layer: as --layer. tokenizer: the one whose ids the file holds. Raises InputError."""
+        self.directory = Path(path)
+        rows, bad = read_rows(str(path), ())
+        if bad:
+            raise InputError(f"{bad[0].where}: {bad[0].reason}")
+        first = next((row for _, row in rows if isinstance(row, dict) and row.get("chosen_tokens")), None)
+        if first is None:
+            raise InputError(f"{path}: no row holds chosen_tokens: it was not written by extract.py --export")
+        self.layers = pick_columns(path, first, layer)
+        self.meta = {"layers": self.layers, "sha256": hash_file(self.directory)}
+        self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
+        for where, row in progress(rows):
+            if isinstance(row, dict) and row.get("chosen_tokens"):
+                try:
+                    pair = parse_row(where, row)
+                    self._answers[pair.key] = tuple(read_answer(row, side, self.layers, tokenizer, getattr(pair, side))
+                                                    for side in SIDES)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{where}: its weights can't be read ({error})") from error
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: int) -> tuple[JudgedAnswer, JudgedAnswer]:
+        """The chosen and the rejected answer of a pair."""
+        return self._answers[key]
+
+    def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
+        """Empty: the columns hold the judge's likeliest tokens, not its verdicts."""
+        return {}
+
+
+def pick_columns(path: str | Path, row: dict[str, object], layer: str) -> list[str]:
+    """The layers that --layer names of those that a row holds, 1-based. Raises InputError."""
+    names = [name.removeprefix("chosen_weights_") for name in row if name.startswith("chosen_weights_")]
+    numbers = sorted(int(name) + 1 for name in names if name.isdigit())
+    stored = list(map(str, numbers)) + [ROLLOUT] * (ROLLOUT_COLUMN in names)
+    wanted = {"last": list(map(str, numbers[-1:])), "all": list(map(str, numbers))}.get(layer, layer.split(","))
+    if not wanted or set(wanted) - set(stored):
+        raise InputError(f"--layer is {layer!r}: {path} holds layers {', '.join(stored)}")
+    return wanted
+
+
+def read_answer(row: dict[str, object], side: str, layers: list[str], tokenizer, answer: str) -> JudgedAnswer:
+    """One answer's ids, spans and weights. Raises ValueError."""
+    ids_J = np.array(row[f"{side}_tokens"], dtype=np.int32)
+    weights = [row[f"{side}_weights_{column_of(layer)}"] for layer in layers]
+    if any(len(each) != len(ids_J) for each in weights):
+        raise ValueError(f"{side} has {len(ids_J)} tokens and {', '.join(str(len(each)) for each in weights)} weights")
+    return JudgedAnswer(ids_J, token_spans(tokenizer, ids_J, answer), np.array(weights, dtype=np.float32)[:, None])
+
+
+def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
+    """The characters of the answer that its judge tokens cover, int32 [J, 2]. Raises ValueError.
+
+    The text is tokenised again; where that gives other tokens, spans come from the text of ever longer beginnings.
+    """
+    ids = ids_J.tolist()
+    lead = len(answer) - len(answer.lstrip())
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    inner = text.strip().strip("\ufffd")
+    place = answer.find(inner) - text.find(inner)  # border tokens may hold white space of the prompt around the answer
+    for start, whole in ((0, answer), (lead, answer.strip()), (place, text)):
+        found, spans_T2 = encode(tokenizer, [whole])[0]
+        if found[:len(ids)] == ids and inner in answer:
+            return np.clip(spans_T2[:len(ids)] + start, 0, len(answer)).astype(np.int32)
+    if inner not in answer:
+        raise ValueError(f"its tokens spell {text!r:.60}, which is no part of the answer; --weights-tokenizer must be "
+                         "the one that made them")
+    ends = [len(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)) for stop in range(len(ids) + 1)]
+    spans_J2 = np.array(list(zip(ends[:-1], ends[1:])), dtype=np.int32).reshape(-1, 2)
+    return np.clip(spans_J2 + place, 0, len(answer))

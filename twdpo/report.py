@@ -1,0 +1,227 @@
+"""What token weights look like: the paper's statistics of them, and a page that shows them on real answers.
+
+Tables 1 and 2, the first tokens' shares before the sink fix (section 3), and Appendix B's delta = max_t |n a_t - 1|.
+Legend: J judge tokens of one answer, L stored layers.
+"""
+
+import html
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from twdpo.files import make_directory, write_atomic, write_json
+from twdpo.pairs import Pair
+from twdpo.weights import average_rounds, pin_and_share
+from twdpo.weights_file import JudgedAnswer, WeightsFile
+
+SIDES = ("chosen", "rejected")
+MOST_WEIGHTED = 10
+
+
+def fixed_weights(mass_J: np.ndarray, sink_k: int, sink_k_min: int) -> np.ndarray:
+    """Normalised mass with the sink fix on the judge's own tokens (paper section 2.6), [J]."""
+    return pin_and_share(mass_J, np.arange(len(mass_J)) < (sink_k if len(mass_J) >= sink_k_min else 0))
+
+
+def describe_weights(weights_file: WeightsFile, pairs: list[Pair], tokenizer, rounds: str, sink_k: int,
+                     sink_k_min: int, min_count: int) -> dict[str, object]:
+    """All statistics, as JSON: figures by side, the most weighted tokens, a row a layer.
+
+    Figures and tokens are of the last numbered layer in `weights_file`. Averages are over answers.
+    """
+    shown = shown_layer(weights_file.layers)
+    sides: dict[str, dict[str, list[float]]] = {side: defaultdict(list) for side in SIDES}
+    totals: dict[str, Counter] = {side: Counter() for side in SIDES}
+    counts: dict[str, Counter] = {side: Counter() for side in SIDES}
+    layers = [defaultdict(list) for _ in weights_file.layers]
+    for pair in pairs:
+        for side, answer in zip(SIDES, weights_file[pair.key]):
+            if not len(answer.ids_J):
+                continue
+            describe_layers(answer, rounds, layers)
+            mass_J = average_rounds(answer.attention_LRJ[shown], rounds)
+            weights_J = fixed_weights(mass_J, sink_k, sink_k_min)
+            figures = sides[side]
+            for name, value in (("std", weights_J.std()), ("max", weights_J.max()), ("length", len(weights_J)),
+                                ("delta", np.abs(len(weights_J) * weights_J - 1).max())):
+                figures[name].append(float(value))
+            for place in range(min(3, len(mass_J))):
+                figures[f"share of token {place + 1} before the sink fix"].append(float(mass_J[place]))
+            for id, weight in zip(answer.ids_J.tolist(), weights_J.tolist()):
+                totals[side][id] += weight
+                counts[side][id] += 1
+    tokens = {side: most_weighted(totals[side], counts[side], tokenizer, min_count) for side in SIDES}
+    return {
+        "pairs": len(pairs),
+        "sides": {side: {name: float(np.mean(values)) for name, values in figures.items()}
+                  for side, figures in sides.items()},
+        "most_weighted_tokens": tokens,
+        "min_count": min_count,
+        "layers": [{"layer": name} | {key: float(np.mean(values)) for key, values in figures.items()}
+                   for name, figures in zip(weights_file.layers, layers)],
+        "verdicts": weights_file.verdict_statistics([pair.key for pair in pairs]),
+    }
+
+
+def shown_layer(layers: list[str]) -> int:
+    """The place of the last numbered layer; of the rollout when there is nothing else."""
+    return max((place for place, name in enumerate(layers) if name.isdigit()), default=len(layers) - 1)
+
+
+def describe_layers(answer: JudgedAnswer, rounds: str, layers: list[dict[str, list[float]]]) -> None:
+    """Add one answer's figures to every layer's."""
+    for attention_RJ, figures in zip(answer.attention_LRJ, layers):
+        mass_J = average_rounds(attention_RJ, rounds)
+        figures["attention on the answer"].append(float(attention_RJ.sum(axis=1).mean()))
+        figures["share of token 1"].append(float(mass_J[0]))
+        figures["std"].append(float(mass_J.std()))
+        spread = attention_RJ.std(axis=1)
+        if len(attention_RJ) == 2 and (spread > 0).all():
+            figures["correlation of the rounds"].append(float(np.corrcoef(attention_RJ)[0, 1]))
+
+
+def most_weighted(totals: Counter, counts: Counter, tokenizer, min_count: int) -> list[dict[str, object]]:
+    """Tokens that occur at least `min_count` times, by mean weight (paper Table 2)."""
+    means = {id: totals[id] / count for id, count in counts.items() if count >= min_count}
+    first = sorted(means, key=lambda id: (-means[id], id))[:MOST_WEIGHTED]
+    return [{"token": tokenizer.decode([id]), "id": id, "weight": means[id], "count": counts[id]} for id in first]
+
+
+def format_report(report: dict[str, object]) -> str:
+    """The statistics as text."""
+    lines = [f"token weights of {report['pairs']} pairs" + "".join(
+        f"; {name} {value:.3f}" for name, value in report["verdicts"].items())]
+    names = list(dict.fromkeys(name for side in SIDES for name in report["sides"][side]))
+    lines.append(f"{'(mean over answers)':36}" + "".join(f"{side:>12}" for side in SIDES))
+    for name in names:
+        lines.append(f"{name:36}" + "".join(f"{report['sides'][side].get(name, float('nan')):12.4f}" for side in SIDES))
+    for side in SIDES:
+        tokens = report["most_weighted_tokens"][side]
+        listed = ", ".join(f"{token['token']!r} {token['weight']:.4f}" for token in tokens)
+        lines.append(f"most weighted in {side} (seen {report['min_count']} times or more): {listed or 'none'}")
+    columns = list(dict.fromkeys(name for layer in report["layers"] for name in layer if name != "layer"))
+    lines.append(f"{'layer':>10}" + "".join(f"{name:>28}" for name in columns))
+    for layer in report["layers"]:
+        lines.append(f"{layer['layer']:>10}" + "".join(f"{layer.get(name, float('nan')):28.4f}" for name in columns))
+    return "\n".join(lines)
+
+
+def write_report(directory: Path, weights_file: WeightsFile, pairs: list[Pair], tokenizer, rounds: str, sink_k: int,
+                 sink_k_min: int, min_count: int, num_shown: int, seed: int) -> str:
+    """Write report.json and weights.html into `directory`; the statistics as text."""
+    make_directory(directory, "--report")
+    report = describe_weights(weights_file, pairs, tokenizer, rounds, sink_k, sink_k_min, min_count)
+    write_json(directory / "report.json", report)
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:num_shown]
+    shown = [pairs[place] for place in sorted(chosen.tolist())]
+    page = render_page(report, weights_file, shown, rounds, sink_k, sink_k_min)
+    write_atomic(directory / "weights.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return format_report(report)
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfb; --line: #d9d8d2; --soft: #6b6a66;
+        --mark: 197, 74, 20; --panel: #f5f4ef; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e9e7e2; --paper: #17171a; --line: #3a3a40; --soft: #a09e98;
+        --mark: 255, 138, 61; --panel: #202024; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 24px; max-width: 1240px; font: 16px/1.6 system-ui, sans-serif; color: var(--ink);
+       background: var(--paper); }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+p.note { color: var(--soft); margin: .2rem 0 1rem; max-width: 76ch; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; } th { color: var(--soft); font-weight: 500; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; padding: 1rem 1.2rem; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); max-height: 12rem; overflow: auto;
+          margin: 0 0 .8rem; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; }
+.sides > div { min-width: 0; } .sides h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--soft); font-weight: 600; }
+.answer { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border-radius: 6px;
+          padding: .7rem; }
+.answer span { background: rgba(var(--mark), var(--a)); border-radius: 3px; }
+.answer span:hover { outline: 2px solid rgb(var(--mark)); }
+.scale { display: inline-block; width: 9rem; height: .8rem; border-radius: 3px; vertical-align: -1px;
+         background: linear-gradient(90deg, rgba(var(--mark), 0), rgba(var(--mark), .85)); }
+@media (max-width: 720px) { body { padding: 14px; } .sides { grid-template-columns: 1fr; } }
+"""
+
+
+def render_page(report: dict[str, object], weights_file: WeightsFile, pairs: list[Pair], rounds: str, sink_k: int,
+                sink_k_min: int) -> str:
+    """A page that needs no network: answers shaded by weight, chosen and rejected side by side, and the statistics."""
+    articles, shown = [], shown_layer(weights_file.layers)
+    for number, pair in enumerate(pairs, 1):
+        panels = []
+        for side, answer in zip(SIDES, weights_file[pair.key]):
+            weights_J = fixed_weights(average_rounds(answer.attention_LRJ[shown], rounds), sink_k, sink_k_min)
+            panels.append(f'<div><h3>{side}, {len(weights_J)} tokens</h3><div class="answer">'
+                          + shade(getattr(pair, side), answer.spans_J2, weights_J) + "</div></div>")
+        prompt = "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
+        articles.append(f'<article id="pair-{number}"><div class="prompt">{html.escape(prompt)}</div>'
+                        f'<div class="sides">{"".join(panels)}</div></article>')
+    verdicts = "".join(f", {html.escape(name)} {value:.3f}" for name, value in report["verdicts"].items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Token weights</title><style>{STYLE}</style></head><body>
+<h1>Token weights</h1>
+<p class="note">{report['pairs']} pairs{verdicts}. {len(pairs)} of them are shown below, shaded by n&middot;a, a token's
+weight times the number of tokens: <span class="scale"></span> 0 to 5 and more; 1 is what every token has in plain DPO.
+Point at a token for its weight. The weights are those of layer {html.escape(weights_file.layers[shown])}, after the
+sink fix.</p>
+<div class="tables">
+{statistics_table(report)}
+{"".join(tokens_table(report, side) for side in SIDES)}
+</div>
+{layers_table(report)}
+<h2>Pairs</h2>
+{"".join(articles)}
+</body></html>
+"""
+
+
+def shade(text: str, spans_J2: np.ndarray, weights_J: np.ndarray) -> str:
+    """The answer with each judge token in a span whose opacity is its weight; text no token covers stays plain."""
+    shown: list[list] = []
+    for (start, end), weight in zip(spans_J2.tolist(), weights_J.tolist()):
+        if shown and end <= shown[-1][1]:  # a character of several tokens is shown once, with their weights together
+            shown[-1][2] += weight
+        else:
+            shown.append([max(start, shown[-1][1]) if shown else start, end, weight])
+    parts, place = [], 0
+    for start, end, weight in shown:
+        ratio = len(weights_J) * weight
+        parts.append(html.escape(text[place:start]))
+        token = html.escape(json.dumps(text[start:end], ensure_ascii=False))
+        parts.append(f'<span style="--a:{min(ratio / 5, 1) * 0.85:.3f}" title="{token}  a = {weight:.5f}, '
+                     f'n&middot;a = {ratio:.2f}">{html.escape(text[start:end])}</span>')
+        place = end
+    return "".join(parts) + html.escape(text[place:])
+
+
+def statistics_table(report: dict[str, object]) -> str:
+    names = list(dict.fromkeys(name for side in SIDES for name in report["sides"][side]))
+    rows = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(
+        f"<td>{report['sides'][side].get(name, float('nan')):.4f}</td>" for side in SIDES) + "</tr>" for name in names)
+    return (f'<div class="scroll"><h2>Weights (mean over answers)</h2><table><tr><th></th><th>chosen</th>'
+            f"<th>rejected</th></tr>{rows}</table></div>")
+
+
+def tokens_table(report: dict[str, object], side: str) -> str:
+    rows = "".join(f"<tr><td><code>{html.escape(json.dumps(token['token'], ensure_ascii=False))}</code></td>"
+                   f"<td>{token['weight']:.4f}</td><td>{token['count']}</td></tr>"
+                   for token in report["most_weighted_tokens"][side])
+    rows = rows or f"<tr><td>no token occurs {report['min_count']} times</td><td></td><td></td></tr>"
+    return (f'<div class="scroll"><h2>Most weighted in {side}</h2><table><tr><th>token</th><th>mean weight</th>'
+            f"<th>count</th></tr>{rows}</table></div>")
+
+
+def layers_table(report: dict[str, object]) -> str:
+    columns = list(dict.fromkeys(name for layer in report["layers"] for name in layer if name != "layer"))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    rows = "".join(f"<tr><td>{html.escape(layer['layer'])}</td>" + "".join(
+        f"<td>{layer.get(name, float('nan')):.4f}</td>" for name in columns) + "</tr>" for layer in report["layers"])
+    return f'<h2>Layers</h2><div class="scroll"><table><tr><th>layer</th>{head}</tr>{rows}</table></div>'
