@@ -14,13 +14,12 @@ from twdpo.dist import Process, run_script
 from twdpo.extraction import (
     check_judge_inputs,
     describe_extraction,
-    describe_scores,
     extract_attention,
-    extract_scores,
     open_judge_inputs,
     stored_pairs,
 )
 from twdpo.files import make_directory
+from twdpo.generate import describe_scores, extract_scores
 from twdpo.model import find_model, fingerprint_model, load_tokenizer, pick_dtype
 from twdpo.pairs import TEST_SPLITS, TRAIN_SPLITS, Dataset, Pair, load_dataset, settle_bad_rows
 from twdpo.report import write_report

@@ -303,6 +303,45 @@ def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs
     assert read_rows(tmp_path / "folder") == read_rows(tmp_path / "own")
 
 
+@pytest.mark.parametrize("layer", ["1", "1,2", "rollout"])
+def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, toy_model, pairs_file, capsys):
+    import extract
+    extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "all",
+                  "--rollout", "--out", str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
+    for name in ("w", "rows.jsonl"):
+        train.main(arguments(tmp_path / f"run-{name}", weights=tmp_path / name, layer=layer, max_steps=2))
+    assert_close_rows(read_rows(tmp_path / "run-w"), read_rows(tmp_path / "run-rows.jsonl"))
+    train.main(arguments(tmp_path / "run-own", layer=layer, max_steps=2))  # extracted by train.py itself
+    assert_close_rows(read_rows(tmp_path / "run-w"), read_rows(tmp_path / "run-own"))
+    assert "of the mass copied" in capsys.readouterr().out
+
+
+def test_verbalized_scores_train(tmp_path, arguments, monkeypatch, capsys):
+    """Scores of every word of every answer but those of one pair, which is left out and counted."""
+    from twdpo import generate
+    rows = toy_rows()[0]
+
+    def canned(model, tokenizer, prompts, max_new_tokens):
+        texts = [tokenizer.decode(ids) for ids in prompts]
+        answers = [next(row[side] for row in rows for side in ("chosen", "rejected") if row[side] in text)
+                   if "say a lot" not in text else "" for text in texts]
+        return [json.dumps([[word, 1 + len(word) % 5] for word in answer.split()]) for answer in answers]
+    monkeypatch.setattr(generate, "generate", canned)
+    train.main(arguments(tmp_path / "run", weights="verbalized", max_steps=2))
+    assert "1 of 19 pairs have answers of which less than 90 %" in capsys.readouterr().out
+    train.main(arguments(tmp_path / "uniform", weights="uniform", loss="twdpo", max_steps=2))
+    losses = [[row["loss"] for row in read_rows(tmp_path / name) if "loss" in row] for name in ("run", "uniform")]
+    assert losses[0] != losses[1]
+
+
+def test_the_preset_authors_trains(tmp_path, arguments, capsys):
+    train.main([*arguments(tmp_path / "run", max_steps=2), "--preset", "authors", "--judge-cut", "common"])
+    assert "preset authors" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["align"], config["unseen"], config["multiplier"]) == ("edits", "zero", "judged")
+    assert config["judge_cut"] == "common" and config["renormalize"] is False
+
+
 def test_length_normalize_drops_the_length(tmp_path, arguments):
     train.main([*arguments(tmp_path / "plain"), "--weights", "uniform"])
     train.main([*arguments(tmp_path / "normed"), "--weights", "uniform", "--length-normalize"])

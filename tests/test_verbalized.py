@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
-from twdpo import extraction
+from twdpo import generate
 from twdpo.pairs import load_dataset
 from twdpo.toy import toy_rows
 from twdpo.verbalized import (
@@ -104,7 +104,7 @@ def scored(tmp_path, toy_model, monkeypatch):
             words = words[:len(words) // 2] if len(calls) % 3 == 0 else words
             outputs.append(json.dumps([[word, 1 + place % 5] for place, word in enumerate(words)]))
         return outputs
-    monkeypatch.setattr(extraction, "generate", canned)
+    monkeypatch.setattr(generate, "generate", canned)
     extract.main(["--model", str(toy_model), "--data", str(path), "--verbalized", "--out", str(tmp_path / "scores")])
     assert tokenizer and len(calls) == 12
     return load_dataset(str(path), "").train, tmp_path / "scores"

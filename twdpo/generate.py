@@ -1,0 +1,118 @@
+"""Verbalised scores (paper section 4.2): the model writes down the parts of each answer, in batches."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twdpo.chat import encode, printed_answers, render
+from twdpo.config import SharedConfig
+from twdpo.dist import Process
+from twdpo.extraction import EXTRACTION_VERSION, list_work
+from twdpo.files import hash_json
+from twdpo.judge import show_question
+from twdpo.model import context_length, fingerprint_tokenizer, load_judge, pick_dtype
+from twdpo.pairs import Pair
+from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, locate_parts, matched_share, parse_parts
+from twdpo.weights_file import shard_path, write_shard
+
+
+def describe_scores(model_fingerprint: str, tokenizer, data_fingerprint: str, dtype: torch.dtype) -> dict[str, object]:
+    """meta.json of a folder of verbalised scores: everything that they depend on."""
+    return {"code": EXTRACTION_VERSION, "source": "verbalized", "model": model_fingerprint,
+            "tokenizer": fingerprint_tokenizer(tokenizer), "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
+            "judge_dtype": str(dtype).removeprefix("torch."), "data": data_fingerprint, "layers": []}
+
+
+def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Path, pairs: list[Pair], model_dir: Path,
+                   tokenizer, process: Process) -> None:
+    """Let the model score the parts of both answers of all `pairs`, into the folder `directory`. All ranks.
+
+    One generation an answer, greedy, as long as twice the answer and its quotes; what is stored already is kept.
+    """
+    todo = list_work(meta, directory, pairs, "verbalised scores", process)
+    if not todo:
+        return
+    model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device)
+    model.set_attn_implementation("sdpa")  # generation keeps a cache, which packed rows have none of
+    budget = config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
+    mine = todo[process.rank::process.world_size]
+    with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
+        for number, group in mine:
+            keys = [pair.key for pair in group]
+            write_shard(shard_path(directory, number, keys), score_pairs(model, tokenizer, group, budget, bar))
+    process.gather(None)  # all ranks have written before any reads
+
+
+def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
+    """The arrays of one shard (twdpo.verbalized)."""
+    prompts, answers = [], []
+    for pair in pairs:
+        _, _, printed = printed_answers(tokenizer, pair)
+        for answer in printed:
+            user = USER_PROMPT.format(question=show_question(pair, "conversation"), answer=answer.text)
+            prompts.append(render_prompt(tokenizer, SYSTEM_PROMPT, user))
+            answers.append((answer, encode(tokenizer, [answer.text])[0]))
+    ids = [each for each, _ in encode(tokenizer, prompts)]
+    outputs = {}
+    lengths = [len(ids[place]) + most_new_tokens(len(answers[place][1][0])) for place in range(len(ids))]
+    for batch in equal_batches(lengths, budget):
+        outputs |= dict(zip(batch, generate(model, tokenizer, [ids[place] for place in batch],
+                                            max(most_new_tokens(len(answers[place][1][0])) for place in batch))))
+        bar.update(len(batch) / 2)
+    spans, scores, matched = [], [], []
+    for place, (answer, (_, token_spans)) in enumerate(answers):
+        spans_J2, score_J = locate_parts(answer.text, parse_parts(outputs[place]))
+        matched.append(matched_share(token_spans, spans_J2, answer.text))
+        spans.append(spans_J2 + answer.start)
+        scores.append(score_J)
+    return {
+        "key_E": np.array([pair.key for pair in pairs], dtype=np.int64),
+        "length_E2": np.array([len(each) for each in scores], dtype=np.int32).reshape(-1, 2),
+        "spans_J2": np.concatenate(spans).astype(np.int32),
+        "score_J": np.concatenate(scores),
+        "matched_E2": np.array(matched, dtype=np.float32).reshape(-1, 2),
+    }
+
+
+def render_prompt(tokenizer, system: str, user: str) -> str:
+    """The conversation up to the answer; a template that knows no system turn gets both texts in one."""
+    try:
+        text = render(tokenizer, [("system", system), ("user", user)], generation_prompt=True)
+    except ValueError:
+        text = ""
+    return text if system in text else render(tokenizer, [("user", f"{system}\n\n{user}")], generation_prompt=True)
+
+
+def most_new_tokens(num_answer_tokens: int) -> int:
+    """Every word of an answer may be a part of its own, with quotes, brackets and a score around it."""
+    return 8 * num_answer_tokens + 64
+
+
+def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices by batch, longest first, each batch padded to its first within the budget."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of prompts in tokens, up to the end of the turn."""
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    room = context_length(model.config) - longest
+    if room < 1:
+        return [""] * len(prompts)  # nothing is matched: the pair is left out and counted
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):  # padded on the left, so that all go on from the same place
+        input_ids[row, longest - len(ids):] = torch.tensor(ids)
+        mask[row, longest - len(ids):] = 1
+    output = model.generate(input_ids.to(device), attention_mask=mask.to(device), do_sample=False,
+                            max_new_tokens=min(max_new_tokens, room), pad_token_id=0, temperature=None, top_p=None,
+                            top_k=None)
+    return tokenizer.batch_decode(output[:, longest:].tolist(), skip_special_tokens=True)
