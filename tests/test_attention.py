@@ -140,6 +140,40 @@ def test_an_architecture_without_the_interface_is_a_clear_error(name):
         judge_forward(model.get_decoder(), JudgeCapture(pack(groups()), frozenset([1])), 2)
 
 
+def test_value_heads_of_another_size():
+    """Multi-head latent attention: values are smaller than queries."""
+    query, key, value = torch.randn(1, 4, 23, 12), torch.randn(1, 4, 23, 12), torch.randn(1, 4, 23, 8)
+    module = type("Module", (), {"layer_idx": 0, "config": None})
+    row = pack(groups())
+    query, key, value = (tensor.repeat(1, 1, 8, 1)[:, :, :len(row.input_ids_T)] for tensor in (query, key, value))
+    with attention.capturing(JudgeCapture(row, frozenset([0]))) as capture:
+        output, _ = attention.attention_forward(module, query, key, value, None)
+    assert output.shape == (1, len(row.input_ids_T), 4, 8)
+    (first, stop), = row.ranges[0]
+    probs = (query[0, :, first:stop] @ key[0, :, first:stop].transpose(1, 2) * 12 ** -0.5
+             + torch.full((stop, stop), float("-inf")).triu(1)).softmax(-1)
+    expected = probs @ value[0, :, first:stop]
+    torch.testing.assert_close(output[0, first:stop].transpose(0, 1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(capture.rows[0][0], probs[:, -1].mean(dim=0), atol=1e-6, rtol=0)
+
+
+def test_what_a_mask_would_have_done_is_refused():
+    query = torch.randn(1, 2, 9, 4)
+
+    def attend(layer_types=None, sliding_window=None, **kwargs):
+        config = type("Config", (), {"layer_types": layer_types, "sliding_window": sliding_window})
+        module = type("Module", (), {"layer_idx": 0, "config": config})
+        return attention.attention_forward(module, query, query, query, None, **kwargs)
+    attend(sliding_window=9)
+    attend(["full_attention"], sliding_window=4)
+    attend(position_bias=None)
+    for config, kwargs, message in (((None, 4), {}, "not told of"), ((["sliding_attention"], 4), {}, "not told of"),
+                                    ((["chunked_attention"], None), {}, "chunked_attention"),
+                                    ((None, None), {"position_bias": query}, "position_bias")):
+        with pytest.raises(InputError, match=message):
+            attend(*config, **kwargs)
+
+
 def test_layers_and_heads_are_one_based():
     assert parse_layers("last", 32) == [31] and parse_layers("all", 3) == [0, 1, 2]
     assert parse_layers("32,1,8,8", 32) == [0, 7, 31]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
 from twdpo.config import TrainConfig
@@ -391,6 +391,17 @@ def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arg
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "run/config.json").exists()  # so the mended command needs no --overwrite
+
+
+@pytest.mark.parametrize("name", ["bloom", "gptj"])
+def test_a_policy_that_would_look_ahead_is_refused(name, tmp_path, arguments, toy_model, capsys):
+    """These architectures have attention of their own: given no mask, they attend to what comes after."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), hidden_size=32, n_embd=32, n_layer=2, n_head=2,
+                                  rotary_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fails(arguments(tmp_path / "run", model=tmp_path / "model", loss="dpo"), "AttentionInterface", capsys)
 
 
 def test_one_pair_is_trained_on_and_nothing_held_out(tmp_path, arguments):

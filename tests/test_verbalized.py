@@ -55,6 +55,12 @@ def test_awkward_outputs(output, expected):
     assert all(1 <= score <= 5 for _, score in parts)
 
 
+def test_long_outputs_take_no_time():
+    """Escapes and quotes without end: an expression that tries every way to read them would never be done."""
+    assert parse_parts('[["' + "x = 1\\n" * 4000) == []
+    assert parse_parts('["' * 2000 + '"a", 3]')[-1][1] == 3
+
+
 def test_parts_are_found_in_order():
     answer = "the cat and the dog"
     spans, scores = locate_parts(answer, [("the", 1), ("cat", 5), ("and", 1), ("the", 2), ("dog", 4)])

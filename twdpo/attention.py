@@ -49,7 +49,6 @@ class JudgeCapture:
     eager: bool = False
     keep: bool = False
     final_layer: int = -1  # of the model: only its last positions go on
-    windows: tuple[bool, ...] = ()  # by layer, whether the config says that it has a window
     rows: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     kept: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionOptions]] = field(default_factory=dict)
 
@@ -59,14 +58,22 @@ _seen: list[int] | None = None
 
 
 @contextmanager
-def recording_layers(seen: list[int]) -> Iterator[None]:
-    """Layers that attend inside this context are added to `seen`, counted from 0."""
+def all_layers_attending(model_config, num_layers: int | None = None) -> Iterator[None]:
+    """Raise InputError unless each of the first `num_layers` layers (None: of all) attends once inside this context.
+
+    One that does not go through transformers' AttentionInterface would get no mask, and look ahead without a word.
+    """
     global _seen
-    _seen = seen
+    _seen = seen = []
     try:
         yield
     finally:
         _seen = None
+    expected = range(model_config.get_text_config().num_hidden_layers if num_layers is None else num_layers)
+    if sorted(seen) != list(expected):
+        missing = sorted(set(expected) - set(seen)) or seen
+        raise InputError(f"{model_config.model_type}: the attention of layer {missing[0] + 1} can't be reached (the "
+                         "architecture does not use transformers' AttentionInterface); use another model")
 
 
 @contextmanager
@@ -86,26 +93,43 @@ def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=No
     """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""
     if _seen is not None:
         _seen.append(module.layer_idx)
-    assert attention_mask is None and not dropout, "rows here are causal, without a mask and without dropout"
     scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:  # made by the architecture itself; it knows nothing of packed rows
+        if _capture is not None or softcap is not None or s_aux is not None:
+            raise InputError("this architecture makes an attention mask of its own: use another model")
+        return F.scaled_dot_product_attention(query_BHTD, key, value, attn_mask=attention_mask, scale=scaling,
+                                              enable_gqa=key.shape[1] != query_BHTD.shape[1]).transpose(1, 2), None
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    refuse_what_is_not_done(module, query_BHTD.shape[2], sliding_window, kwargs)
     if _capture is None:
         return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
     return _judge_attention(_capture, module.layer_idx, query_BHTD, key, value, options), None
 
 
+def refuse_what_is_not_done(module, num_tokens: int, sliding_window: int | None, kwargs: dict[str, object]) -> None:
+    """Raise InputError for what an architecture would do by its mask, or asks of its attention, but is not done here."""
+    config, layer = getattr(module, "config", None), module.layer_idx
+    kind = (getattr(config, "layer_types", None) or {layer: None})[layer]
+    window = getattr(config, "sliding_window", None)
+    if kind not in (None, "full_attention", "sliding_attention"):
+        raise InputError(f"layer {layer + 1} is {kind}, which can't be done without a mask: use another model")
+    if window and sliding_window is None and kind != "full_attention" and num_tokens > window:
+        raise InputError(f"layer {layer + 1} has a sliding window of {window} tokens that its attention is not told "
+                         f"of, and rows are up to {num_tokens} tokens long: use another model, or shorter inputs")
+    for name, value in kwargs.items():
+        if value is not None and ("bias" in name or name == "alibi"):
+            raise InputError(f"layer {layer + 1} adds {name} to its attention, which can't be done: use another model")
+
+
 def _judge_attention(capture: JudgeCapture, layer: int, query_1HTD, key, value, options: AttentionOptions
                      ) -> torch.Tensor:
     """Attention of one layer of a judge forward, [1, T, H, D]; rows of wanted layers go into the capture."""
-    if capture.windows and capture.windows[layer] and options.sliding_window is None:
-        raise InputError(f"layer {layer + 1} has a sliding window that its attention is not told of: this architecture "
-                         "can't be judged with packed rows; use another judge model")
     if capture.keep:
         capture.kept[layer] = query_1HTD, key, options
     wanted = layer in capture.layers
     rows = capture.rows.setdefault(layer, []) if wanted else []
     # Only the last position of each sequence goes on to the verdict, so the final layer computes no other output.
-    output_1THD = torch.zeros_like(query_1HTD.transpose(1, 2), memory_format=torch.contiguous_format)
+    output_1THD = value.new_zeros(1, query_1HTD.shape[2], query_1HTD.shape[1], value.shape[3])
     done = 0
     for ranges in capture.row.ranges:
         query, keys, values = (_take(tensor, ranges) for tensor in (query_1HTD, key, value))
@@ -264,13 +288,8 @@ def judge_forward(decoder, capture: JudgeCapture, num_layers: int) -> torch.Tens
     does not go through transformers' AttentionInterface there, so its attention can't be reached.
     """
     device = next(decoder.parameters()).device
-    seen: list[int] = []
-    with capturing(capture), recording_layers(seen):
+    with capturing(capture), all_layers_attending(decoder.config, num_layers):
         hidden_1TD = decoder(input_ids=torch.from_numpy(capture.row.input_ids_T)[None].long().to(device),
                              position_ids=torch.from_numpy(capture.row.positions_T)[None].long().to(device),
                              use_cache=False).last_hidden_state
-    if sorted(seen) != list(range(num_layers)):
-        missing = sorted(set(range(num_layers)) - set(seen)) or seen
-        raise InputError(f"{decoder.config.model_type}: the attention of layer {missing[0] + 1} can't be reached (the "
-                         "architecture does not use transformers' AttentionInterface); use another judge model")
     return hidden_1TD[0, [ranges[-1][1] - 1 for ranges in capture.row.ranges]]

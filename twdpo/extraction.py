@@ -163,7 +163,6 @@ class Judge:
         self.rollout = ROLLOUT in meta["layers"]
         text_config = self.model.config.get_text_config()
         self.heads = parse_heads(config.heads, text_config.num_attention_heads)
-        self.windows = tuple(kind == "sliding_attention" for kind in getattr(text_config, "layer_types", None) or ())
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
         self.verdicts, self.options = verdict_ids(tokenizer), head_options(self.model.config)
         # Nothing after the last wanted layer is run; the verdict needs them all.
@@ -173,7 +172,11 @@ class Judge:
         if not self.has_verdict:
             self.num_layers = self.layers[-1] + 1
             del layers[self.num_layers:]
-        self.packs = self.check_packing()
+        try:
+            self.packs = self.check_packing()
+        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+            raise InputError(f"{text_config.model_type} can't be run as a judge ({error}): use another model"
+                             ) from error
         if not self.packs:
             process.print("judge inputs run one by one: packed rows give this model other hidden states")
 
@@ -192,7 +195,7 @@ class Judge:
 
     def forward(self, row, layers, keep: bool = False) -> tuple[JudgeCapture, torch.Tensor]:
         """(what was captured, hidden states of each input's last token [S, D])."""
-        capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, self.num_layers - 1, self.windows)
+        capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, self.num_layers - 1)
         return capture, judge_forward(self.decoder, capture, self.num_layers)
 
     def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
-from twdpo.attention import ATTENTION_NAME, recording_layers
+from twdpo.attention import ATTENTION_NAME, all_layers_attending
 from twdpo.batch import PairBatch
 from twdpo.chat import set_chat_template
 from twdpo.config import InputError, SharedConfig
@@ -132,6 +132,9 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the model in {directory} can't be loaded: {error}") from error
+    except KeyError as error:  # a table of attention classes of its own
+        raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
+                         "another one") from error
     return model.eval().to(device)
 
 
@@ -152,7 +155,8 @@ class Policy(torch.nn.Module):
         Only response tokens reach the head.
         """
         # No mask: rows are causal and padded on the right only (twdpo/rows.py).
-        hidden_STD = self.model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
+        with all_layers_attending(self.model.config):
+            hidden_STD = self.model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
         hidden_ND = hidden_STD.flatten(0, 1).index_select(0, batch.predict_N)
         head = self.model.get_output_embeddings()
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
@@ -166,11 +170,14 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -
     """
     model_config = load_model_config(directory)
     disable_dropout(model_config)
-    with torch.device("meta"):
-        # dtype: from_config would take the checkpoint's; the master weights are fp32.
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+    try:
+        with torch.device("meta"):  # dtype: from_config would take the checkpoint's; the master weights are fp32
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32,
+                                                     attn_implementation=ATTENTION_NAME)
+    except KeyError as error:  # a table of attention classes of its own
+        raise InputError(f"{model_config.model_type} does not use transformers' AttentionInterface ({error}): use "
+                         "another model") from error
     refuse_converted_checkpoints(model)
-    check_attention(model)
     policy = Policy(model)
     shard_policy(policy, decoder_layers(model), compute_dtype, process.device)
     policy.to_empty(device=process.device)
@@ -206,24 +213,6 @@ def refuse_converted_checkpoints(model) -> None:
     if any(isinstance(item, WeightConverter) for item in get_model_conversion_mapping(model) or []):
         raise InputError(f"{model.config.model_type}: checkpoints of this architecture are rearranged while loading, "
                          "which the sharded loader can't do; use a dense model")
-
-
-def check_attention(model) -> None:
-    """Raise InputError unless every layer of a model on the meta device attends through twdpo.attention.
-
-    A layer that does not would get no mask, and look ahead without a word.
-    """
-    seen: list[int] = []
-    error = None
-    try:
-        with recording_layers(seen):
-            model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
-    except (KeyError, AttributeError) as raised:  # its own table of attention classes does not know ours
-        error = raised
-    missing = set(range(model.config.get_text_config().num_hidden_layers)) - set(seen)
-    if missing:
-        raise InputError(f"{model.config.model_type}: the attention of layer {min(missing) + 1} can't be reached (the "
-                         "architecture does not use transformers' AttentionInterface); use another model") from error
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:

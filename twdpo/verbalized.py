@@ -53,7 +53,7 @@ Response: {answer}"""  # Fig. 8
 # A quoted text, then its score: as the next item, as the value of its own key, or of a second key. The text ends at
 # the first quote that a score and a closing bracket or a comma follow, so that quotes within it need not be escaped. A
 # number out of range, or a word in place of the score, ends the part all the same.
-PART = re.compile(r"""["'\u201c\u2018](?P<text>(?:\\.|.)*?)["'\u201d\u2019]\s*[,:]\s*"""
+PART = re.compile(r"""["'\u201c\u2018](?P<text>(?:\\.|[^\\])*?)["'\u201d\u2019]\s*[,:]\s*"""
                   r"""(?:["']?\w[\w ]*["']?\s*[:=]\s*)?(?:["']?(?P<score>-?\d+)(?:\.0)?["']?\s*(?=[\]\)\},]|$)"""
                   r"""|["'][^"'\]]{0,20}["']\s*(?=[\]\)]))""", re.DOTALL)
 KEY = re.compile(r"""^\s*(?:text|part|phrase|part_\d+(?:_text)?|content|segment)["']?\s*[:=]\s*["']""")
