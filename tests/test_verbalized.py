@@ -55,6 +55,16 @@ def test_awkward_outputs(output, expected):
     assert all(1 <= score <= 5 for _, score in parts)
 
 
+@pytest.mark.parametrize("parts", [
+    [("print('a', 3)", 5), ("\nb", 2)], [("d = {'k': 1}", 3), ("He said \u201cno\u201d, 2)", 1)],
+    [("the", 1), ("cat", 5), ("the", 2)], [("1", 3), ("5 apples", 4)],
+])
+def test_valid_json_is_read_as_it_is(parts):
+    assert parse_parts(json.dumps(parts)) == parts
+    as_object = "{" + ", ".join(f"{json.dumps(text)}: {score}" for text, score in parts) + "}"
+    assert parse_parts(as_object) == parts
+
+
 def test_long_outputs_take_no_time():
     """Escapes and quotes without end: an expression that tries every way to read them would never be done."""
     assert parse_parts('[["' + "x = 1\\n" * 4000) == []

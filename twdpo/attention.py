@@ -107,7 +107,7 @@ def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=No
 
 
 def refuse_what_is_not_done(module, num_tokens: int, sliding_window: int | None, kwargs: dict[str, object]) -> None:
-    """Raise InputError for what an architecture would do by its mask, or asks of its attention, but is not done here."""
+    """Raise InputError for what an architecture does by its mask, or asks of its attention, but is not done here."""
     config, layer = getattr(module, "config", None), module.layer_idx
     kind = (getattr(config, "layer_types", None) or {layer: None})[layer]
     window = getattr(config, "sliding_window", None)

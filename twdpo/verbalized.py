@@ -13,6 +13,7 @@ covered well enough takes its pair out of the training (paper: 90 %). The scores
         matched_E2           fp32 share of each answer's tokens that are covered by parts
 """
 
+import ast
 import json
 import re
 from dataclasses import dataclass
@@ -65,11 +66,57 @@ def parse_parts(output: str) -> list[tuple[str, int]]:
     Reads JSON lists, objects and tuples in either kind of quotes, code fences, text around the list, and a list that
     was cut off.
     """
+    for opening, closing in ("[]", "{}"):
+        first, last = output.find(opening), output.rfind(closing)
+        if first < 0 or last < first or (opening == "{" and "[" in output):
+            continue
+        text = output[first:last + 1]
+        # Objects as lists of pairs: a text may occur twice as a key. Fig. 7's own format is a Python list of sets.
+        for load in (lambda text: json.loads(text, object_pairs_hook=list), ast.literal_eval):
+            try:
+                return read_parts(load(text))
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                continue  # the next reader, and in the end the one below, which reads what it can
     parts = []
     for match in PART.finditer(output):
         if match["score"] in ("1", "2", "3", "4", "5"):
             parts.append((unescape(KEY.sub("", match["text"])), int(match["score"])))
     return parts
+
+
+def read_parts(value: object) -> list[tuple[str, int]]:
+    """The parts of a list that a parser has read. Raises ValueError when it is no such list."""
+    items = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"no list: {value!r:.40}")
+    parts = [read_part(item) for item in items]
+    return [part for part in parts if part is not None]
+
+
+def read_part(item: object) -> tuple[str, int] | None:
+    """(text, score) of `["text", 3]`, `{"text": 3}` or `{"part": "text", "score": 3}`; None when it has no score."""
+    if isinstance(item, dict):
+        item = list(item.items())
+    if isinstance(item, (set, frozenset)):
+        item = sorted(item, key=lambda member: not isinstance(member, str))
+    if not isinstance(item, (list, tuple)) or not item:
+        return None
+    if all(isinstance(member, (list, tuple)) and len(member) == 2 for member in item):  # an object's pairs
+        item = item[0] if len(item) == 1 else [value for _, value in item]
+    if len(item) == 2 and isinstance(item[0], str) and (score := read_score(item[1])):
+        return item[0], score
+    texts = [member for member in item if isinstance(member, str) and not read_score(member)]
+    scores = [score for member in item if (score := read_score(member))]
+    return (texts[0], scores[0]) if len(texts) == 1 and len(scores) == 1 else None
+
+
+def read_score(value: object) -> int | None:
+    """1 to 5, as a number or as text; None for anything else."""
+    if isinstance(value, str):
+        value = value.strip().removesuffix(".0")
+        return int(value) if value in ("1", "2", "3", "4", "5") else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return int(value) if is_number and value in (1, 2, 3, 4, 5) else None
 
 
 def unescape(text: str) -> str:
