@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from tokenizers_of_tests import TRIMMED, byte_level, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -69,7 +70,7 @@ def test_a_file_without_the_columns_or_the_layer_is_refused(exported, tmp_path, 
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     with pytest.raises(InputError, match="no row holds chosen_tokens"):
         WeightsColumns(pairs_file, "last", tokenizer)
-    with pytest.raises(InputError, match="holds layers 1, 2, rollout"):
+    with pytest.raises(InputError, match="stores layers 1, 2, rollout"):
         WeightsColumns(tmp_path / "rows.jsonl", "7", tokenizer)
     rows = exported[0]
     rows[0]["chosen_tokens"] = [5, 6, 7, 8]
@@ -81,11 +82,35 @@ def test_a_file_without_the_columns_or_the_layer_is_refused(exported, tmp_path, 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like(TRIMMED)], ids=["bytes", "sentencepiece"])
 @pytest.mark.parametrize("answer", ["The quick brown fox.", "  spaces around ", "caf\u00e9 \u4f60\u597d \U0001f600 x"])
-def test_spans_of_ids_are_those_of_the_tokenizer(tokenizer, answer):
-    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.array(encoded["input_ids"])
+@pytest.mark.parametrize("before, after", [("", ""), ("\n", "\n<|The End"), ("Answer A: ", "\n\nAnswer")])
+def test_spans_of_ids_are_those_of_the_prompt_they_come_from(tokenizer, answer, before, after):
+    encoded = tokenizer(before + answer + after, add_special_tokens=False, return_offsets_mapping=True)
+    spans = np.array(encoded["offset_mapping"]) - len(before)
+    inside = (spans[:, 1] > 0) & (spans[:, 0] < len(answer))
+    ids, spans = np.array(encoded["input_ids"])[inside], np.clip(spans[inside], 0, len(answer))
     for num in (len(ids), len(ids) - 1):
-        assert token_spans(tokenizer, ids[:num], answer).tolist() == list(map(list, encoded["offset_mapping"][:num]))
+        assert token_spans(tokenizer, ids[:num], answer).tolist() == spans[:num].tolist()
+
+
+def test_ids_that_no_surroundings_give_keep_the_characters_of_those_that_agree():
+    tokenizer = byte_level()
+    encoded = tokenizer("The quick brown fox", add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"])
+    ids[2] = 7  # some other token
+    found = token_spans(tokenizer, ids, "The quick brown fox")
+    assert (found == spans).all()
+    with pytest.raises(ValueError, match="no part of the answer"):
+        token_spans(tokenizer, np.array([7, 8, 9, 10]), "The quick brown fox")
+
+
+def test_text_that_the_tokenizer_normalises_is_found():
+    """NFC, as in Qwen's tokenizers: a letter and its accent become one character before they are tokenised."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    answer = "Hello e\u0301cole friend"
+    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    found = token_spans(tokenizer, np.array(encoded["input_ids"]), answer)
+    assert found.tolist() == list(map(list, encoded["offset_mapping"]))
 
 
 # The preset authors against a plain transcription of what their extraction does (methods.md 3.2.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
 from twdpo import extraction
@@ -81,6 +81,14 @@ def test_layers_heads_and_rollout_of_one_pass_are_those_of_passes_of_their_own(t
         np.testing.assert_allclose((heads[0] + 3 * heads[1]) / 4, layers["2"], atol=1e-6)
 
 
+def test_layers_may_be_named_in_any_way_and_twice(tmp_path, arguments, pairs_file):
+    extract.main(arguments(tmp_path / "w", "--layers", "1, 2"))
+    assert WeightsFile(tmp_path / "w", "2, 1,02").layers == ["2", "1"]
+    with pytest.raises(SystemExit):
+        extract.main(arguments(tmp_path / "empty", "--layers", ""))
+    assert not (tmp_path / "empty").exists()
+
+
 def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monkeypatch, capsys):
     """Without the model's last layer there is no verdict to store, and nothing is said of it."""
     seen = []
@@ -100,6 +108,39 @@ def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, argumen
     for pair in load_dataset(str(pairs_file), "").train:
         np.testing.assert_allclose(WeightsFile(tmp_path / "packed")[pair.key][1].attention_LRJ,
                                    WeightsFile(tmp_path / "alone")[pair.key][1].attention_LRJ, atol=1e-6)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 100,
+     "short_factor": [1.0] * 4, "long_factor": [3.0, 2.0, 1.5, 1.0]}])
+def test_rotary_embeddings_that_adapt_do_not_remember(rope, tmp_path, arguments, toy_model, pairs_file):
+    """Their frequencies depend on the longest input so far: rows must not depend on what was judged before."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=100, rope_parameters=rope,
+                         initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    rows[0]["chosen"] = " ".join(row["chosen"] for row in rows)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments(tmp_path / "w", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"),
+                     "--max-judge-length", "900")
+    extract.main(argv)
+    whole = contents(tmp_path / "w")
+    for path in shard_paths(tmp_path / "w")[1:]:
+        path.unlink()
+    extract.main(argv)
+    assert contents(tmp_path / "w") == whole
+    pair = load_dataset(str(tmp_path / "pairs.jsonl"), "").train[-1]
+    judged = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 900).build(pair)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    with torch.no_grad():
+        output = model(torch.from_numpy(judged.input_ids[0]).long()[None], output_attentions=True)
+    first, stop = judged.ranges[0][0]
+    np.testing.assert_allclose(WeightsFile(tmp_path / "w")[pair.key][0].attention_LRJ[0, 0],
+                               output.attentions[-1][0, :, -1, first:stop].mean(0), atol=1e-6)
 
 
 def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, capsys):

@@ -8,6 +8,7 @@
 A row holds its input columns too, so that a file of such rows is data and weights at once.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,11 @@ from twdpo.config import InputError
 from twdpo.files import hash_file, write_atomic
 from twdpo.pairs import parse_row, read_rows
 from twdpo.weights import average_rounds
-from twdpo.weights_file import JudgedAnswer, WeightsFile
+from twdpo.weights_file import JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")
 ROLLOUT_COLUMN = "attention_rollout"
+CONTEXTS = (("", ""), ("\n", "\n"), ("\n", "\n<"), (" ", "\n"))  # what stands around an answer in a judge prompt
 
 
 def column_of(layer: str) -> str:
@@ -115,10 +117,7 @@ def pick_columns(path: str | Path, row: dict[str, object], layer: str) -> list[s
     names = [name.removeprefix("chosen_weights_") for name in row if name.startswith("chosen_weights_")]
     numbers = sorted(int(name) + 1 for name in names if name.isdigit())
     stored = list(map(str, numbers)) + [ROLLOUT] * (ROLLOUT_COLUMN in names)
-    wanted = {"last": list(map(str, numbers[-1:])), "all": list(map(str, numbers))}.get(layer, layer.split(","))
-    if not wanted or set(wanted) - set(stored):
-        raise InputError(f"--layer is {layer!r}: {path} holds layers {', '.join(stored)}")
-    return wanted
+    return pick_layers(layer, stored, path)
 
 
 def read_answer(row: dict[str, object], side: str, layers: list[str], tokenizer, answer: str) -> JudgedAnswer:
@@ -133,20 +132,27 @@ def read_answer(row: dict[str, object], side: str, layers: list[str], tokenizer,
 def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
     """The characters of the answer that its judge tokens cover, int32 [J, 2]. Raises ValueError.
 
-    The text is tokenised again; where that gives other tokens, spans come from the text of ever longer beginnings.
+    The answer is tokenised again, with what may stand around it in a prompt; where no surroundings give the same
+    tokens, those that agree keep their characters and the others share what lies between.
     """
     ids = ids_J.tolist()
-    lead = len(answer) - len(answer.lstrip())
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    inner = text.strip().strip("\ufffd")
-    place = answer.find(inner) - text.find(inner)  # border tokens may hold white space of the prompt around the answer
-    for start, whole in ((0, answer), (lead, answer.strip()), (place, text)):
-        found, spans_T2 = encode(tokenizer, [whole])[0]
-        if found[:len(ids)] == ids and inner in answer:
-            return np.clip(spans_T2[:len(ids)] + start, 0, len(answer)).astype(np.int32)
-    if inner not in answer:
-        raise ValueError(f"its tokens spell {text!r:.60}, which is no part of the answer; --weights-tokenizer must be "
-                         "the one that made them")
-    ends = [len(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)) for stop in range(len(ids) + 1)]
-    spans_J2 = np.array(list(zip(ends[:-1], ends[1:])), dtype=np.int32).reshape(-1, 2)
-    return np.clip(spans_J2 + place, 0, len(answer))
+    for text in dict.fromkeys((answer, answer.strip())):
+        for before, after in CONTEXTS:
+            found, spans_T2 = encode(tokenizer, [before + text + after])[0]
+            spans_T2 = np.clip(spans_T2 - len(before), 0, len(text)) + answer.find(text)
+            for place in range(len(found) - len(ids) + 1):
+                if found[place] == ids[0] and found[place:place + len(ids)] == ids:
+                    return spans_T2[place:place + len(ids)].astype(np.int32)
+    matches = difflib.SequenceMatcher(None, found, ids, autojunk=False).get_matching_blocks()
+    spans_J2 = np.full((len(ids), 2), -1, dtype=np.int32)
+    for place, own, size in matches:
+        spans_J2[own:own + size] = spans_T2[place:place + size]
+    known = spans_J2[:, 0] >= 0
+    if known.sum() < 0.5 * len(ids):
+        raise ValueError(f"its tokens spell {tokenizer.decode(ids)!r:.60}, which is no part of the answer; "
+                         "--weights-tokenizer must be the one that made them")
+    for place in np.flatnonzero(~known):
+        left = spans_J2[:place][known[:place]]
+        right = spans_J2[place:][known[place:]]
+        spans_J2[place] = (left[-1, 1] if len(left) else 0), (right[0, 0] if len(right) else len(answer))
+    return np.stack([spans_J2[:, 0], np.maximum(spans_J2[:, 0], spans_J2[:, 1])], axis=1)

@@ -97,6 +97,7 @@ class ExtractConfig(SharedConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self, "out", bool(self.out), "a folder to write to")
+        require(self, "layers", bool(self.layers) or self.rollout, "last, all or numbers, unless --rollout is given")
         require(self, "export", not self.export or self.export.endswith(".jsonl"), "a .jsonl file")
         if self.verbalized and (self.export or self.report):
             raise InputError("--export and --report are of attention: leave them out with --verbalized")

@@ -172,6 +172,13 @@ class Judge:
         if not self.has_verdict:
             self.num_layers = self.layers[-1] + 1
             del layers[self.num_layers:]
+        # Some rotary embeddings change with the longest position of a row, and remember it.
+        rope = str(getattr(text_config, "rope_parameters", None))
+        self.adaptive = "dynamic" in rope or "longrope" in rope
+        self.rotary = [(module, {name: buffer.clone() for name, buffer in module._buffers.items()},
+                        {name: value for name, value in vars(module).items() if isinstance(value, (int, float))})
+                       for module in self.decoder.modules()
+                       if self.adaptive and any("inv_freq" in name for name in module._buffers)]
         try:
             self.packs = self.check_packing()
         except (AttributeError, TypeError, IndexError, RuntimeError) as error:
@@ -188,13 +195,15 @@ class Judge:
         together = self.forward(pack([inputs]), ())[1]
         alone = torch.cat([self.forward(pack([[ids]]), ())[1] for ids in inputs])
         tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
-        # Some rotary embeddings change with the longest position in the row.
-        rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
-        adaptive = str(rope).find("dynamic") >= 0 or str(rope).find("longrope") >= 0
-        return not adaptive and bool((together - alone).norm() <= tolerance * alone.norm())  # sync
+        return not self.adaptive and bool((together - alone).norm() <= tolerance * alone.norm())  # sync
 
     def forward(self, row, layers, keep: bool = False) -> tuple[JudgeCapture, torch.Tensor]:
-        """(what was captured, hidden states of each input's last token [S, D])."""
+        """(what was captured, hidden states of each input's last token [S, D]); the same whatever ran before."""
+        for module, buffers, numbers in self.rotary:
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer.clone())
+            for name, number in numbers.items():
+                setattr(module, name, number)
         capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, self.num_layers - 1)
         return capture, judge_forward(self.decoder, capture, self.num_layers)
 

@@ -34,7 +34,10 @@ def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Pat
     if not todo:
         return
     model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device)
-    model.set_attn_implementation("sdpa")  # generation keeps a cache, which packed rows have none of
+    try:  # generation keeps a cache, which packed rows have none of
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # softcap and sinks
+        model.set_attn_implementation("eager")
     budget = config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
     mine = todo[process.rank::process.world_size]
     with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:

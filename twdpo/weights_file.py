@@ -96,6 +96,17 @@ def stored_keys(directory: Path) -> set[int]:
     return keys
 
 
+def pick_layers(text: str, stored: list[str], where: str | Path) -> list[str]:
+    """The stored layers that --layer names, each once. Raises InputError."""
+    numbers = [name for name in stored if name.isdigit()]
+    parts = [part.strip() for part in text.split(",")]
+    named = list(dict.fromkeys(str(int(part)) if part.isdigit() else part for part in parts))
+    wanted = {"last": numbers[-1:], "all": numbers}.get(text.strip(), named)
+    if not wanted or set(wanted) - set(stored):
+        raise InputError(f"--layer is {text!r}: {where} stores layers {', '.join(stored)}")
+    return wanted
+
+
 class WeightsFile:
     """A weights file opened for reading, the wanted layers of it in memory."""
 
@@ -106,11 +117,8 @@ class WeightsFile:
         """
         self.directory, self.meta = Path(directory), read_meta(directory)
         stored = list(map(str, self.meta["layers"]))
-        numbers = [name for name in stored if name.isdigit()]
-        wanted = {"last": numbers[-1:], "all": numbers}.get(layer, layer.split(","))
-        if not wanted or set(wanted) - set(stored):
-            raise InputError(f"--layer is {layer!r}: {directory} stores layers {', '.join(stored)}")
-        self.layers, places = wanted, [stored.index(name) for name in wanted]
+        self.layers = pick_layers(layer, stored, directory)
+        places = [stored.index(name) for name in self.layers]
         self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
         self._verdicts: dict[int, np.ndarray] = {}
         self._top_tokens: dict[int, list[int]] = {}
