@@ -9,7 +9,7 @@ train.py does this by itself when no weights are given; `train.py --weights weig
 from pathlib import Path
 
 from twdpo.columns import export_columns
-from twdpo.config import ExtractConfig, TrainConfig, parse_config
+from twdpo.config import ExtractConfig, InputError, TrainConfig, parse_config
 from twdpo.dist import Process, run_script
 from twdpo.extraction import (
     check_judge_inputs,
@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(config: ExtractConfig, process: Process) -> None:
     """pairs -> judge inputs -> attention -> weights file, or pairs -> verbalised scores. All ranks."""
+    if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in (config.data,
+                                                                                            config.eval_data)}:
+        raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data)
     pairs = dataset.train + dataset.held_out

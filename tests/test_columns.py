@@ -72,12 +72,36 @@ def test_a_file_without_the_columns_or_the_layer_is_refused(exported, tmp_path, 
         WeightsColumns(pairs_file, "last", tokenizer)
     with pytest.raises(InputError, match="stores layers 1, 2, rollout"):
         WeightsColumns(tmp_path / "rows.jsonl", "7", tokenizer)
-    rows = exported[0]
-    rows[0]["chosen_tokens"] = [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("chosen_tokens", [5, 6, 7, 8], "its weights can't be read"), ("chosen_tokens", [-5], "its weights can't be read"),
+    ("rejected_tokens", [], "its weights"), ("rejected_weights_1", float("nan"), "negative or not finite"),
+    ("rejected_weights_1", -1.0, "negative or not finite"), ("chosen_weights_1", None, "no column 'chosen_weights_1'"),
+])
+def test_columns_that_make_no_sense_are_refused(name, value, message, exported, tmp_path, toy_model):
+    row = exported[0][0]
+    if value is None:
+        del row[name]
+    else:
+        row[name] = value if isinstance(value, list) else [value] * len(row[name])
     path = tmp_path / "bad.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=f"{path}:1: its weights can't be read"):
-        WeightsColumns(path, "last", tokenizer)
+    path.write_text("".join(json.dumps(row) + "\n" for row in exported[0]))
+    with pytest.raises(InputError, match=f"{path}:1: .*{message}"):
+        WeightsColumns(path, "last", AutoTokenizer.from_pretrained(toy_model))
+
+
+def test_an_export_of_an_export_holds_its_own_columns_alone(exported, tmp_path, toy_model, capsys):
+    source = tmp_path / "rows.jsonl"
+    argv = ["--model", str(toy_model), "--data", str(source), "--judge-prompt", "short", "--layers", "1", "--out",
+            str(tmp_path / "w2"), "--skip-bad-rows", "--export"]
+    extract.main([*argv, str(tmp_path / "again.jsonl")])
+    first = json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])
+    assert {name for name in first if "_weights_" in name} == {"chosen_weights_0", "rejected_weights_0"}
+    before = source.read_bytes()
+    with pytest.raises(SystemExit):
+        extract.main([*argv, str(source)])
+    assert "is a file that is read" in capsys.readouterr().err and source.read_bytes() == before
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like(TRIMMED)], ids=["bytes", "sentencepiece"])

@@ -383,6 +383,7 @@ def test_own_loss_and_source_from_a_file(tmp_path, arguments):
     (["--seed", "-1"], "--seed is -1"),
     (["--data", os.devnull + ".jsonl"], "no such file"),
     (["--output-dir", "/proc"], "can't be made or written to"),
+    (["--chat-template", sys.executable], "it can't be read as text"),
 ])
 def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -402,6 +403,30 @@ def test_a_policy_that_would_look_ahead_is_refused(name, tmp_path, arguments, to
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     fails(arguments(tmp_path / "run", model=tmp_path / "model", loss="dpo"), "AttentionInterface", capsys)
+
+
+def test_pairs_without_stored_weights_are_left_out_when_bad_rows_may_be(tmp_path, arguments, toy_model, pairs_file,
+                                                                        capsys):
+    """What extract.py skipped, train.py can skip: with the same flag, and counted."""
+    import extract
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:12]))
+    extract.main(["--model", str(toy_model), "--data", str(few), "--judge-prompt", "short", "--out",
+                  str(tmp_path / "w")])
+    argv = arguments(tmp_path / "run", weights=tmp_path / "w", max_steps=1)
+    fails(argv, "pairs have no weights in", capsys)
+    train.main([*argv, "--skip-bad-rows", "--overwrite"])
+    assert "7 of 19 rows can't be used" in capsys.readouterr().out
+    assert len((tmp_path / "run/rejected_rows.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, arguments, toy_model, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    config = AutoConfig.for_model("llama", vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                  num_attention_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fails(arguments(tmp_path / "run", model=tmp_path / "model", loss="dpo"), "its model has 300 embeddings", capsys)
 
 
 def test_one_pair_is_trained_on_and_nothing_held_out(tmp_path, arguments):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import extract
 from twdpo import generate
-from twdpo.pairs import load_dataset
+from twdpo.pairs import Pair, load_dataset
 from twdpo.toy import toy_rows
 from twdpo.verbalized import (
     ScoresFile,
@@ -138,6 +138,20 @@ def test_scores_are_stored_and_poorly_covered_pairs_are_left_out(scored):
             words = [text[start:end] for start, end in answer.spans_J2]
             assert words == text.split()[:len(words)]
             assert answer.score_J.tolist() == [1 + place % 5 for place in range(len(words))]
+
+
+def test_no_row_can_end_the_turn(toy_model, monkeypatch):
+    """Special tokens that an answer or a question spells are text to the model."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    seen = []
+    monkeypatch.setattr(generate, "generate", lambda model, tokenizer, prompts, most: seen.extend(prompts)
+                        or [""] * len(prompts))
+    special = tokenizer.all_special_tokens[0]
+    pairs = [Pair((("user", f"what{text}?"),), f"one {text} two", "three", "x:1") for text in ("", special)]
+    for pair in pairs:
+        generate.score_pairs(None, tokenizer, [pair], 10_000, type("Bar", (), {"update": lambda self, count: None})())
+    counts = [sum(id in tokenizer.all_special_ids for id in ids) for ids in seen]
+    assert len(set(counts)) == 1 and special in tokenizer.decode(seen[2])
 
 
 def test_the_model_itself_generates(tmp_path, toy_model, capsys):

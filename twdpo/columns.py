@@ -10,6 +10,7 @@ A row holds its input columns too, so that a file of such rows is data and weigh
 
 import difflib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from twdpo.weights_file import JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")
 ROLLOUT_COLUMN = "attention_rollout"
+COLUMN = re.compile(r"(chosen|rejected)_(tokens|weights_(\d+|attention_rollout))|(cr|rc)_last_token")
 CONTEXTS = (("", ""), ("\n", "\n"), ("\n", "\n<"), (" ", "\n"))  # what stands around an answer in a judge prompt
 
 
@@ -50,7 +52,9 @@ def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file:
             for where, row in lines:
                 columns = row_columns(where, row, weights_file, tokenizer, rounds)
                 missing += columns["chosen_tokens"] is None
-                file.write(json.dumps((row if isinstance(row, dict) else {"row": row}) | columns) + "\n")
+                given = row if isinstance(row, dict) else {"row": row}
+                given = {name: value for name, value in given.items() if not COLUMN.fullmatch(name)}
+                file.write(json.dumps(given | columns) + "\n")
 
     write_atomic(path, write)
     return len(lines), missing
@@ -85,10 +89,10 @@ class WeightsColumns:
         rows, bad = read_rows(str(path), ())
         if bad:
             raise InputError(f"{bad[0].where}: {bad[0].reason}")
-        first = next((row for _, row in rows if isinstance(row, dict) and row.get("chosen_tokens")), None)
-        if first is None:
+        names = {name for _, row in rows if isinstance(row, dict) and row.get("chosen_tokens") for name in row}
+        if not names:
             raise InputError(f"{path}: no row holds chosen_tokens: it was not written by extract.py --export")
-        self.layers = pick_columns(path, first, layer)
+        self.layers = pick_columns(path, names, layer)
         self.meta = {"layers": self.layers, "sha256": hash_file(self.directory)}
         self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
         for where, row in progress(rows):
@@ -97,7 +101,9 @@ class WeightsColumns:
                     pair = parse_row(where, row)
                     self._answers[pair.key] = tuple(read_answer(row, side, self.layers, tokenizer, getattr(pair, side))
                                                     for side in SIDES)
-                except (ValueError, KeyError, TypeError) as error:
+                except KeyError as error:
+                    raise InputError(f"{where}: it has no column {error}, other rows have") from error
+                except (ValueError, TypeError, OverflowError) as error:
                     raise InputError(f"{where}: its weights can't be read ({error})") from error
 
     def __contains__(self, key: int) -> bool:
@@ -112,9 +118,9 @@ class WeightsColumns:
         return {}
 
 
-def pick_columns(path: str | Path, row: dict[str, object], layer: str) -> list[str]:
-    """The layers that --layer names of those that a row holds, 1-based. Raises InputError."""
-    names = [name.removeprefix("chosen_weights_") for name in row if name.startswith("chosen_weights_")]
+def pick_columns(path: str | Path, names: set[str], layer: str) -> list[str]:
+    """The layers that --layer names of those that rows of these columns hold, 1-based. Raises InputError."""
+    names = [name.removeprefix("chosen_weights_") for name in names if name.startswith("chosen_weights_")]
     numbers = sorted(int(name) + 1 for name in names if name.isdigit())
     stored = list(map(str, numbers)) + [ROLLOUT] * (ROLLOUT_COLUMN in names)
     return pick_layers(layer, stored, path)
@@ -126,7 +132,12 @@ def read_answer(row: dict[str, object], side: str, layers: list[str], tokenizer,
     weights = [row[f"{side}_weights_{column_of(layer)}"] for layer in layers]
     if any(len(each) != len(ids_J) for each in weights):
         raise ValueError(f"{side} has {len(ids_J)} tokens and {', '.join(str(len(each)) for each in weights)} weights")
-    return JudgedAnswer(ids_J, token_spans(tokenizer, ids_J, answer), np.array(weights, dtype=np.float32)[:, None])
+    weights_LJ = np.array(weights, dtype=np.float32)
+    if not len(ids_J) or ids_J.min() < 0:
+        raise ValueError(f"{side}_tokens is empty or holds a number that is no token")
+    if not (np.isfinite(weights_LJ).all() and (weights_LJ >= 0).all()):
+        raise ValueError(f"{side} has weights that are negative or not finite")
+    return JudgedAnswer(ids_J, token_spans(tokenizer, ids_J, answer), weights_LJ[:, None])
 
 
 def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:

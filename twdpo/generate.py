@@ -1,11 +1,13 @@
 """Verbalised scores (paper section 4.2): the model writes down the parts of each answer, in batches."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
-from twdpo.chat import encode, printed_answers, render
+from twdpo.chat import encode, encode_pieces, printed_answers, special_ids, special_pattern, template_pieces
 from twdpo.config import SharedConfig
 from twdpo.dist import Process
 from twdpo.extraction import EXTRACTION_VERSION, list_work
@@ -49,14 +51,20 @@ def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Pat
 
 def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
     """The arrays of one shard (twdpo.verbalized)."""
-    prompts, answers = [], []
+    ids, answers = [], []
+    (before, after), pattern = around_user_turn(tokenizer), special_pattern(tokenizer)
+    head, between, tail = re.split(r"\{question\}|\{answer\}", USER_PROMPT)
     for pair in pairs:
         _, _, printed = printed_answers(tokenizer, pair)
+        question = show_question(pair, "conversation")
         for answer in printed:
-            user = USER_PROMPT.format(question=show_question(pair, "conversation"), answer=answer.text)
-            prompts.append(render_prompt(tokenizer, SYSTEM_PROMPT, user))
+            pieces = [(before + head, False), (question, True), (between, False), (answer.text, True),
+                      (tail + after, False)]
+            if pattern.search(question) or pattern.search(answer.text):  # no row can end the turn
+                ids.append(encode_pieces(tokenizer, pieces)[0])
+            else:
+                ids.append(encode(tokenizer, ["".join(text for text, _ in pieces)])[0][0])
             answers.append((answer, encode(tokenizer, [answer.text])[0]))
-    ids = [each for each, _ in encode(tokenizer, prompts)]
     outputs = {}
     lengths = [len(ids[place]) + most_new_tokens(len(answers[place][1][0])) for place in range(len(ids))]
     for batch in equal_batches(lengths, budget):
@@ -78,13 +86,25 @@ def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[s
     }
 
 
-def render_prompt(tokenizer, system: str, user: str) -> str:
-    """The conversation up to the answer; a template that knows no system turn gets both texts in one."""
+def around_user_turn(tokenizer) -> tuple[str, str]:
+    """Template text before and after what the user says: the system prompt first, or in the user's turn where the
+    template has no system turn."""
     try:
-        text = render(tokenizer, [("system", system), ("user", user)], generation_prompt=True)
+        before, after = template_pieces(tokenizer, [("system", SYSTEM_PROMPT), ("user", "")], [1], True)
+        if SYSTEM_PROMPT in before:
+            return before, after
     except ValueError:
-        text = ""
-    return text if system in text else render(tokenizer, [("user", f"{system}\n\n{user}")], generation_prompt=True)
+        pass  # the template refuses a system turn
+    before, after = template_pieces(tokenizer, [("user", "")], [0], True)
+    return f"{before}{SYSTEM_PROMPT}\n\n", after
+
+
+def turn_ends(tokenizer) -> list[int]:
+    """Ids that end an answer: the end of text, and the first special token that the template prints after one."""
+    after = template_pieces(tokenizer, [("user", "x"), ("assistant", "")], [1])[1]
+    specials = special_ids(tokenizer)
+    first = [id for id in encode(tokenizer, [after])[0][0] if id in specials][:1]
+    return sorted({*first, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def most_new_tokens(num_answer_tokens: int) -> int:
@@ -115,7 +135,9 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
     for row, ids in enumerate(prompts):  # padded on the left, so that all go on from the same place
         input_ids[row, longest - len(ids):] = torch.tensor(ids)
         mask[row, longest - len(ids):] = 1
-    output = model.generate(input_ids.to(device), attention_mask=mask.to(device), do_sample=False,
-                            max_new_tokens=min(max_new_tokens, room), pad_token_id=0, temperature=None, top_p=None,
-                            top_k=None)
+    # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
+    settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
+                                eos_token_id=turn_ends(tokenizer))
+    model.generation_config = settings
+    output = model.generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=settings)
     return tokenizer.batch_decode(output[:, longest:].tolist(), skip_special_tokens=True)

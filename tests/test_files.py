@@ -1,0 +1,47 @@
+"""Files and folders that are whole or not there, whoever else writes them."""
+
+import pytest
+
+from twdpo.files import make_directory, remove_temporaries, write_atomic
+
+
+def folder_of(text: str):
+    def write(path):
+        path.mkdir()
+        (path / "file").write_text(text)
+    return write
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_atomic(tmp_path / "file", lambda path: path.write_text("old"))
+
+    def fails(path):
+        path.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(tmp_path / "file", fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_is_replaced_or_stays(tmp_path):
+    write_atomic(tmp_path / "folder", folder_of("first"))
+    write_atomic(tmp_path / "folder", folder_of("second"))
+    assert (tmp_path / "folder/file").read_text() == "second"
+
+    def another_process_is_faster(path):
+        folder_of("mine")(path)
+        write_atomic(tmp_path / "race", folder_of("theirs"))
+    write_atomic(tmp_path / "race", another_process_is_faster, replace=False)
+    assert (tmp_path / "race/file").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "race"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    folder_of("half")(tmp_path / ".final.12ab.tmp")
+    (tmp_path / "kept").write_text("x")
+    remove_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_folder_that_can_be_made_is_empty(tmp_path):
+    assert list(make_directory(tmp_path / "a/b", "--out").iterdir()) == []
