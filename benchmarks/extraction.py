@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from loss_kernel import interleave, machine, peak_memory_mib, result_path
 from twdpo.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
 from twdpo.files import write_json
+from twdpo.model import decoder_layers
 from twdpo.rows import pack
 
 SHAPES = {
@@ -53,7 +54,7 @@ def judge(model, rows, rollout: bool) -> None:
     last = model.config.num_hidden_layers - 1
     for row in rows:
         capture = JudgeCapture(row, frozenset([last]), keep=rollout, final_layer=last)
-        hidden_SD = judge_forward(model.get_decoder(), capture, last + 1)
+        hidden_SD = judge_forward(model.get_decoder(), capture, last + 1, decoder_layers(model)[last])
         model.get_output_embeddings()(hidden_SD).float().log_softmax(dim=-1)
         torch.cat(capture.rows[last]).cpu()
         if rollout:

@@ -16,6 +16,7 @@ from twdpo.attention import (
     rollout_rows,
 )
 from twdpo.config import InputError
+from twdpo.model import decoder_layers
 from twdpo.rows import pack
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -73,7 +74,8 @@ def run(name: str, share: bool = True, **options) -> tuple[JudgeCapture, torch.T
     """(the capture of one packed row, logits of each sequence's last position)."""
     model = build(name, ATTENTION_NAME)
     capture = JudgeCapture(pack(groups(), share), frozenset(range(3)), **options)
-    hidden_SD = judge_forward(model.get_decoder(), capture, 3)
+    final = decoder_layers(model)[-1] if "final_layer" in options else None
+    hidden_SD = judge_forward(model.get_decoder(), capture, 3, final)
     logits_SV = model.get_output_embeddings()(hidden_SD)
     scale, cap = getattr(model.config, "logit_scale", None), getattr(model.config, "final_logit_softcapping", None)
     logits_SV = logits_SV * scale if scale else logits_SV

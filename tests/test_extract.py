@@ -81,6 +81,22 @@ def test_layers_heads_and_rollout_of_one_pass_are_those_of_passes_of_their_own(t
         np.testing.assert_allclose((heads[0] + 3 * heads[1]) / 4, layers["2"], atol=1e-6)
 
 
+def test_the_final_layer_does_all_but_its_attention_at_the_last_positions(tmp_path, arguments, monkeypatch, pairs_file):
+    """Unless that changes the hidden states, as in a layer that mixes tokens elsewhere too."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    shapes, original = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: shapes.append(x.shape[1]) or original(self, x))
+    extract.main(arguments(tmp_path / "short"))
+    assert min(shapes[-2:]) < 10 and max(shapes[-2:]) > 100
+
+    def mixes_tokens(self, x):
+        shapes.append(x.shape[1])
+        return original(self, x + x.mean(dim=1, keepdim=True) * (x.shape[1] > 2))
+    monkeypatch.setattr(LlamaMLP, "forward", mixes_tokens)
+    extract.main(arguments(tmp_path / "whole"))
+    assert min(shapes[-2:]) > 50
+
+
 def test_layers_may_be_named_in_any_way_and_twice(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "w", "--layers", "1, 2"))
     assert WeightsFile(tmp_path / "w", "2, 1,02").layers == ["2", "1"]
@@ -93,8 +109,9 @@ def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monk
     """Without the model's last layer there is no verdict to store, and nothing is said of it."""
     seen = []
     original = extraction.judge_forward
-    monkeypatch.setattr(extraction, "judge_forward", lambda decoder, capture, num_layers:
-                        seen.append((num_layers, len(decoder.layers))) or original(decoder, capture, num_layers))
+    monkeypatch.setattr(extraction, "judge_forward", lambda decoder, capture, num_layers, final_layer:
+                        seen.append((num_layers, len(decoder.layers)))
+                        or original(decoder, capture, num_layers, final_layer))
     extract.main(arguments(tmp_path / "w", "--layers", "1"))
     assert set(seen) == {(1, 1)} and "position consistency" not in capsys.readouterr().out
     assert WeightsFile(tmp_path / "w").verdict_statistics([]) == {}

@@ -9,7 +9,7 @@ L wanted layers.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,7 +48,8 @@ class JudgeCapture:
     heads: tuple[int, ...] = ()  # empty: all
     eager: bool = False
     keep: bool = False
-    final_layer: int = -1  # of the model: only its last positions go on
+    final_layer: int = -1  # after which only the last positions are needed; -1: all layers do all positions
+    final_output: torch.Tensor | None = None  # of the final layer's attention at the last positions, [1, S, H, D]
     rows: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     kept: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionOptions]] = field(default_factory=dict)
 
@@ -91,6 +92,8 @@ def capturing(capture: JudgeCapture) -> Iterator[JudgeCapture]:
 def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
                       softcap=None, s_aux=None, **kwargs):
     """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""
+    if _capture is not None and _capture.final_output is not None:
+        return _capture.final_output, None  # the final layer's second call, `_run_at_last_positions`
     if _seen is not None:
         _seen.append(module.layer_idx)
     scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -128,9 +131,8 @@ def _judge_attention(capture: JudgeCapture, layer: int, query_1HTD, key, value, 
         capture.kept[layer] = query_1HTD, key, options
     wanted = layer in capture.layers
     rows = capture.rows.setdefault(layer, []) if wanted else []
-    # Only the last position of each sequence goes on to the verdict, so the final layer computes no other output.
     output_1THD = value.new_zeros(1, query_1HTD.shape[2], query_1HTD.shape[1], value.shape[3])
-    done = 0
+    last_1HD, done = [], 0
     for ranges in capture.row.ranges:
         query, keys, values = (_take(tensor, ranges) for tensor in (query_1HTD, key, value))
         stop = ranges[-1][1]
@@ -141,13 +143,52 @@ def _judge_attention(capture: JudgeCapture, layer: int, query_1HTD, key, value, 
             if wanted:
                 rows.append((last_HK[list(capture.heads)] if capture.heads else last_HK).mean(dim=0))
         if layer == capture.final_layer:
-            output_1THD[0, stop - 1] = _grouped_matmul(last_HK[None, :, None].to(value.dtype), values)[0, :, 0]
+            last_1HD.append(_grouped_matmul(last_HK[None, :, None].to(value.dtype), values)[:, :, 0])
         else:
             output = (_grouped_matmul(probs_1HQK.to(value.dtype), values) if wanted and capture.eager
                       else causal_attention(query, keys, values, options))
             output_1THD[:, done:stop] = output[:, :, done - stop:].transpose(1, 2)  # a shared beginning is done once
         done = stop
+    if layer == capture.final_layer:
+        capture.final_output = torch.stack(last_1HD, dim=1)
+        raise _AttendedAsLast
     return output_1THD
+
+
+class _AttendedAsLast(Exception):  # noqa: N818 - no error: it leaves the layer's forward
+    """The final layer has attended; what follows is needed at the last positions alone."""
+
+
+@contextmanager
+def _run_at_last_positions(layer: torch.nn.Module, capture: JudgeCapture) -> Iterator[None]:
+    """Inside this context `layer` attends to the whole row, and does all else at each sequence's last position.
+
+    Its forward is left when it has attended, and called again with what it was given at those positions.
+    """
+    num_tokens, last = len(capture.row.input_ids_T), [ranges[-1][1] - 1 for ranges in capture.row.ranges]
+    original = layer.forward
+
+    def shorten(value):
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(shorten, value))
+        is_by_token = isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[1] == num_tokens
+        return value[:, last] if is_by_token else value
+
+    def forward(*args, **kwargs):
+        try:
+            return original(*args, **kwargs)
+        except _AttendedAsLast:
+            output = original(*map(shorten, args), **{name: shorten(value) for name, value in kwargs.items()})
+        first_1SD = output[0] if isinstance(output, tuple) else output
+        hidden_1TD = first_1SD.new_zeros(1, num_tokens, first_1SD.shape[2])
+        hidden_1TD[:, last] = first_1SD
+        return (hidden_1TD, *output[1:]) if isinstance(output, tuple) else hidden_1TD
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward  # the class's own shows again
 
 
 def _take(tensor_BHTD: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
@@ -281,14 +322,17 @@ def parse_numbers(flag: str, text: str, largest: int, things: str, words: str) -
 
 
 @torch.no_grad()
-def judge_forward(decoder, capture: JudgeCapture, num_layers: int) -> torch.Tensor:
+def judge_forward(decoder, capture: JudgeCapture, num_layers: int, final_layer: torch.nn.Module | None = None
+                  ) -> torch.Tensor:
     """Run the judge over `capture.row`; the hidden states of each sequence's last token, [S, D].
 
-    num_layers: how many layers must have attended, each once. Raises InputError when some did not: the architecture
-    does not go through transformers' AttentionInterface there, so its attention can't be reached.
+    final_layer: the module of capture.final_layer, when there is one. num_layers: how many layers must have attended,
+    each once. Raises InputError when some did not: the architecture does not go through transformers'
+    AttentionInterface there, so its attention can't be reached.
     """
     device = next(decoder.parameters()).device
-    with capturing(capture), all_layers_attending(decoder.config, num_layers):
+    shortened = _run_at_last_positions(final_layer, capture) if final_layer is not None else nullcontext()
+    with capturing(capture), all_layers_attending(decoder.config, num_layers), shortened:
         hidden_1TD = decoder(input_ids=torch.from_numpy(capture.row.input_ids_T)[None].long().to(device),
                              position_ids=torch.from_numpy(capture.row.positions_T)[None].long().to(device),
                              use_cache=False).last_hidden_state

@@ -179,6 +179,7 @@ class Judge:
                         {name: value for name, value in vars(module).items() if isinstance(value, (int, float))})
                        for module in self.decoder.modules()
                        if self.adaptive and any("inv_freq" in name for name in module._buffers)]
+        self.shortens = False
         try:
             self.packs = self.check_packing()
         except (AttributeError, TypeError, IndexError, RuntimeError) as error:
@@ -188,14 +189,21 @@ class Judge:
             process.print("judge inputs run one by one: packed rows give this model other hidden states")
 
     def check_packing(self) -> bool:
-        """Whether two inputs with a common beginning get the hidden states that each gets alone."""
+        """Whether two inputs with a common beginning get the hidden states that each gets alone.
+
+        If not, once more with a final layer that does all positions: it may mix tokens outside its attention.
+        """
         vocabulary = self.model.config.get_text_config().vocab_size
         first = np.arange(24, dtype=np.int32) * 7 % vocabulary
         inputs = [first, np.concatenate([first[:12], first[:5:-1]])]
-        together = self.forward(pack([inputs]), ())[1]
         alone = torch.cat([self.forward(pack([[ids]]), ())[1] for ids in inputs])
         tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
-        return not self.adaptive and bool((together - alone).norm() <= tolerance * alone.norm())  # sync
+        for shortens in (not self.eager, False):
+            self.shortens = shortens
+            together = self.forward(pack([inputs]), ())[1]
+            if (together - alone).norm() <= tolerance * alone.norm():  # sync
+                return not self.adaptive
+        return False
 
     def forward(self, row, layers, keep: bool = False) -> tuple[JudgeCapture, torch.Tensor]:
         """(what was captured, hidden states of each input's last token [S, D]); the same whatever ran before."""
@@ -204,8 +212,10 @@ class Judge:
                 setattr(module, name, buffer.clone())
             for name, number in numbers.items():
                 setattr(module, name, number)
-        capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, self.num_layers - 1)
-        return capture, judge_forward(self.decoder, capture, self.num_layers)
+        final_layer = self.num_layers - 1 if self.shortens else -1
+        capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, final_layer)
+        module = decoder_layers(self.model, self.num_layers)[-1] if self.shortens else None
+        return capture, judge_forward(self.decoder, capture, self.num_layers, module)
 
     def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
         """The arrays of one shard (twdpo.weights_file)."""

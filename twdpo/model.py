@@ -215,9 +215,9 @@ def refuse_converted_checkpoints(model) -> None:
                          "which the sharded loader can't do; use a dense model")
 
 
-def decoder_layers(model) -> torch.nn.ModuleList:
-    """The decoder's layers. Raises InputError when they can't be found."""
-    num_layers = model.config.get_text_config().num_hidden_layers
+def decoder_layers(model, num_layers: int = 0) -> torch.nn.ModuleList:
+    """The decoder's layers, as many as given (0: as its config says). Raises InputError when they can't be found."""
+    num_layers = num_layers or model.config.get_text_config().num_hidden_layers
     for module in model.get_decoder().modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             return module
