@@ -63,6 +63,17 @@ def test_figures_of_the_fused_op_are_those_of_the_committed_run():
                            f"{ours['peak_extra_mib']:.0f}", f"{full['peak_extra_mib']:,.0f}"]
 
 
+def test_figures_of_the_extraction_are_those_of_the_committed_run():
+    report = json.loads((ROOT / "benchmarks/results/cpu/extraction.json").read_text())
+    table = re.findall(r"^\| ([\d,]+) \| (.+?) s \| (.+?) \| (.+?) x \| (.+?) MiB \| (.+?) \|$", README, re.MULTILINE)
+    ours = [row for row in report["rows"] if row["way"] == "ours"]
+    assert len(table) == len(ours) == 2
+    for cells, row in zip(table, ours):
+        assert list(cells) == [f"{row['tokens']:,}", f"{row['seconds_a_pair']:.2f}", f"{row['over_limit']:.2f}",
+                               f"{row['speed_over_eager']:.1f}", f"{row['peak_extra_mib']:.0f}",
+                               f"{row['memory_over_eager']:.3f}"]
+
+
 def test_no_package_is_called_kernels():
     """transformers looks for a top-level package of that name and would import ours."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
