@@ -54,7 +54,10 @@ class JudgeCapture:
     kept: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionOptions]] = field(default_factory=dict)
 
 
+Ranges = tuple[tuple[tuple[int, int], ...], ...]  # as in PackedRow
+
 _capture: JudgeCapture | None = None
+_ranges: Ranges | None = None
 _seen: list[int] | None = None
 
 
@@ -84,9 +87,21 @@ def capturing(capture: JudgeCapture) -> Iterator[JudgeCapture]:
     assert _capture is None
     _capture = capture
     try:
-        yield capture
+        with packed(capture.row.ranges):
+            yield capture
     finally:
         _capture = None
+
+
+@contextmanager
+def packed(ranges: Ranges | None) -> Iterator[None]:
+    """A forward inside this context is of one row of packed sequences; of plain rows when `ranges` is None."""
+    global _ranges
+    _ranges = ranges
+    try:
+        yield
+    finally:
+        _ranges = None
 
 
 def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
@@ -98,15 +113,20 @@ def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=No
         _seen.append(module.layer_idx)
     scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:  # made by the architecture itself; it knows nothing of packed rows
-        if _capture is not None or softcap is not None or s_aux is not None:
+        if _ranges is not None or softcap is not None or s_aux is not None:
             raise InputError("this architecture makes an attention mask of its own: use another model")
         return F.scaled_dot_product_attention(query_BHTD, key, value, attn_mask=attention_mask, scale=scaling,
                                               enable_gqa=key.shape[1] != query_BHTD.shape[1]).transpose(1, 2), None
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    refuse_what_is_not_done(module, query_BHTD.shape[2], sliding_window, kwargs)
-    if _capture is None:
-        return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
-    return _judge_attention(_capture, module.layer_idx, query_BHTD, key, value, options), None
+    longest = query_BHTD.shape[2]
+    if _ranges is not None:
+        longest = max(sum(stop - first for first, stop in ranges) for ranges in _ranges)
+    refuse_what_is_not_done(module, longest, sliding_window, kwargs)
+    if _capture is not None:
+        return _judge_attention(_capture, module.layer_idx, query_BHTD, key, value, options), None
+    if _ranges is not None:
+        return packed_attention(query_BHTD, key, value, _ranges, options).transpose(1, 2), None
+    return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
 
 
 def refuse_what_is_not_done(module, num_tokens: int, sliding_window: int | None, kwargs: dict[str, object]) -> None:
@@ -189,6 +209,16 @@ def _run_at_last_positions(layer: torch.nn.Module, capture: JudgeCapture) -> Ite
         yield
     finally:
         del layer.forward  # the class's own shows again
+
+
+def packed_attention(query_1HTD, key, value, row_ranges: Ranges, options: AttentionOptions) -> torch.Tensor:
+    """Causal attention of each sequence of a packed row, [1, H, T, D]. A shared beginning is taken from the first."""
+    outputs, done = [], 0
+    for ranges in row_ranges:
+        output = causal_attention(*(_take(tensor, ranges) for tensor in (query_1HTD, key, value)), options)
+        outputs.append(output[:, :, done - ranges[-1][1]:])
+        done = ranges[-1][1]
+    return torch.cat(outputs, dim=2)
 
 
 def _take(tensor_BHTD: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Collate a micro-batch. The label shift happens here, once: after this file index n is a response token everywhere.
 
-Legend: P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), T tokens of the longest, N response tokens of all
-sequences one after another.
+Legend: P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), R rows (S plain ones, or one packed row) of T tokens, N
+response tokens of all sequences one after another.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -9,19 +9,22 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from twdpo.attention import Ranges
 from twdpo.chat import Example
-from twdpo.rows import MicroBatch
+from twdpo.rows import MicroBatch, pack
 from twdpo.weights import WEIGHTS, WeightContext, judged_lengths, normalize
 
 
 @dataclass
 class PairBatch:
-    """One micro-batch of plain rows. Tensors live on the compute device, but for seq_lens_S, which stays on the CPU so
-    that splitting by sequence never waits for the device."""
+    """One micro-batch. Tensors live on the compute device, but for seq_lens_S, which stays on the CPU so that splitting
+    by sequence never waits for the device."""
 
     examples: list[Example]
-    input_ids_ST: torch.Tensor  # int64, padded on the right
-    predict_N: torch.Tensor  # int64, index into S*T of the position whose output predicts response token n
+    input_ids_RT: torch.Tensor  # int64; plain rows are padded on the right
+    positions_RT: torch.Tensor  # int64, of each token in its own sequence
+    ranges: Ranges | None  # of the packed row's sequences (twdpo.rows.PackedRow); None for plain rows
+    predict_N: torch.Tensor  # int64, index into R*T of the position whose output predicts response token n
     targets_N: torch.Tensor  # int64, the response tokens
     ref_logps_N: torch.Tensor  # fp32, 0 when the loss needs no reference
     weights_N: torch.Tensor  # fp32, as the op receives them
@@ -45,27 +48,36 @@ class PairBatch:
 
 
 def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
-            ref_logps: dict[int, tuple[np.ndarray, np.ndarray]] | None = None) -> PairBatch:
+            ref_logps: dict[int, tuple[np.ndarray, np.ndarray]] | None = None, packs: bool = False) -> PairBatch:
     """Tensors of one micro-batch on the CPU, weights uniform.
 
-    ref_logps: reference log-probs of the response tokens by index into `examples`, or None (then 0).
+    ref_logps: reference log-probs of the response tokens by index into `examples`, or None (then 0). packs: one packed
+    row, in which both sequences of a pair share their common beginning, instead of plain rows.
     """
     selected = [examples[pair] for pair in micro_batch.pairs]
     sequences = [(example.prompt_ids, response.ids) for example in selected
                  for response in (example.chosen, example.rejected)]
-    rows = [torch.from_numpy(np.concatenate(sequence)).long() for sequence in sequences]
-    input_ids_ST = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    num_tokens = input_ids_ST.shape[1]
+    rows = [np.concatenate(sequence) for sequence in sequences]
+    if packs:
+        row = pack([rows[place:place + 2] for place in range(0, len(rows), 2)])
+        input_ids_RT, positions_RT = (torch.from_numpy(each).long()[None] for each in (row.input_ids_T, row.positions_T))
+        ranges = row.ranges
+        places = [np.concatenate([np.arange(first, stop) for first, stop in pieces]) for pieces in ranges]
+    else:
+        input_ids_RT = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(each).long() for each in rows],
+                                                       batch_first=True)
+        positions_RT = torch.arange(input_ids_RT.shape[1]).expand(input_ids_RT.shape)
+        ranges, places = None, [number * input_ids_RT.shape[1] + np.arange(len(each)) for number, each in enumerate(rows)]
     # The label shift: the token at position t is predicted by the output at position t - 1.
-    predict_N = torch.cat([torch.arange(len(prompt) - 1, len(prompt) - 1 + len(response)) + row * num_tokens
-                           for row, (prompt, response) in enumerate(sequences)])
+    predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)]
+                                                 for place, (prompt, response) in zip(places, sequences)]))
     targets_N = torch.cat([torch.from_numpy(response).long() for _, response in sequences])
     if ref_logps is None:
         ref_logps_N = torch.zeros(len(targets_N))
     else:
         ref_logps_N = torch.from_numpy(np.concatenate([side for pair in micro_batch.pairs for side in ref_logps[pair]]))
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
-    return PairBatch(selected, input_ids_ST, predict_N, targets_N, ref_logps_N.float(), torch.ones(len(targets_N)),
+    return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(), torch.ones(len(targets_N)),
                      torch.ones(len(sequences)), seq_lens_S, torch.full((len(selected),), float(micro_batch.real)),
                      pair_count)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
-from twdpo.attention import ATTENTION_NAME, all_layers_attending
+from twdpo.attention import ATTENTION_NAME, all_layers_attending, packed
 from twdpo.batch import PairBatch
 from twdpo.chat import set_chat_template
 from twdpo.config import InputError, SharedConfig
@@ -150,14 +150,15 @@ class Policy(torch.nn.Module):
         self.options = head_options(model.config)
 
     def forward(self, batch: PairBatch, stats: bool = False) -> tuple[torch.Tensor, ...]:
-        """(ratio_S, logps_N) of a batch of plain rows, with `stats` also (entropy_N, top1_N).
+        """(ratio_S, logps_N) of a batch, with `stats` also (entropy_N, top1_N).
 
         Only response tokens reach the head.
         """
-        # No mask: rows are causal and padded on the right only (twdpo/rows.py).
-        with all_layers_attending(self.model.config):
-            hidden_STD = self.model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
-        hidden_ND = hidden_STD.flatten(0, 1).index_select(0, batch.predict_N)
+        # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
+        with all_layers_attending(self.model.config), packed(batch.ranges):
+            hidden_RTD = self.model.get_decoder()(input_ids=batch.input_ids_RT, position_ids=batch.positions_RT,
+                                                  use_cache=False).last_hidden_state
+        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
         head = self.model.get_output_embeddings()
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
                                  batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)

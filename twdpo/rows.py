@@ -66,6 +66,21 @@ def plan_rows(pairs: list[int], lengths: list[int], world_size: int, token_budge
     return [micro_batches[rank::world_size] for rank in range(world_size)]
 
 
+def plan_packed_rows(pairs: list[int], lengths: list[int], world_size: int, token_budget: int
+                     ) -> list[list[MicroBatch]]:
+    """As `plan_rows` for packed rows, one a micro-batch, without padding.
+
+    lengths: tokens of each pair's packed row, indexed by pair.
+    """
+    # No process idles while another holds what could be parted.
+    share = math.ceil(sum(lengths[pair] for pair in pairs) / world_size)
+    groups = fill_rows([lengths[pair] for pair in pairs], min(token_budget, share))
+    micro_batches = [MicroBatch(tuple(sorted(pairs[place] for place in group))) for group in groups]
+    copy = MicroBatch((min(pairs, key=lambda pair: (lengths[pair], pair)),), real=False)
+    micro_batches += [copy] * (-len(micro_batches) % world_size)
+    return [micro_batches[rank::world_size] for rank in range(world_size)]
+
+
 def evaluation_batches(num_pairs: int, batch_size: int) -> list[list[int]]:
     """All pairs in order, in global batches."""
     return [list(range(start, min(start + batch_size, num_pairs))) for start in range(0, num_pairs, batch_size)]
