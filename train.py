@@ -11,10 +11,11 @@
 import math
 import resource
 import time
+from dataclasses import replace
 
 import torch
 
-from twdpo.batch import PairBatch, collate, set_weights
+from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
 from twdpo.chat import Example
 from twdpo.checkpoint import (
     drop_later_checkpoints,
@@ -30,9 +31,9 @@ from twdpo.inputs import check_inputs, fill_weights, import_files, leave_out_uns
 from twdpo.log import Log, start_wandb, summarize
 from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
-from twdpo.model import cache_directory, load_policy, pick_dtype
+from twdpo.model import cache_directory, load_policy, pick_dtype, settle_packing
 from twdpo.reference import reference_directory, reference_logps
-from twdpo.rows import evaluation_batches, global_batch, num_steps, plan_rows
+from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.weights import WEIGHTS, find_source
 
 
@@ -77,19 +78,22 @@ def train(config: TrainConfig, process: Process) -> None:
     identity = process.on_main(lambda: run_identity(config, inputs, context))
 
     policy = load_policy(inputs.model_dir, dtype, process)
+    rows = RowOptions(settle_packing(policy, config.packing, used, process), budget)
+    config = replace(config, packing="on" if rows.packs else "off")
+    process.on_main(lambda: start_run(replace(config, overwrite=False), run_dir))  # config.json holds the outcome
+    process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     train_logps = held_out_logps = None
     if needs_reference(loss):
-        directory = reference_directory(cache, inputs.fingerprint, dtype, process.device)
-        train_logps = reference_logps(policy, process, train_examples, first_epoch, budget, directory)
-        held_out_logps = reference_logps(policy, process, held_out, held_out_batches, budget, directory)
+        directory = reference_directory(cache, inputs.fingerprint, dtype, process.device, rows.packs)
+        train_logps = reference_logps(policy, process, train_examples, first_epoch, rows, directory)
+        held_out_logps = reference_logps(policy, process, held_out, held_out_batches, rows, directory)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
                                   fused=process.device.type == "cuda")
 
     def micro_batches(examples: list[Example], pairs: list[int], logps) -> list[PairBatch]:
         """This process's part of a global batch, with weights, on the device."""
-        lengths = [example.longest for example in examples]
-        plan = plan_rows(pairs, lengths, process.world_size, budget)[process.rank]
-        batches = [collate(micro_batch, examples, len(pairs), logps) for micro_batch in plan]
+        plan = plan_micro_batches(pairs, examples, process.world_size, rows)[process.rank]
+        batches = [collate(micro_batch, examples, len(pairs), logps, rows.packs) for micro_batch in plan]
         return [set_weights(batch, source, loss, context).to(process.device) for batch in batches]
 
     def evaluate(step: int) -> dict[str, float]:

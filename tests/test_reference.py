@@ -10,7 +10,7 @@ from twdpo.chat import tokenize_pairs
 from twdpo.model import load_policy, load_tokenizer
 from twdpo.pairs import load_dataset
 from twdpo.reference import reference_directory, reference_logps
-from twdpo.rows import evaluation_batches
+from twdpo.rows import RowOptions, evaluation_batches
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, exampl
     policy = load_policy(toy_model, torch.float32, process)
     plain = AutoModelForCausalLM.from_pretrained(toy_model)
     batches = evaluation_batches(len(examples), 4)
-    logps = reference_logps(policy, process, examples, batches, 300, tmp_path)
+    logps = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert sorted(logps) == list(range(9))
     for pair, example in enumerate(examples):
         for response, values in zip((example.chosen, example.rejected), logps[pair]):
@@ -40,21 +40,21 @@ def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, exampl
             expected = expected[range(start - 1, len(ids) - 1), ids[start:]]
             np.testing.assert_allclose(values, expected, atol=2e-5)
     assert "0 of 9 pairs cached" in capsys.readouterr().out
-    again = reference_logps(policy, process, examples, batches, 300, tmp_path)
+    again = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert "9 of 9 pairs cached" in capsys.readouterr().out
     assert all((first == second).all() for pair in logps for first, second in zip(logps[pair], again[pair]))
 
 
 def test_what_is_cached_is_kept_and_the_rest_added(toy_model, process, examples, tmp_path, capsys):
     policy = load_policy(toy_model, torch.float32, process)
-    few = reference_logps(policy, process, examples, [[0, 1]], 300, tmp_path)
+    few = reference_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)  # another policy: new values can be told from cached ones
-    more = reference_logps(policy, process, examples, evaluation_batches(9, 4), 10_000, tmp_path)
+    more = reference_logps(policy, process, examples, evaluation_batches(9, 4), RowOptions(True, 10_000), tmp_path)
     assert "2 of 9 pairs cached" in capsys.readouterr().out and len(more) == 9
     assert all((few[pair][0] == more[pair][0]).all() for pair in (0, 1))
-    other = reference_logps(policy, process, examples, [[0, 1]], 300, tmp_path / "other")
+    other = reference_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path / "other")
     assert not np.allclose(other[0][0], more[0][0], atol=0.1)
     assert len(list(tmp_path.glob("logps-*.safetensors"))) == 2
 
@@ -62,15 +62,15 @@ def test_what_is_cached_is_kept_and_the_rest_added(toy_model, process, examples,
 def test_a_damaged_cache_file_is_computed_again(toy_model, process, examples, tmp_path, capsys):
     policy = load_policy(toy_model, torch.float32, process)
     batches = evaluation_batches(9, 9)
-    whole = reference_logps(policy, process, examples, batches, 300, tmp_path)
+    whole = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     (path,) = tmp_path.glob("logps-*.safetensors")
     path.write_bytes(path.read_bytes()[:50])
-    again = reference_logps(policy, process, examples, batches, 300, tmp_path)
+    again = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert "is damaged" in capsys.readouterr().out
     assert all((first == second).all() for pair in whole for first, second in zip(whole[pair], again[pair]))
 
 
 def test_the_cache_is_named_by_weights_dtype_and_device(tmp_path):
-    names = {reference_directory(tmp_path, model, dtype, torch.device(device)) for model in ("a", "b")
-             for dtype in (torch.float32, torch.bfloat16) for device in ("cpu", "meta")}
-    assert len(names) == 8
+    names = {reference_directory(tmp_path, model, dtype, torch.device(device), packs) for model in ("a", "b")
+             for dtype in (torch.float32, torch.bfloat16) for device in ("cpu", "meta") for packs in (False, True)}
+    assert len(names) == 16

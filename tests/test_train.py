@@ -76,6 +76,15 @@ def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, argument
     assert_close_rows(read_rows(tmp_path / "two"), expected)
 
 
+def test_packed_and_plain_rows_give_the_same_run(tmp_path, arguments, capsys):
+    for packing in ("on", "off", "auto"):
+        train.main(arguments(tmp_path / packing, packing=packing, micro_batch_tokens=300))
+    assert_close_rows(read_rows(tmp_path / "on"), read_rows(tmp_path / "off"))
+    assert read_rows(tmp_path / "auto") == read_rows(tmp_path / "on")
+    assert json.loads((tmp_path / "auto/config.json").read_text())["packing"] == "on"
+    assert "max |margin| at step 0: 0\n" in capsys.readouterr().out
+
+
 def test_reducing_on_the_last_micro_batch_only_changes_nothing(tmp_path, arguments):
     train.main(arguments(tmp_path / "every", micro_batch_tokens=150))
     train.main([*arguments(tmp_path / "last", micro_batch_tokens=150), "--no-sync"])

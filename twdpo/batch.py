@@ -11,7 +11,7 @@ import torch
 
 from twdpo.attention import Ranges
 from twdpo.chat import Example
-from twdpo.rows import MicroBatch, pack
+from twdpo.rows import MicroBatch, RowOptions, pack, plan_packed_rows, plan_rows
 from twdpo.weights import WEIGHTS, WeightContext, judged_lengths, normalize
 
 
@@ -47,6 +47,14 @@ class PairBatch:
         return replace(self, **moved)
 
 
+def plan_micro_batches(pairs: list[int], examples: list[Example], world_size: int, rows: RowOptions
+                       ) -> list[list[MicroBatch]]:
+    """Micro-batches of every rank for one global batch of pairs, named by their index into `examples`."""
+    if rows.packs:
+        return plan_packed_rows(pairs, {pair: examples[pair].together for pair in pairs}, world_size, rows.token_budget)
+    return plan_rows(pairs, {pair: examples[pair].longest for pair in pairs}, world_size, rows.token_budget)
+
+
 def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
             ref_logps: dict[int, tuple[np.ndarray, np.ndarray]] | None = None, packs: bool = False) -> PairBatch:
     """Tensors of one micro-batch on the CPU, weights uniform.
@@ -60,14 +68,16 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
     rows = [np.concatenate(sequence) for sequence in sequences]
     if packs:
         row = pack([rows[place:place + 2] for place in range(0, len(rows), 2)])
-        input_ids_RT, positions_RT = (torch.from_numpy(each).long()[None] for each in (row.input_ids_T, row.positions_T))
+        input_ids_RT = torch.from_numpy(row.input_ids_T).long()[None]
+        positions_RT = torch.from_numpy(row.positions_T).long()[None]
         ranges = row.ranges
-        places = [np.concatenate([np.arange(first, stop) for first, stop in pieces]) for pieces in ranges]
+        places = [np.concatenate([np.arange(*piece) for piece in pieces]) for pieces in ranges]
     else:
         input_ids_RT = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(each).long() for each in rows],
                                                        batch_first=True)
         positions_RT = torch.arange(input_ids_RT.shape[1]).expand(input_ids_RT.shape)
-        ranges, places = None, [number * input_ids_RT.shape[1] + np.arange(len(each)) for number, each in enumerate(rows)]
+        ranges = None
+        places = [number * input_ids_RT.shape[1] + np.arange(len(each)) for number, each in enumerate(rows)]
     # The label shift: the token at position t is predicted by the output at position t - 1.
     predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)]
                                                  for place, (prompt, response) in zip(places, sequences)]))
@@ -77,9 +87,9 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
     else:
         ref_logps_N = torch.from_numpy(np.concatenate([side for pair in micro_batch.pairs for side in ref_logps[pair]]))
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
-    return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(), torch.ones(len(targets_N)),
-                     torch.ones(len(sequences)), seq_lens_S, torch.full((len(selected),), float(micro_batch.real)),
-                     pair_count)
+    return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(),
+                     torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
+                     torch.full((len(selected),), float(micro_batch.real)), pair_count)
 
 
 def set_weights(batch: PairBatch, source_name: str, loss, context: WeightContext) -> PairBatch:

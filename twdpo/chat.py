@@ -52,6 +52,11 @@ class Example:
     rejected: Response
 
     @property
+    def together(self) -> int:
+        """Tokens of both sequences with the prompt counted once, as in a packed row."""
+        return len(self.prompt_ids) + len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longer of its two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen.ids), len(self.rejected.ids))

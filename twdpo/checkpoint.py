@@ -92,6 +92,8 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
         except ValueError as error:
             raise InputError(f"--resume: {stored_path} is not JSON ({error}); put back the settings of the run, or "
                              "start anew with --overwrite") from error
+        if config.packing == "auto" and stored.get("packing") in ("on", "off"):
+            config = replace(config, packing=stored["packing"])  # what the run's own check found
         if changed := changed_settings(stored, config):
             raise InputError(f"--resume: {stored_path.parent} was started with other settings (--config {stored_path} "
                              "repeats them):\n  " + "\n  ".join(changed))

@@ -153,6 +153,9 @@ class TrainConfig(SharedConfig):
                       "auto: bfloat16 on CUDA, float32 on CPU")
     micro_batch_tokens: int = flag(0, "hardware", "most tokens in one micro-batch on one process, padding counted; 0: "
                                    "4096 on CPU, 16384 on CUDA", free=True)
+    packing: str = flag("auto", "hardware", "'on': the sequences of many pairs in one row without padding, each pair's "
+                        "common beginning once; 'off': a padded row a sequence; auto: on, unless a check at the start "
+                        "finds other log-probs")
     no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch only (holds full gradients); "
                          "off: on every one", free=True)
 
@@ -190,6 +193,7 @@ class TrainConfig(SharedConfig):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
+        require(self, "packing", self.packing in ("auto", "on", "off"), "auto, on or off")
         require(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         require(self, "save_dtype", self.save_dtype in ("", "float32", "bfloat16", "float16"),
                 "float32, bfloat16 or float16")

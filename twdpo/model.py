@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
 from twdpo.attention import ATTENTION_NAME, all_layers_attending, packed
-from twdpo.batch import PairBatch
-from twdpo.chat import set_chat_template
+from twdpo.batch import PairBatch, collate
+from twdpo.chat import Example, set_chat_template
 from twdpo.config import InputError, SharedConfig
 from twdpo.dist import Process, shard_policy
 from twdpo.files import hash_file, hash_json, make_directory, write_atomic
 from twdpo.logratio import HeadOptions, weighted_logratio
+from twdpo.rows import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -162,6 +163,29 @@ class Policy(torch.nn.Module):
         head = self.model.get_output_embeddings()
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
                                  batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
+
+
+@torch.no_grad()
+def settle_packing(policy: Policy, packing: str, examples: list[Example], process: Process) -> bool:
+    """Whether rows are packed: as --packing says; `auto` compares the log-probs of a few short pairs. All ranks.
+
+    Raises InputError when --packing on changes them.
+    """
+    if packing == "off" or not examples:
+        return False
+    few = sorted(examples, key=lambda example: example.longest)[:4]
+    micro_batch = MicroBatch(tuple(range(len(few))))
+    packed_N, plain_N = (policy(collate(micro_batch, few, len(few), packs=packs).to(process.device))[1]
+                         for packs in (True, False))
+    difference = max(process.gather(((packed_N - plain_N).norm() / plain_N.norm()).item()))  # sync, all ranks
+    exact = next(policy.model.parameters()).dtype == torch.float32 and packed_N.device.type == "cpu"
+    if difference <= (1e-4 if exact else 2e-2):
+        return True
+    message = f"packed rows change log-probs by {difference:.2g} (relative) for this model"
+    if packing == "on":
+        raise InputError(f"--packing on: {message}; use --packing off")
+    process.print(f"{message}: plain rows are used")
+    return False
 
 
 def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -> Policy:

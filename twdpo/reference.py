@@ -11,23 +11,24 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 
-from twdpo.batch import collate
+from twdpo.batch import collate, plan_micro_batches
 from twdpo.chat import Example
 from twdpo.dist import Process
 from twdpo.files import hash_json, hash_to_int64, write_atomic
 from twdpo.logratio import LOGPS_VERSION
-from twdpo.rows import plan_rows
+from twdpo.rows import RowOptions
 
 FLUSH_BATCHES = 16  # global batches between writes to the cache
 
 Logps = tuple[np.ndarray, np.ndarray]  # fp32 log-probs of the chosen and of the rejected response's tokens
 
 
-def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device) -> Path:
+def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device, packs: bool
+                        ) -> Path:
     """The cache folder of one set of weights and numerics."""
     # The device: log-probs of another one differ by rounding, and the first margin would not be exactly 0.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = {"model": model_fingerprint, "dtype": str(dtype), "attention": "sdpa", "packing": "off",
+    key = {"model": model_fingerprint, "dtype": str(dtype), "attention": "sdpa", "packing": packs,
            "op": LOGPS_VERSION, "torch": torch.__version__, "device": device_name}
     return cache / "reference" / hash_json(key)[:24]
 
@@ -38,7 +39,7 @@ def example_key(example: Example) -> int:
 
 
 @torch.no_grad()
-def reference_logps(policy, process: Process, examples: list[Example], batches: list[list[int]], token_budget: int,
+def reference_logps(policy, process: Process, examples: list[Example], batches: list[list[int]], rows: RowOptions,
                     directory: Path) -> dict[int, Logps]:
     """Log-probs under the policy as it is now, by index into `examples`, for all pairs of `batches`. All ranks."""
     keys = {pair: example_key(examples[pair]) for batch in batches for pair in batch}
@@ -48,16 +49,15 @@ def reference_logps(policy, process: Process, examples: list[Example], batches: 
     process.print(f"reference log-probs: {len(keys) - missing} of {len(keys)} pairs cached in {directory}")
     if not missing:
         return {pair: stored[key] for pair, key in keys.items()}
-    lengths = [example.longest for example in examples]
     new: dict[int, Logps] = {}
     with process.progress(total=len(keys), desc="reference", unit="pair") as bar:
         for number, pairs in enumerate(batches, 1):
-            plan = plan_rows(pairs, lengths, process.world_size, token_budget)
+            plan = plan_micro_batches(pairs, examples, process.world_size, rows)
             for place, micro_batch in enumerate(plan[process.rank]):
                 everyone = [pair for rank in plan for pair in rank[place].pairs]
                 if all(keys[pair] in stored for pair in everyone):
                     continue
-                batch = collate(micro_batch, examples, len(pairs)).to(process.device)
+                batch = collate(micro_batch, examples, len(pairs), packs=rows.packs).to(process.device)
                 _, logps_N = policy(batch)  # all ranks
                 parts = [part.numpy() for part in logps_N.float().cpu().split(batch.seq_lens_S.tolist())]  # sync
                 new |= {keys[pair]: tuple(parts[2 * row:2 * row + 2]) for row, pair in enumerate(micro_batch.pairs)

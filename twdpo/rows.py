@@ -8,7 +8,7 @@ A pair is named by its index in the list of examples; its length is the tokens o
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,14 @@ class PackedRow:
     ranges: tuple[tuple[tuple[int, int], ...], ...]
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How micro-batches are made: packed rows or plain ones, and the most tokens in one, padding counted."""
+
+    packs: bool
+    token_budget: int
+
+
 def num_steps(num_pairs: int, batch_size: int, epochs: int, max_steps: int) -> int:
     """Optimizer steps of a run; `max_steps` > 0 overrides `epochs`. The last batch of an epoch may be smaller."""
     return max_steps or epochs * math.ceil(num_pairs / batch_size)
@@ -44,10 +52,11 @@ def global_batch(step: int, num_pairs: int, batch_size: int, seed: int) -> list[
     return order[place * batch_size:(place + 1) * batch_size].tolist()
 
 
-def plan_rows(pairs: list[int], lengths: list[int], world_size: int, token_budget: int) -> list[list[MicroBatch]]:
+def plan_rows(pairs: list[int], lengths: Mapping[int, int] | Sequence[int], world_size: int, token_budget: int
+              ) -> list[list[MicroBatch]]:
     """Micro-batches of every rank for one global batch; each rank gets the same number (FSDP2 calls are collective).
 
-    lengths: tokens of each pair's longer sequence, indexed by pair. token_budget: most tokens in a micro-batch,
+    lengths: tokens of each pair's longer sequence, by pair. token_budget: most tokens in a micro-batch,
     padding counted; a pair longer than it goes alone.
     """
     # Longest first, so that rows of one micro-batch are of like length; the index breaks ties.
@@ -66,12 +75,9 @@ def plan_rows(pairs: list[int], lengths: list[int], world_size: int, token_budge
     return [micro_batches[rank::world_size] for rank in range(world_size)]
 
 
-def plan_packed_rows(pairs: list[int], lengths: list[int], world_size: int, token_budget: int
+def plan_packed_rows(pairs: list[int], lengths: Mapping[int, int] | Sequence[int], world_size: int, token_budget: int
                      ) -> list[list[MicroBatch]]:
-    """As `plan_rows` for packed rows, one a micro-batch, without padding.
-
-    lengths: tokens of each pair's packed row, indexed by pair.
-    """
+    """As `plan_rows` for packed rows, one a micro-batch, without padding. lengths: tokens of a pair there, by pair."""
     # No process idles while another holds what could be parted.
     share = math.ceil(sum(lengths[pair] for pair in pairs) / world_size)
     groups = fill_rows([lengths[pair] for pair in pairs], min(token_budget, share))
