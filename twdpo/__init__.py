@@ -4,14 +4,17 @@ The files of this package are the pipeline, in this order; a file imports only f
 
     config, files          one flat config per entry point; atomic writes and content hashes
     toy, pairs, chat       the embedded default; preference pairs; chat template and tokens
-    rows                   which pairs share a micro-batch, on which process
-    judge, attention       the judge prompt in both orders; the attention row of its verdict
+    rows                   which pairs share a micro-batch, on which process; packed rows
+    judge, attention       the judge prompt in both orders; the attention of all models, and the row of a verdict
     align, weights_file    judge tokens -> training tokens; raw attention on disk
+    verbalized             the verbalised self-judge: its prompt, its output, its scores on disk
     weights, batch         weight sources and their post-processing; collate and the label shift
+    columns, report        the authors' columns; statistics and a page of token weights
     logratio, losses       log-probs and weighted log-ratios; pair losses
     metrics                what a step and an evaluation report
     dist, model            process group and FSDP2 plan; the policy and its tokenizer
-    extraction, reference  the judge pass; the reference pass and its cache
+    extraction, generate   the judge pass; generation in batches
+    reference, inputs      the reference pass and its cache; what a run is made from, checked before weights are loaded
     checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
 """
 
