@@ -231,7 +231,7 @@ def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
 def test_the_preset_authors_equals_their_extraction_on_real_pairs(name, rule, shared, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     lines = (shared / "pairs/permissive_train.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines[::80]]
+    rows = [json.loads(line) for line in lines[::160]]
     directory = make_model(tmp_path / "model", tokenizer)
     compare_with_the_authors(directory, rows, tmp_path, *rule)
 
