@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from twdpo.attention import packed
 from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
 from twdpo.chat import Example
 from twdpo.checkpoint import (
@@ -77,7 +78,7 @@ def train(config: TrainConfig, process: Process) -> None:
     context = open_context(config, inputs, used, process)
     identity = process.on_main(lambda: run_identity(config, inputs, context))
 
-    policy = load_policy(inputs.model_dir, dtype, process)
+    policy = load_policy(inputs.model_dir, dtype, process, config.checkpointing)
     rows = RowOptions(settle_packing(policy, config.packing, used, process), budget)
     config = replace(config, packing="on" if rows.packs else "off")
     process.on_main(lambda: start_run(replace(config, overwrite=False), run_dir))  # config.json holds the outcome
@@ -157,7 +158,8 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
         policy.set_requires_gradient_sync(not config.no_sync or number == len(batches))
         loss_P = run_pairs(policy, batch, loss, config, totals)
         # Divided by the pairs of the global batch, so accumulation and world size change nothing.
-        ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
+        with packed(batch.ranges):  # layers may be computed again
+            ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
     totals = sum_over_processes(totals, process.device)  # all ranks
     row = means(totals)  # sync
     max_norm = config.max_grad_norm or math.inf

@@ -85,6 +85,21 @@ def test_packed_and_plain_rows_give_the_same_run(tmp_path, arguments, capsys):
     assert "max |margin| at step 0: 0\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_activations_computed_again_change_nothing(packing, tmp_path, arguments, monkeypatch):
+    """Both layers, or one of them, run once more in the backward pass, and the rows are the same to the last bit."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    calls, original = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or original(self, x))
+    counts = []
+    for checkpointing in ("none", "full", "selective"):
+        calls.clear()
+        train.main(arguments(tmp_path / checkpointing, checkpointing=checkpointing, packing=packing))
+        counts.append(sum(calls))
+        assert read_rows(tmp_path / checkpointing) == read_rows(tmp_path / "none")
+    assert counts[1] == 2 * counts[0] and counts[2] == 1.5 * counts[0]
+
+
 def test_reducing_on_the_last_micro_batch_only_changes_nothing(tmp_path, arguments):
     train.main(arguments(tmp_path / "every", micro_batch_tokens=150))
     train.main([*arguments(tmp_path / "last", micro_batch_tokens=150), "--no-sync"])

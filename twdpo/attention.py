@@ -95,13 +95,16 @@ def capturing(capture: JudgeCapture) -> Iterator[JudgeCapture]:
 
 @contextmanager
 def packed(ranges: Ranges | None) -> Iterator[None]:
-    """A forward inside this context is of one row of packed sequences; of plain rows when `ranges` is None."""
+    """A forward inside this context is of one row of packed sequences; of plain rows when `ranges` is None.
+
+    So is a backward pass that computes activations again.
+    """
     global _ranges
-    _ranges = ranges
+    before, _ranges = _ranges, ranges
     try:
         yield
     finally:
-        _ranges = None
+        _ranges = before
 
 
 def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,

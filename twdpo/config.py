@@ -156,6 +156,9 @@ class TrainConfig(SharedConfig):
     packing: str = flag("auto", "hardware", "'on': the sequences of many pairs in one row without padding, each pair's "
                         "common beginning once; 'off': a padded row a sequence; auto: on, unless a check at the start "
                         "finds other log-probs")
+    checkpointing: str = flag("none", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
+                              "(each layer's input is kept and the rest computed again), 'selective' (of every second "
+                              "layer)", free=True)
     no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch only (holds full gradients); "
                          "off: on every one", free=True)
 
@@ -193,6 +196,7 @@ class TrainConfig(SharedConfig):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
+        require(self, "checkpointing", self.checkpointing in ("none", "selective", "full"), "none, selective or full")
         require(self, "packing", self.packing in ("auto", "on", "off"), "auto, on or off")
         require(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         require(self, "save_dtype", self.save_dtype in ("", "float32", "bfloat16", "float16"),

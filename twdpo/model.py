@@ -188,10 +188,11 @@ def settle_packing(policy: Policy, packing: str, examples: list[Example], proces
     return False
 
 
-def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -> Policy:
+def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, checkpointing: str = "none") -> Policy:
     """The policy: built without memory, sharded, then each process reads its own shards of the checkpoint. All ranks.
 
-    Parameters are fp32. Raises InputError for a checkpoint whose tensors don't match the architecture.
+    Parameters are fp32. checkpointing: as the flag says. Raises InputError for a checkpoint whose tensors don't match
+    the architecture.
     """
     model_config = load_model_config(directory)
     disable_dropout(model_config)
@@ -203,6 +204,8 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -
         raise InputError(f"{model_config.model_type} does not use transformers' AttentionInterface ({error}): use "
                          "another model") from error
     refuse_converted_checkpoints(model)
+    if checkpointing != "none":
+        enable_checkpointing(model, checkpointing)
     policy = Policy(model)
     shard_policy(policy, decoder_layers(model), compute_dtype, process.device)
     policy.to_empty(device=process.device)
@@ -221,6 +224,22 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process) -
     model.initialize_weights()
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
     return policy.train()
+
+
+def enable_checkpointing(model, checkpointing: str) -> None:
+    """Compute the activations of all layers (`full`) or of every second one (`selective`) again in the backward pass.
+
+    Raises InputError for an architecture that has no such way.
+    """
+    # transformers 5.23 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"--checkpointing {checkpointing}: {error}") from error
+    if checkpointing == "selective":
+        for layer in decoder_layers(model)[1::2]:
+            layer.gradient_checkpointing = False
 
 
 def disable_dropout(model_config) -> None:
