@@ -236,7 +236,7 @@ def test_the_preset_authors_equals_their_extraction_on_real_pairs(name, rule, sh
     compare_with_the_authors(directory, rows, tmp_path, *rule)
 
 
-def test_an_unknown_tokenizer_has_exact_spans_and_says_so(tmp_path, toy_model, capsys):
+def test_an_unknown_tokenizer_has_exact_spans_and_says_so(tmp_path, toy_model, pairs_file, capsys):
     extract.main(["--model", str(toy_model), "--preset", "authors", "--judge-prompt", "short", "--judge-cut", "common",
-                  "--data", "toy", "--out", str(tmp_path / "w"), "--query", "prompt"])
+                  "--data", str(pairs_file), "--out", str(tmp_path / "w"), "--skip-bad-rows"])
     assert "no rule for this tokenizer or prompt: spans are exact" in capsys.readouterr().out
