@@ -12,7 +12,6 @@ a GPU. All ways are timed in turns, round after round; memory is the peak above 
 
 import argparse
 import copy
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loss_kernel import interleave, machine, peak_memory_mib, result_path
+from loss_kernel import finish, interleave, machine, peak_memory_mib, result_path
 from twdpo.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
-from twdpo.files import write_json
 from twdpo.model import decoder_layers
 from twdpo.rows import pack
 
@@ -128,11 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{length:6} {name:24} {row['seconds_a_pair']:9.3f} {row['p20']:8.3f}..{row['p80']:7.3f} "
                   f"{1 / row['seconds_a_pair']:8.2f} {row['over_limit']:8.2f} {row['speed_over_eager']:8.2f} "
                   f"{row['peak_extra_mib']:9.0f} {row['memory_over_eager']:8.3f}", flush=True)
-    out = flags.out or result_path(device, "extraction.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, report)
-    print(f"written to {out}")
-    print(json.dumps(report))
+    finish(flags.out or result_path(device, "extraction.json"), report)
 
 
 if __name__ == "__main__":

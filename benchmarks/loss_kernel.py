@@ -238,6 +238,18 @@ def rows_of_other_calls(path: Path, report: dict) -> list[dict]:
     return [row for row in old["rows"] if [row[name] for name in ("head", "tokens", "method")] not in measured]
 
 
+def finish(out: Path, report: dict) -> None:
+    """Write the report and end standard output with it."""
+    write_result(out, report)
+    print(f"written to {out}")
+    print(json.dumps(report))
+
+
+def write_result(out: Path, report: dict) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, report)
+
+
 def result_path(device: torch.device, name: str) -> Path:
     """`benchmarks/results/<device>/<name>`."""
     folder = "cpu"
@@ -297,8 +309,7 @@ def main(argv: list[str] | None = None) -> None:
                    "matrix_tflops": rate} | figures[method.name]
             print(show(row), flush=True)
             report["rows"].append(row)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, report | {"rows": report["rows"] + rows_of_other_calls(out, report)})
+        write_result(out, report | {"rows": report["rows"] + rows_of_other_calls(out, report)})
     print(f"written to {out}")
     print(json.dumps(report))
 

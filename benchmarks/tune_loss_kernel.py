@@ -10,7 +10,6 @@ kernels/weighted_logratio.py. The last line is JSON.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -19,8 +18,7 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from loss_kernel import interleave, machine, make_case, matrix_products, result_path
-from twdpo.files import write_json
+from loss_kernel import finish, interleave, machine, make_case, matrix_products, result_path, write_result
 from twdpo.kernels import weighted_logratio as kernels
 
 SHAPES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 3),
@@ -119,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     report: dict[str, object] = {"machine": machine(device), "vocabulary": flags.vocabulary, "hidden": flags.hidden,
                                  "parts": [], "tiles": [], "waves": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    out = result_path(device, "tune_loss_kernel.json")
     for num_tokens in map(int, flags.tokens.split(",")):
         case = make_case(flags.vocabulary, flags.hidden, num_tokens, device, torch.bfloat16)
         nvd = num_tokens * flags.vocabulary * flags.hidden
@@ -147,11 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             report["waves"].append({"tokens": num_tokens, "wave_mib": wave_mib, "columns": columns,
                                     "backward_ms": statistics.median(times)})
         del case
-        out = result_path(device, "tune_loss_kernel.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, report)
-    print(f"written to {out}")
-    print(json.dumps(report))
+        write_result(out, report)
+    finish(out, report)
 
 
 if __name__ == "__main__":

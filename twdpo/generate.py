@@ -30,7 +30,7 @@ def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Pat
                    tokenizer, process: Process) -> None:
     """Let the model score the parts of both answers of all `pairs`, into the folder `directory`. All ranks.
 
-    One generation an answer, greedy, as long as twice the answer and its quotes; what is stored already is kept.
+    One generation an answer, greedy, of up to `most_new_tokens`; what is stored already is kept.
     """
     todo = list_work(meta, directory, pairs, "verbalised scores", process)
     if not todo:

@@ -185,10 +185,11 @@ def open_context(config: TrainConfig, inputs: Inputs, used: list[Example], proce
         figures = inputs.weights_file.verdict_statistics([example.pair.key for example in used])
         if figures:
             process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        sample = used[:ALIGNMENT_SAMPLE]
-        shares = alignment_shares(sample, inputs.weights_file, config.rounds)
-        process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
-                      + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
+        if config.align == "characters":
+            sample = used[:ALIGNMENT_SAMPLE]
+            shares = alignment_shares(sample, inputs.weights_file, config.rounds)
+            process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+                          + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
     return WeightContext(config, inputs.weights_file, inputs.scores)
 
 
