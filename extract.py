@@ -38,7 +38,7 @@ def extract(config: ExtractConfig, process: Process) -> None:
                                                                                             config.eval_data)}:
         raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
-    dataset = load_dataset(config.data, config.eval_data)
+    dataset = load_dataset(config.data, config.eval_data, empty_answers=config.empty_answers)
     pairs = dataset.train + dataset.held_out
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
@@ -78,7 +78,8 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
             targets.append((path.with_name(f"{path.stem}_held_out{path.suffix}"), config.eval_data or config.data,
                             TEST_SPLITS + TRAIN_SPLITS if config.eval_data else TEST_SPLITS))
         for path, data, splits in targets:
-            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.rounds)
+            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.rounds,
+                                           config.empty_answers)
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:
         defaults = TrainConfig()

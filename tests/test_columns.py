@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import normalizers
-from tokenizers_of_tests import TRIMMED, byte_level, sentencepiece_like
+from tokenizers_of_tests import TRIMMED, byte_level, gemma_like, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
@@ -151,7 +151,7 @@ def columns_of_the_authors(model, tokenizer, row: dict, before: int, end_text: s
     """One row's columns with dense eager maps. before, end_text, drop_first: their rule for the tokenizer."""
     tokens, weights, last = {}, {}, {}
     for name, order in (("cr", ("chosen", "rejected")), ("rc", ("rejected", "chosen"))):
-        shown, question = {side: row[side].strip() for side in order}, row["prompt"]
+        shown, question = {side: row[side].strip() or " " for side in order}, row["prompt"]
 
         def spell(question, shown, order=order):
             text = PROMPT.replace("{question}", question)
@@ -222,8 +222,22 @@ def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
     rows = [{"prompt": f"what of {number}?", "chosen": f" The fox jumps, {number} times. ", "rejected": "No.\n"}
             for number in range(3)]
     rows.append({"prompt": "long " * 900, "chosen": "dog " * 900, "rejected": "lazy"})  # past their limit
+    rows += [{"prompt": "why?", "chosen": "", "rejected": "The fox."},
+             {"prompt": "how?", "chosen": "So.", "rejected": "\n"}]
     directory = make_model(tmp_path / "model", tokenizer)
     compare_with_the_authors(directory, rows, tmp_path, 3, "|The End of Answer X|", 0)
+
+
+def test_the_preset_authors_equals_their_extraction_by_the_rule_of_gemma(tmp_path):
+    """A tokenizer with what their rule relies on: Gemma-3's ids of turn marks, line breaks as tokens of their own."""
+    tokenizer = gemma_like()
+    assert judge.find_end_rule(tokenizer, PROMPT) == (0, 0)
+    assert tokenizer.convert_ids_to_tokens([105, 106, 107]) == ["<start_of_turn>", "<end_of_turn>", "\n"]
+    rows = [{"prompt": f"what of {number}?", "chosen": f" The fox jumps,\n\n{number} times. ", "rejected": "No.\n"}
+            for number in range(3)]
+    rows.append({"prompt": "why?", "chosen": "", "rejected": "The fox."})
+    directory = make_model(tmp_path / "model", tokenizer)
+    compare_with_the_authors(directory, rows, tmp_path, 0, "\n<|The End of Answer X|>", 0)
 
 
 @pytest.mark.parametrize("name, rule", [("llama3", (3, "|The End of Answer X|", 0)),

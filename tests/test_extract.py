@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
+import twdpo.model
 from twdpo import extraction
 from twdpo.judge import JUDGE_PROMPTS, JudgeInputs
 from twdpo.pairs import load_dataset
@@ -108,8 +109,8 @@ def test_layers_may_be_named_in_any_way_and_twice(tmp_path, arguments, pairs_fil
 def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monkeypatch, capsys):
     """Without the model's last layer there is no verdict to store, and nothing is said of it."""
     seen = []
-    original = extraction.judge_forward
-    monkeypatch.setattr(extraction, "judge_forward", lambda decoder, capture, num_layers, final_layer:
+    original = twdpo.model.judge_forward
+    monkeypatch.setattr(twdpo.model, "judge_forward", lambda decoder, capture, num_layers, final_layer:
                         seen.append((num_layers, len(decoder.layers)))
                         or original(decoder, capture, num_layers, final_layer))
     extract.main(arguments(tmp_path / "w", "--layers", "1"))
@@ -119,7 +120,7 @@ def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monk
 
 def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, arguments, monkeypatch, pairs_file, capsys):
     extract.main(arguments(tmp_path / "packed"))
-    monkeypatch.setattr(extraction.Judge, "check_packing", lambda self: False)
+    monkeypatch.setattr(extraction.JudgePass, "check_packing", lambda self: False)
     extract.main(arguments(tmp_path / "alone"))
     assert "judge inputs run one by one" in capsys.readouterr().out
     for pair in load_dataset(str(pairs_file), "").train:
@@ -184,15 +185,30 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monk
 
 
 def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, arguments, monkeypatch):
+    """With a copy of the judge each, and with shards of one: then one process runs along while the other has work."""
     monkeypatch.undo()  # shards of the real size, as the child processes have
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:140]))
     extract.main(arguments(tmp_path / "one", "--data", str(path)))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    "extract.py", *arguments(tmp_path / "two", "--data", str(path))],
-                   cwd=ROOT, check=True, capture_output=True, timeout=200)
-    assert len(shard_paths(tmp_path / "two")) == 2
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for sharding in ("off", "on"):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                        "extract.py", *arguments(tmp_path / sharding, "--data", str(path)), "--judge-sharding",
+                        sharding], cwd=ROOT, check=True, capture_output=True, timeout=200)
+        assert len(shard_paths(tmp_path / sharding)) == 2
+        assert contents(tmp_path / "one") == contents(tmp_path / sharding)
+
+
+@pytest.mark.parametrize("extra", [("--layers", "1"), ("--query", "verdict", "--rollout"), ("--attention", "eager"),
+                                   ("--judge-dtype", "bfloat16")])
+def test_a_sharded_judge_gives_the_same_bytes(extra, tmp_path, arguments, monkeypatch):
+    sharded, original = [], twdpo.model.load_shards
+    monkeypatch.setattr(twdpo.model, "load_shards", lambda judge, *rest: sharded.append(
+        {parameter.dtype for parameter in judge.parameters()}) or original(judge, *rest))
+    extract.main(arguments(tmp_path / "whole", *extra))
+    assert not sharded
+    extract.main(arguments(tmp_path / "sharded", *extra, "--judge-sharding", "on"))
+    assert sharded == [{torch.bfloat16 if "bfloat16" in extra else torch.float32}]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "sharded")
 
 
 def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, arguments):

@@ -40,7 +40,8 @@ def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(sh
     tokenizer = load_tokenizer(shared / "tokenizers" / name, "")
     inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], UNLIMITED)
     exact = straddling = 0
-    for given in load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train:
+    pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::4]
+    for given in pairs:
         judged = inputs.build(given)
         check_rounds(tokenizer, given, judged)
         # Tokens are cut at the same places in the text itself, so borders can be told from the text before an answer.
@@ -50,7 +51,7 @@ def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(sh
             straddling += decoded != answer
             if decoded != answer:  # a token holds the end of the answer and the line break after it, or the one before
                 assert decoded.strip("\n") == answer and len(decoded) > len(answer), (given.where, side)
-    assert exact + straddling == 2 * 985 and exact > 0
+    assert exact + straddling == 2 * len(pairs) and exact > 0
 
 
 @pytest.mark.parametrize("judge, policy", [("llama3", "llama3"), ("mistral-v1", "llama3"), ("llama3", "minimind")])

@@ -5,16 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models_of_tests import MODELS, build
+from safetensors.torch import load_file, save_file
+from tokenizers_of_tests import byte_level
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from twdpo import dist
+from twdpo.attention import JudgeCapture
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
+from twdpo.checkpoint import export_model
 from twdpo.config import InputError, TrainConfig
-from twdpo.model import check_length, find_model, load_model_config, load_policy
+from twdpo.model import check_length, find_model, load_judge, load_model_config, load_policy, load_sharded_judge
 from twdpo.pairs import Pair
-from twdpo.rows import MicroBatch
+from twdpo.rows import MicroBatch, pack
 
 
 @pytest.fixture
@@ -125,6 +130,33 @@ def test_padding_and_grouping_change_nothing(toy_model, process):
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_of_every_architecture_are_read_in_shards_and_written(name, tmp_path, process):
+    """Also those whose tensors have other names in the file than in the model (the head of GPT-NeoX)."""
+    build(name, "eager").save_pretrained(tmp_path / "source")
+    inputs = [np.arange(3, 23, dtype=np.int32), np.arange(3, 13, dtype=np.int32)]
+    outputs = []
+    for load in (load_judge, load_sharded_judge):
+        capture = JudgeCapture(pack([inputs]), frozenset([1]))
+        with torch.no_grad():
+            outputs.append([*load(tmp_path / "source", torch.float32, process.device)(capture, True), *capture.rows[1]])
+    assert all(torch.equal(*both) for both in zip(*outputs))
+    policy = load_policy(tmp_path / "source", torch.float32, process)
+    export_model(tmp_path / "export", policy, byte_level(), tmp_path / "source", "", process)
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
+                     for folder in ("source", "export"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_of_the_trunk_alone_is_read(tmp_path, process):
+    """As GPT-2's: its head is the embedding, and the names lack the trunk's prefix."""
+    model = build("gpt2", "eager")
+    model.transformer.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, torch.float32, process)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, policy.model.get_parameter(name).full_tensor()), name
+
+
 def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path, process):
     import json
     import shutil
@@ -132,6 +164,17 @@ def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 97}))
     with pytest.raises(InputError, match="don't match"):
+        load_policy(tmp_path / "model", torch.float32, process)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_an_input_error(bf16_checkpoint, tmp_path, process):
+    import shutil
+    shutil.copytree(bf16_checkpoint, tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="1 are missing, model.layers.1.mlp.up_proj.weight among them"):
         load_policy(tmp_path / "model", torch.float32, process)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = ["The quick brown fox jumps over the lazy dog. Question: what? Answer: A or B. Hello there, friend!"] * 3
@@ -27,6 +27,30 @@ def byte_level(template: str = CHATML) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>",
                                    additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=template)
+
+
+def gemma_like() -> PreTrainedTokenizerFast:
+    """Line breaks are tokens of their own, spaces go with the word after them; turn marks have Gemma-3's ids."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{number}>" for number in range(101)), "<start_of_turn>",
+                "<end_of_turn>"]
+    breaks = ["\n" * number for number in range(1, 8)]
+    marked = [text.replace(" ", "\u2581") for text in TEXT]
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.train_from_iterator(marked, trainers.BpeTrainer(
+        vocab_size=560, special_tokens=[*specials, *breaks, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Tokenizer(models.BPE(model["vocab"], [tuple(merge) for merge in model["merges"]], unk_token="<unk>",
+                                     fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in breaks])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    template = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role "
+                "}}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+                "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+                                   additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+                                   chat_template=template)
 
 
 def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:

@@ -120,6 +120,9 @@ def printed_answers(tokenizer, pair: Pair) -> tuple[str, str, tuple[Answer, Answ
     answers = []
     for side, given in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         text = printed_text(tokenizer, [*pair.messages, ("assistant", given)], last, before, after)
+        if not given.strip():  # --empty-answers space: a space to score even where the template trims it away
+            answers.append(Answer(given, 0))
+            continue
         start = given.find(text)
         if start < 0 or not text.strip():
             raise ValueError(f"the chat template prints {side} as {text!r:.60}, which is not a part of it")

@@ -11,7 +11,6 @@ A row holds its input columns too, so that a file of such rows is data and weigh
 import difflib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,12 @@ def column_of(layer: str) -> str:
     return ROLLOUT_COLUMN if layer == ROLLOUT else str(int(layer) - 1)
 
 
-def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file: WeightsFile, tokenizer, rounds: str
-                   ) -> tuple[int, int]:
+def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file: WeightsFile, tokenizer, rounds: str,
+                   empty_answers: str) -> tuple[int, int]:
     """Write one row per row of `data`, in order: (rows, those with null lists because they were not judged).
 
-    weights_file: opened with all its layers (`weights_file.layers` names them). rounds: as --rounds.
+    weights_file: opened with all its layers (`weights_file.layers` names them). rounds, empty_answers: as the
+    flags say.
     """
     rows, bad = read_rows(data, splits)
     lines = [(where, row) for where, row in rows] + [(row.where, {"unreadable": row.row}) for row in bad]
@@ -50,7 +50,7 @@ def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file:
         nonlocal missing
         with open(temporary, "w", encoding="utf-8") as file:
             for where, row in lines:
-                columns = row_columns(where, row, weights_file, tokenizer, rounds)
+                columns = row_columns(where, row, weights_file, tokenizer, rounds, empty_answers)
                 missing += columns["chosen_tokens"] is None
                 given = row if isinstance(row, dict) else {"row": row}
                 given = {name: value for name, value in given.items() if not COLUMN.fullmatch(name)}
@@ -60,10 +60,11 @@ def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file:
     return len(lines), missing
 
 
-def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str) -> dict[str, object]:
+def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str, empty_answers: str
+                ) -> dict[str, object]:
     """The columns of one row; null lists when it is not stored."""
     try:
-        key = parse_row(where, row).key
+        key = parse_row(where, row, empty_answers).key
     except ValueError:
         key = None
     stored = key is not None and key in weights_file
@@ -83,8 +84,8 @@ def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, r
 class WeightsColumns:
     """A file of exported rows, opened for reading like a weights file; both rounds are one here."""
 
-    def __init__(self, path: str | Path, layer: str, tokenizer, progress: Callable = iter):
-        """layer: as --layer. tokenizer: the one whose ids the file holds. Raises InputError."""
+    def __init__(self, path: str | Path, layer: str, tokenizer, empty_answers: str = "refuse"):
+        """layer, empty_answers: as the flags say. tokenizer: the one whose ids the file holds. Raises InputError."""
         self.directory = Path(path)
         rows, bad = read_rows(str(path), ())
         if bad:
@@ -95,10 +96,10 @@ class WeightsColumns:
         self.layers = pick_columns(path, names, layer)
         self.meta = {"layers": self.layers, "sha256": hash_file(self.directory)}
         self._answers: dict[int, tuple[JudgedAnswer, JudgedAnswer]] = {}
-        for where, row in progress(rows):
+        for where, row in rows:
             if isinstance(row, dict) and row.get("chosen_tokens"):
                 try:
-                    pair = parse_row(where, row)
+                    pair = parse_row(where, row, empty_answers)
                     self._answers[pair.key] = tuple(read_answer(row, side, self.layers, tokenizer, getattr(pair, side))
                                                     for side in SIDES)
                 except KeyError as error:

@@ -32,6 +32,8 @@ class SharedConfig:
                           "--eval-fraction")
     chat_template: str = flag("", "model and data", "Jinja file; empty: the tokenizer's own template")
     skip_bad_rows: bool = flag(False, "model and data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
+    empty_answers: str = flag("refuse", "model and data", "an answer of white space alone: 'refuse' (a bad row) or "
+                              "'space' (it becomes one space, as in the authors' code)")
     preset: str = flag("", "model and data", "settings to start from: paper, authors or toy; empty: toy for --data "
                        "toy, else paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
@@ -62,6 +64,9 @@ class SharedConfig:
     judge_dtype: str = flag("auto", "judge", "float32 or bfloat16; auto: bfloat16 on CUDA, float32 on CPU")
     judge_batch_tokens: int = flag(0, "judge", "most tokens in one judge batch; 0: 8192 on CPU, 32768 "
                                    "on CUDA", free=True)
+    judge_sharding: str = flag("auto", "judge", "the judge's parameters: 'off' (a whole copy on every process), 'on' "
+                               "(FSDP2 shards; processes then run in step); auto: on for a model that takes more than "
+                               "80 % of a GPU", free=True)
 
     def __post_init__(self):
         require(self, "judge_prompt", bool(self.judge_prompt), "paper, short or a file")
@@ -74,6 +79,8 @@ class SharedConfig:
         require(self, "attention", self.attention in ("row", "eager"), "row or eager")
         require(self, "judge_dtype", self.judge_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         require(self, "judge_batch_tokens", self.judge_batch_tokens >= 0, ">= 0")
+        require(self, "judge_sharding", self.judge_sharding in ("auto", "on", "off"), "auto, on or off")
+        require(self, "empty_answers", self.empty_answers in ("refuse", "space"), "refuse or space")
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ class ExtractConfig(SharedConfig):
         require(self, "export", not self.export or self.export.endswith(".jsonl"), "a .jsonl file")
         if self.verbalized and (self.export or self.report):
             raise InputError("--export and --report are of attention: leave them out with --verbalized")
+        if self.verbalized and self.judge_sharding == "on":
+            raise InputError("--judge-sharding on is for attention: --verbalized generates on a whole copy")
         require(self, "report_pairs", self.report_pairs >= 0, ">= 0")
         require(self, "report_min_count", self.report_min_count >= 1, ">= 1")
 
@@ -209,6 +218,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {},  # the fields' defaults: paper Table 6 and sections 2.5, 2.6
     # What the authors' code does where it differs from the paper's text (github.com/HCY123902/AttentionPO).
     "authors": {
+        "empty_answers": "space",
         "judge_prompt": "authors",
         "question": "first",
         "strip_answers": True,

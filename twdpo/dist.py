@@ -47,6 +47,12 @@ class Process:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def any(self, value: bool) -> bool:
+        """Whether `value` holds on any process. On the host, so no device sync. All ranks."""
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
     def gather(self, value) -> list:
         """Every process's value, on all. All ranks."""
         values = [None] * self.world_size
@@ -104,20 +110,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard_policy(policy: torch.nn.Module, layers: list[torch.nn.Module], compute_dtype: torch.dtype, device) -> None:
-    """FSDP2: one group a layer, then the rest (embedding, norm, head) as the root, whose forward holds the loss.
+def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dtype: torch.dtype | None, device) -> None:
+    """FSDP2: one group a layer, then the rest (embedding, norm, head) as the root, whose forward reads the head.
 
-    Parameters stay fp32, gradients are summed in fp32 over the processes.
+    Parameters keep their dtype and are gathered as `param_dtype` (None: as they are); gradients are summed in fp32 over
+    the processes.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32))
     # The root's inputs hold reference log-probs and weights: casting them to bf16 would round them.
     # Without reshard_after_forward the root would stay whole after an evaluation, and hide its parameters.
-    fully_shard(policy, mesh=mesh, reshard_after_forward=True,
+    fully_shard(root, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False))
-    for module in policy.modules():  # neither setting is recursive
+    for module in root.modules():  # neither setting is recursive
         if isinstance(module, FSDPModule):
             # Sum, not mean: the loss is divided by the pairs of the global batch already.
             module.set_gradient_divide_factor(1.0)

@@ -11,21 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twdpo.attention import ROLLOUT, JudgeCapture, judge_forward, parse_heads, parse_layers, rollout_rows
+from twdpo.attention import ROLLOUT, JudgeCapture, parse_heads, parse_layers, rollout_rows
 from twdpo.config import InputError, SharedConfig
 from twdpo.dist import Process
 from twdpo.files import hash_json
 from twdpo.judge import ROUNDS, JudgedPair, JudgeInputs, load_judge_prompt, verdict_ids
-from twdpo.logratio import logits_of
 from twdpo.model import (
     check_length,
     context_length,
-    decoder_layers,
     fingerprint_tokenizer,
-    head_options,
     load_judge,
     load_model_config,
+    load_sharded_judge,
     pick_dtype,
+    shards_judge,
 )
 from twdpo.pairs import BadRow, Pair
 from twdpo.rows import common_beginning, fill_rows, pack
@@ -133,7 +132,7 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], directory: 
     todo = list_work(meta, directory, pairs, "attention", process)
     if not todo:
         return
-    judge = Judge(config, meta, model_dir, tokenizer, process)
+    judge = JudgePass(config, meta, model_dir, tokenizer, process)
     mine = todo[process.rank::process.world_size]
     with process.progress(total=sum(len(group) for _, group in mine), desc="judge", unit="pair") as bar:
         with ThreadPoolExecutor(1) as pool:  # the next shard is tokenised while the device works on this one
@@ -147,37 +146,36 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], directory: 
                     following = pool.submit(inputs.build_all, mine[place + 1][1])
                 keys = [pair.key for pair in group]
                 write_shard(shard_path(directory, number, keys), judge.shard(keys, judged, bar))
-    del judge
+    judge.finish()
     process.gather(None)  # all ranks have written before any reads
 
 
-class Judge:
+class JudgePass:
     """A loaded judge and its settings. Input 2i + r is round r of pair i."""
 
     def __init__(self, config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process):
-        device = process.device
-        self.model = load_judge(model_dir, pick_dtype(config.judge_dtype, device), device)
-        self.decoder = self.model.get_decoder()
+        device, dtype = process.device, pick_dtype(config.judge_dtype, process.device)
+        text_config = load_model_config(model_dir).get_text_config()
         self.query, self.eager = config.query, config.attention == "eager"
         self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
         self.rollout = ROLLOUT in meta["layers"]
-        text_config = self.model.config.get_text_config()
         self.heads = parse_heads(config.heads, text_config.num_attention_heads)
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
-        self.verdicts, self.options = verdict_ids(tokenizer), head_options(self.model.config)
-        # Nothing after the last wanted layer is run; the verdict needs them all.
-        layers = decoder_layers(self.model)
-        self.num_layers = len(layers)
-        self.has_verdict = self.rollout or self.query == "verdict" or self.layers[-1] == len(layers) - 1
+        self.verdicts = verdict_ids(tokenizer)
+        # Nothing after the last wanted layer is loaded or run; the verdict needs them all.
+        num_layers = text_config.num_hidden_layers
+        self.has_verdict = self.rollout or self.query == "verdict" or self.layers[-1] == num_layers - 1
         if not self.has_verdict:
-            self.num_layers = self.layers[-1] + 1
-            del layers[self.num_layers:]
+            num_layers = self.layers[-1] + 1
+        self.process, self.sharded = process, shards_judge(config.judge_sharding, model_dir, dtype, process)
+        load = load_sharded_judge if self.sharded else load_judge
+        self.judge = load(model_dir, dtype, device, num_layers)
         # Some rotary embeddings change with the longest position of a row, and remember it.
         rope = str(getattr(text_config, "rope_parameters", None))
         self.adaptive = "dynamic" in rope or "longrope" in rope
         self.rotary = [(module, {name: buffer.clone() for name, buffer in module._buffers.items()},
                         {name: value for name, value in vars(module).items() if isinstance(value, (int, float))})
-                       for module in self.decoder.modules()
+                       for module in self.judge.modules()
                        if self.adaptive and any("inv_freq" in name for name in module._buffers)]
         self.shortens = False
         try:
@@ -187,14 +185,15 @@ class Judge:
                              ) from error
         if not self.packs:
             process.print("judge inputs run one by one: packed rows give this model other hidden states")
+        if self.sharded:
+            process.print(f"the judge is sharded over {process.world_size} process(es)")
 
     def check_packing(self) -> bool:
         """Whether two inputs with a common beginning get the hidden states that each gets alone.
 
         If not, once more with a final layer that does all positions: it may mix tokens outside its attention.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size
-        first = np.arange(24, dtype=np.int32) * 7 % vocabulary
+        first = self.filler = np.arange(24, dtype=np.int32) * 7 % self.judge.model.config.get_text_config().vocab_size
         inputs = [first, np.concatenate([first[:12], first[:5:-1]])]
         alone = torch.cat([self.forward(pack([[ids]]), ())[1] for ids in inputs])
         tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
@@ -205,17 +204,29 @@ class Judge:
                 return not self.adaptive
         return False
 
-    def forward(self, row, layers, keep: bool = False) -> tuple[JudgeCapture, torch.Tensor]:
-        """(what was captured, hidden states of each input's last token [S, D]); the same whatever ran before."""
+    def finish(self) -> None:
+        """Free the judge; a sharded one first runs along for as long as another process has work. All ranks."""
+        while self.sharded and self.process.any(False):
+            self.forward(pack([[self.filler]]), (), keeps_step=False)
+        del self.judge
+
+    @torch.no_grad()
+    def forward(self, row, layers, keep: bool = False, with_logits: bool = False, keeps_step: bool = True
+                ) -> tuple[JudgeCapture, torch.Tensor, torch.Tensor | None]:
+        """(what was captured, hidden states of each input's last token [S, D], logits there [S, V] or None).
+
+        The same whatever ran before. keeps_step: tell the other processes, which a sharded judge needs. All ranks then.
+        """
+        if self.sharded and keeps_step:
+            self.process.any(True)
         for module, buffers, numbers in self.rotary:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer.clone())
             for name, number in numbers.items():
                 setattr(module, name, number)
-        final_layer = self.num_layers - 1 if self.shortens else -1
+        final_layer = self.judge.num_layers - 1 if self.shortens else -1
         capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, final_layer)
-        module = decoder_layers(self.model, self.num_layers)[-1] if self.shortens else None
-        return capture, judge_forward(self.decoder, capture, self.num_layers, module)
+        return capture, *self.judge(capture, with_logits)
 
     def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
         """The arrays of one shard (twdpo.weights_file)."""
@@ -227,7 +238,7 @@ class Judge:
                    else len(group[0]) for group in groups]
         rows, verdicts, top_tokens = {}, {}, {}
         for batch in fill_rows(lengths, self.budget if self.packs else 0):
-            attention, verdict_S2, top_S = self.judge([groups[unit] for unit in batch])
+            attention, verdict_S2, top_S = self.judge_rows([groups[unit] for unit in batch])
             inputs = [(units[unit][0], turn) for unit in batch for turn in units[unit][1]]
             for place, (pair, turn) in enumerate(inputs):
                 for side in (0, 1):
@@ -254,15 +265,14 @@ class Judge:
                                                for pair in range(len(judged))], dtype=np.int32)
         return arrays
 
-    @torch.no_grad()
-    def judge(self, groups: list[list[np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    def judge_rows(self, groups: list[list[np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """(attention of each input [L, T] fp32, log-probs of A and of B [S, 2], argmax over the vocabulary [S])."""
         verdict_S2 = top_S = np.zeros(0)
-        capture, hidden_SD = self.forward(pack(groups), self.layers if self.query == "prompt" else (),
-                                          self.rollout and self.query == "prompt")
+        reads = self.query == "prompt"
+        capture, _, logits_SV = self.forward(pack(groups), self.layers if reads else (), self.rollout and reads,
+                                             self.has_verdict)
         if self.has_verdict:
-            head = self.model.get_output_embeddings()
-            logps_SV = logits_of(hidden_SD, head.weight, getattr(head, "bias", None), self.options).log_softmax(dim=-1)
+            logps_SV = logits_SV.log_softmax(dim=-1)
             verdict_S2 = torch.stack([logps_SV[:, ids].logsumexp(dim=-1) for ids in self.verdicts], dim=-1)
             verdict_S2 = verdict_S2.cpu().numpy()  # sync
             top_S = logps_SV.argmax(dim=-1).cpu().numpy()
@@ -271,13 +281,13 @@ class Judge:
             spellings = [self.verdicts[letter] for letter in verdict_S2.argmax(axis=-1)]
             last = iter([spelling[int(logps_V[spelling].argmax())] for spelling, logps_V in zip(spellings, logps_SV)])
             groups = [[np.append(ids, next(last)).astype(np.int32) for ids in group] for group in groups]
-            capture, _ = self.forward(pack(groups), self.layers, self.rollout)
+            capture, *_ = self.forward(pack(groups), self.layers, self.rollout)
         rows = [torch.cat(capture.rows[layer]) for layer in self.layers]
         if self.rollout:
             rows.append(torch.cat(rollout_rows(capture)))
         attention_LT = torch.stack(rows).cpu().numpy()  # sync
         if not (np.isfinite(attention_LT).all() and np.isfinite(verdict_S2).all()):
-            raise InputError(f"{self.model.config.model_type}: the judge's attention is not finite; try --judge-dtype "
-                             "float32")
+            model_type = self.judge.model.config.model_type
+            raise InputError(f"{model_type}: the judge's attention is not finite; try --judge-dtype float32")
         ends = np.cumsum([len(ids) for group in groups for ids in group])[:-1]
         return np.split(attention_LT, ends, axis=1), verdict_S2, top_S

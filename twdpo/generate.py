@@ -35,7 +35,7 @@ def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Pat
     todo = list_work(meta, directory, pairs, "verbalised scores", process)
     if not todo:
         return
-    model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device)
+    model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device).model
     try:  # generation keeps a cache, which packed rows have none of
         model.set_attn_implementation("sdpa")
     except ValueError:  # softcap and sinks

@@ -59,7 +59,7 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: tu
 
     needs: of the weight source. weights_path: what --weights names, "" when it is a source.
     """
-    dataset = load_dataset(config.data, config.eval_data, with_held_out=config.eval_fraction > 0)
+    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, config.empty_answers)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
@@ -126,7 +126,7 @@ def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | Wei
     if Path(path).is_dir():
         return WeightsFile(path, config.layer)
     other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
-    return WeightsColumns(path, config.layer, other or tokenizer)
+    return WeightsColumns(path, config.layer, other or tokenizer, config.empty_answers)
 
 
 def weights_directory(config: TrainConfig, meta: dict[str, object]) -> Path:

@@ -186,7 +186,7 @@ class JudgeInputs:
         if self.strip:
             chosen, rejected = (Answer(answer.text.strip(),
                                        answer.start + len(answer.text) - len(answer.text.lstrip()))
-                                for answer in (chosen, rejected))
+                                if answer.text.strip() else answer for answer in (chosen, rejected))
         return show_question(pair, self.question), chosen, rejected
 
     def build(self, pair: Pair) -> JudgedPair:

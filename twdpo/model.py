@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
-from twdpo.attention import ATTENTION_NAME, all_layers_attending, packed
+from twdpo.attention import ATTENTION_NAME, JudgeCapture, all_layers_attending, judge_forward, packed
 from twdpo.batch import PairBatch, collate
 from twdpo.chat import Example, set_chat_template
 from twdpo.config import InputError, SharedConfig
-from twdpo.dist import Process, shard_policy
+from twdpo.dist import Process, shard_module
 from twdpo.files import hash_file, hash_json, make_directory, write_atomic
-from twdpo.logratio import HeadOptions, weighted_logratio
+from twdpo.logratio import HeadOptions, logits_of, weighted_logratio
 from twdpo.rows import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,8 +127,36 @@ def head_options(model_config) -> HeadOptions:
     return HeadOptions(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def load_judge(directory: Path, dtype: torch.dtype, device: torch.device):
-    """A plain copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
+class Judge(torch.nn.Module):
+    """A causal LM whose forward ends in attention rows and in the logits of each input's next token.
+
+    The head's weight is read inside this forward: under FSDP2 this module is the root.
+    """
+
+    def __init__(self, model, num_layers: int = 0):
+        """num_layers: the layers after these are thrown away; 0: none is."""
+        super().__init__()
+        self.model, self.options = model, head_options(model.config)
+        layers = decoder_layers(model)
+        self.num_layers = num_layers or len(layers)
+        del layers[self.num_layers:]
+
+    def forward(self, capture: JudgeCapture, with_logits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden states of each input's last token [S, D], logits there [S, V] in fp32 or None); see JudgeCapture."""
+        final_layer = self.layers[-1] if capture.final_layer >= 0 else None
+        hidden_SD = judge_forward(self.model.get_decoder(), capture, self.num_layers, final_layer)
+        if not with_logits:
+            return hidden_SD, None
+        head = self.model.get_output_embeddings()
+        return hidden_SD, logits_of(hidden_SD, head.weight, getattr(head, "bias", None), self.options)
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return decoder_layers(self.model, self.num_layers)
+
+
+def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_layers: int = 0) -> Judge:
+    """A whole copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError, SafetensorError) as error:
@@ -136,7 +164,26 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device):
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
                          "another one") from error
-    return model.eval().to(device)
+    return Judge(model.eval(), num_layers).to(device)
+
+
+def load_sharded_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_layers: int = 0) -> Judge:
+    """As `load_judge` with the parameters of the layers that run in FSDP2 shards: its forward is collective.
+
+    All ranks.
+    """
+    judge = Judge(build_on_meta(directory, dtype), num_layers)
+    shard_module(judge, judge.layers, None, device)
+    load_shards(judge, directory, device)
+    return judge.eval()
+
+
+def shards_judge(choice: str, directory: Path, dtype: torch.dtype, process: Process) -> bool:
+    """What --judge-sharding comes to: `auto` shards a model that would take more than 80 % of one GPU."""
+    if choice != "auto" or process.device.type != "cuda" or process.world_size == 1:
+        return choice == "on"
+    size = sum(parameter.numel() for parameter in build_on_meta(directory, dtype).parameters()) * dtype.itemsize
+    return size > 0.8 * torch.cuda.get_device_properties(process.device).total_memory
 
 
 class Policy(torch.nn.Module):
@@ -194,36 +241,70 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, c
     Parameters are fp32. checkpointing: as the flag says. Raises InputError for a checkpoint whose tensors don't match
     the architecture.
     """
+    model = build_on_meta(directory, torch.float32)
+    if checkpointing != "none":
+        enable_checkpointing(model, checkpointing)
+    policy = Policy(model)
+    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
+    shard_module(policy, decoder_layers(model), param_dtype, process.device)
+    load_shards(policy, directory, process.device)
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    return policy.train()
+
+
+def build_on_meta(directory: Path, dtype: torch.dtype):
+    """The model of a folder's config without memory and without dropout. Raises InputError.
+
+    dtype: of the parameters; from_config would take the checkpoint's.
+    """
     model_config = load_model_config(directory)
     disable_dropout(model_config)
     try:
-        with torch.device("meta"):  # dtype: from_config would take the checkpoint's; the master weights are fp32
-            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32,
-                                                     attn_implementation=ATTENTION_NAME)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"{model_config.model_type} does not use transformers' AttentionInterface ({error}): use "
                          "another model") from error
     refuse_converted_checkpoints(model)
-    if checkpointing != "none":
-        enable_checkpointing(model, checkpointing)
-    policy = Policy(model)
-    shard_policy(policy, decoder_layers(model), compute_dtype, process.device)
-    policy.to_empty(device=process.device)
+    return model
+
+
+def load_shards(root: Policy | Judge, directory: Path, device: torch.device) -> None:
+    """Give a sharded module on meta its memory and its part of the checkpoint. Raises InputError. All ranks."""
+    model = root.model
+    root.to_empty(device=device)
     state = model.state_dict()
     for name in model.all_tied_weights_keys:
         state.pop(name, None)
+    stored = name_in_checkpoint(model, state, directory)
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))  # all ranks
+        if missing := sorted(state.keys() - stored.keys()):
+            raise ValueError(f"{len(missing)} are missing, {missing[0]} among them")
+        dcp.load({stored[name]: tensor for name, tensor in state.items()},
+                 storage_reader=dcp.HuggingFaceStorageReader(str(directory)))  # all ranks
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        raise InputError(f"the tensors in {directory} don't match a {model_config.model_type} model: {error}"
+        raise InputError(f"the tensors in {directory} don't match a {model.config.model_type} model: {error}"
                          ) from error
     # to_empty leaves buffers that no checkpoint holds (rotary frequencies) as garbage: compute them, and only them.
     loaded = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in state)]
     for tensor in loaded:
         tensor._is_hf_initialized = True
     model.initialize_weights()
-    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
-    return policy.train()
+
+
+def name_in_checkpoint(model, state: dict[str, torch.Tensor], directory: Path) -> dict[str, str]:
+    """The checkpoint's name of each tensor of `state` that it holds: transformers may have renamed it since (the head
+    of GPT-NeoX), or the checkpoint is of the trunk alone."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+    renamings = get_model_conversion_mapping(model) or []
+    names: dict[str, str] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+                names[name if name in state else renamed] = name
+    return names
 
 
 def enable_checkpointing(model, checkpointing: str) -> None:

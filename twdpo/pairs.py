@@ -62,19 +62,22 @@ class Dataset:
         return hash_json([pair.key for pair in self.train + self.held_out])
 
 
-def load_dataset(data: str, eval_data: str, with_held_out: bool = True) -> Dataset:
-    """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError."""
-    train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS))
+def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_answers: str = "refuse") -> Dataset:
+    """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError.
+
+    empty_answers: as the flag says.
+    """
+    train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS), empty_answers)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
     held_out: list[Pair] = []
     if with_held_out and eval_data:
-        held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS))
+        held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
         if not held_out and not bad_held_out:
             raise InputError(f"--eval-data {eval_data}: it holds no pair")
         bad = bad + bad_held_out
     elif with_held_out and has_test_split(data):
-        held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS))
+        held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
         bad = bad + bad_held_out
     return Dataset(train, held_out, bad)
 
@@ -139,18 +142,19 @@ def load_hub_splits(data: str):
     return loaded
 
 
-def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow]) -> tuple[list[Pair], list[BadRow]]:
+def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str
+               ) -> tuple[list[Pair], list[BadRow]]:
     """Rows -> pairs; every row ends up in one of the two lists."""
     pairs, bad = [], list(bad)
     for where, row in rows:
         try:
-            pairs.append(parse_row(where, row))
+            pairs.append(parse_row(where, row, empty_answers))
         except ValueError as error:
             bad.append(BadRow(where, str(error), row))
     return pairs, bad
 
 
-def parse_row(where: str, row: object) -> Pair:
+def parse_row(where: str, row: object, empty_answers: str = "refuse") -> Pair:
     """One row -> Pair. Raises ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with prompt, chosen and rejected, not {type(row).__name__}")
@@ -178,8 +182,10 @@ def parse_row(where: str, row: object) -> Pair:
             raise ValueError("chosen holds an answer alone and there is no prompt")
     if messages[-1][0] == "assistant":
         raise ValueError("the turn before the answers is the assistant's own")
+    if empty_answers == "space":
+        answers = tuple(text if text.strip() else " " for text in answers)
     for column, text in (*(("prompt", text) for _, text in messages[-1:]), *zip(("chosen", "rejected"), answers)):
-        if not text.strip():
+        if not text.strip() and (column == "prompt" or empty_answers == "refuse"):
             raise ValueError(f"{column} is empty")
     for text in (*(text for _, text in messages), *answers):
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
