@@ -27,15 +27,20 @@ from twdpo.checkpoint import (
     start_run,
 )
 from twdpo.config import InputError, TrainConfig, parse_config
+from twdpo.curves import write_curves
 from twdpo.dist import Process, run_script, sum_over_processes
+from twdpo.generate import sample_answers
 from twdpo.inputs import check_inputs, fill_weights, import_files, leave_out_unscored, open_context, run_identity
-from twdpo.log import Log, start_wandb, summarize
+from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
-from twdpo.model import cache_directory, load_policy, pick_dtype, settle_packing
+from twdpo.model import cache_directory, load_model_config, load_policy, pick_dtype, settle_packing
+from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, plan_memory
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.weights import WEIGHTS, find_source
+
+SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: TrainConfig, process: Process) -> None:
     """The whole run. All ranks."""
+    if config.plan:
+        process.print(plan_for(config, process))
+        return
     import_files(config.imports)
     if config.loss not in LOSSES:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
@@ -78,7 +86,7 @@ def train(config: TrainConfig, process: Process) -> None:
     context = open_context(config, inputs, used, process)
     identity = process.on_main(lambda: run_identity(config, inputs, context))
 
-    policy = load_policy(inputs.model_dir, dtype, process, config.checkpointing)
+    policy = load_policy(inputs.model_dir, dtype, process, config.checkpointing, config.replicate, config.compile)
     rows = RowOptions(settle_packing(policy, config.packing, used, process), budget)
     config = replace(config, packing="on" if rows.packs else "off")
     process.on_main(lambda: start_run(replace(config, overwrite=False), run_dir))  # config.json holds the outcome
@@ -109,6 +117,13 @@ def train(config: TrainConfig, process: Process) -> None:
         row |= {f"eval/{name}_stderr": value for name, value in standard_errors(totals).items()}
         return {"step": step} | row | {"eval/pairs": len(held_out)}
 
+    def sample(step: int) -> None:
+        """The policy's answers to the first held-out prompts, into samples.jsonl. All ranks."""
+        examples = list({example.pair.messages: example for example in held_out}.values())[:config.sample]
+        if examples:
+            answers = sample_answers(policy, inputs.tokenizer, examples, SAMPLED_TOKENS)
+            log.write_samples(step, [example.pair for example in examples], answers)
+
     def export(name: str) -> None:
         """Write a Hugging Face model into the run's folder. All ranks."""
         export_model(run_dir / name, policy, inputs.tokenizer, inputs.model_dir, config.save_dtype, process)
@@ -119,24 +134,33 @@ def train(config: TrainConfig, process: Process) -> None:
         process.on_main(lambda: drop_later_checkpoints(run_dir, step))
         process.print(f"resumed from {checkpoint} at step {step} of {steps}")
     log = Log(run_dir, step, wandb_runs[0] if wandb_runs else None, process)
+    clock = StageClock(config.profile, process.device)
+    cost = None
+    if config.profile:
+        cost = model_cost(load_model_config(inputs.model_dir), dtype, config.max_length, rows.packs)
     if held_out and step == 0:
         log.write(evaluate(0))
+        sample(0)
     with process.progress(total=steps, initial=step, desc="train", unit="step") as bar:
         while step < steps:
             started = time.perf_counter()
             pairs = global_batch(step, len(train_examples), config.batch_size, config.seed)
-            batches = micro_batches(train_examples, pairs, train_logps)
+            with clock("data"):
+                batches = micro_batches(train_examples, pairs, train_logps)
             lr = learning_rate(step, steps, config)
-            row, totals = train_step(policy, optimizer, batches, loss, config, lr, step + 1, process)
+            row, totals = train_step(policy, optimizer, batches, loss, config, lr, step + 1, process, clock)
             if step == 0 and needs_reference(loss):
                 process.print(describe_first_margin(totals, dtype))
             step += 1
-            log.write({"step": step} | row | throughput(batches, len(pairs), started, process))
+            row |= throughput(batches, len(pairs), started, process, cost)
+            log.write({"step": step} | row | clock.shares())
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['reward_accuracy']:.2f}", refresh=False)
             bar.update(1)
             last = step == steps
             if held_out and (last or (config.eval_every and step % config.eval_every == 0)):
                 row = evaluate(step)
                 log.write(row)
+                sample(step)
                 if progress["best_eval_loss"] is None or row["eval/loss"] < progress["best_eval_loss"]:
                     progress["best_eval_loss"] = row["eval/loss"]
                     export("best")
@@ -144,11 +168,16 @@ def train(config: TrainConfig, process: Process) -> None:
                 save_checkpoint(run_dir, step, policy, optimizer, progress, identity, process, config.keep_last)
     export("final")
     log.close()
+    process.on_main(lambda: write_curves(run_dir))
     process.print(summarize(run_dir))
+    if cost and process.device.type == "cuda":
+        planned = plan_memory(cost, process.world_size, budget, config.checkpointing, config.no_sync,
+                              process.world_size // config.replicate)["peak"]
+        process.print(f"peak memory: {torch.cuda.max_memory_allocated() / GIB:.1f} GiB, planned {planned / GIB:.1f}")
 
 
 def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainConfig, lr: float, step: int,
-               process: Process) -> tuple[dict[str, float], Totals]:
+               process: Process, clock: StageClock) -> tuple[dict[str, float], Totals]:
     """One optimizer step over this process's micro-batches: (row, totals) of the global batch. All ranks.
 
     Raises FloatingPointError before the optimizer moves when the loss or the gradient is not finite.
@@ -156,9 +185,10 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
     totals: Totals = {}
     for number, batch in enumerate(batches, 1):
         policy.set_requires_gradient_sync(not config.no_sync or number == len(batches))
-        loss_P = run_pairs(policy, batch, loss, config, totals)
+        with clock("forward"):
+            loss_P = run_pairs(policy, batch, loss, config, totals)
         # Divided by the pairs of the global batch, so accumulation and world size change nothing.
-        with packed(batch.ranges):  # layers may be computed again
+        with clock("backward"), packed(batch.ranges):  # layers may be computed again
             ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
     totals = sum_over_processes(totals, process.device)  # all ranks
     row = means(totals)  # sync
@@ -169,8 +199,9 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
                                  f"of step {step - 1}. Lower --lr or --beta, or try --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+    with clock("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()
     return row | {"grad_norm": grad_norm, "lr": lr}, totals
 
 
@@ -178,7 +209,7 @@ def run_pairs(policy, batch: PairBatch, loss, config: TrainConfig, totals: Total
     """Forward one micro-batch: its losses [P]; its metrics are added to `totals`. All ranks."""
     ratio_S, logps_N, *stats = policy(batch, config.token_stats)
     loss_P, extra = loss(ratio_S, logps_N, batch, config)
-    metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta)
+    metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta, needs_reference(loss))
     if stats:
         metrics |= token_metrics(*stats, batch)
     add_totals(totals, metrics, batch.coefficient_P)
@@ -204,15 +235,23 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def throughput(batches: list[PairBatch], num_pairs: int, started: float, process: Process) -> dict[str, float]:
-    """Rates over all processes since `started`, and the peak memory of one process. All ranks."""
+def throughput(batches: list[PairBatch], num_pairs: int, started: float, process: Process, cost: ModelCost | None
+               ) -> dict[str, float]:
+    """Rates over all processes since `started`, and the peak memory of one process; with the model's cost also TFLOP/s
+    and MFU of one process, copies that keep it in step not counted. All ranks."""
     tokens = sum(process.gather(sum(batch.num_tokens for batch in batches)))
     seconds = time.perf_counter() - started
     if process.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    return {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / 2**30}
+    row = {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / GIB}
+    if cost:
+        done = sum(flops(cost, batch) for batch in batches if batch.coefficient_P.any())  # sync
+        row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
+        if peak_rate := peak_tflops(process.device):
+            row["mfu"] = row["tflops"] / peak_rate
+    return row
 
 
 if __name__ == "__main__":

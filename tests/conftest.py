@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models and tokenizers made on the spot, and the optional real data beside the checkout."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
 
-from twdpo.toy import build_toy_model
+from twdpo.toy import build_toy_model, toy_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -43,3 +44,30 @@ def toy_model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("toy")
     build_toy_model(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def run_pairs(tmp_path_factory) -> Path:
+    """Nineteen toy pairs, one of them far longer than any micro-batch budget of the tests."""
+    rows = toy_rows()[0][:18]
+    long_answer = " ".join(row["chosen"] for row in rows[:4])
+    rows.append({"prompt": "say a lot", "chosen": long_answer, "rejected": rows[5]["rejected"]})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run_arguments(toy_model, run_pairs, run_cache):
+    """Flags of a small run of train.py into a folder."""
+    def make(output_dir, **flags) -> list[str]:
+        flags = {"model": toy_model, "data": run_pairs, "cache_dir": run_cache, "judge_prompt": "short",
+                 "max_length": 256, "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3, "beta": 0.1,
+                 "eval_every": 3, "eval_fraction": 0.2, "save_every": 0, "output_dir": output_dir} | flags
+        return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    return make

@@ -116,6 +116,13 @@ def test_spans_of_ids_are_those_of_the_prompt_they_come_from(tokenizer, answer, 
         assert token_spans(tokenizer, ids[:num], answer).tolist() == spans[:num].tolist()
 
 
+def test_white_space_is_the_answer_whatever_its_token_spells():
+    tokenizer = byte_level()
+    for text in (" ", "\n\n", " \n"):
+        ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert token_spans(tokenizer, ids, " ").tolist() == [[0, 1]] * len(ids)
+
+
 def test_ids_that_no_surroundings_give_keep_the_characters_of_those_that_agree():
     tokenizer = byte_level()
     encoded = tokenizer("The quick brown fox", add_special_tokens=False, return_offsets_mapping=True)

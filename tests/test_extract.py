@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import extract
 import twdpo.model
 from twdpo import extraction
+from twdpo.config import InputError
+from twdpo.dist import Process
 from twdpo.judge import JUDGE_PROMPTS, JudgeInputs
 from twdpo.pairs import load_dataset
 from twdpo.toy import toy_rows
@@ -196,6 +198,27 @@ def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, argum
                         sharding], cwd=ROOT, check=True, capture_output=True, timeout=200)
         assert len(shard_paths(tmp_path / sharding)) == 2
         assert contents(tmp_path / "one") == contents(tmp_path / sharding)
+
+
+def test_a_process_whose_sharded_judge_fails_tells_the_others(tmp_path, arguments, monkeypatch, capsys):
+    """Two rounds of states as the other process would send them: it works, then it has failed."""
+    others, seen = [extraction.WORKS] * 5 + [extraction.FAILED], []
+    monkeypatch.setattr(Process, "largest", lambda self, state: seen.append(state) or max(state, others[len(seen) - 1]))
+    with pytest.raises(SystemExit):
+        extract.main(arguments(tmp_path / "other", "--judge-sharding", "on"))
+    assert "another process found its part of the judge's input unfit" in capsys.readouterr().err
+    assert seen == [extraction.WORKS] * 6
+    others[-1] = extraction.WORKS
+    seen.clear()
+    judge_rows = extraction.JudgePass.judge_rows
+
+    def fails(self, groups):
+        judge_rows(self, groups)
+        raise InputError("not finite")
+    monkeypatch.setattr(extraction.JudgePass, "judge_rows", fails)
+    with pytest.raises(SystemExit):
+        extract.main(arguments(tmp_path / "own", "--judge-sharding", "on"))
+    assert "not finite" in capsys.readouterr().err and seen[-1] == extraction.FAILED
 
 
 @pytest.mark.parametrize("extra", [("--layers", "1"), ("--query", "verdict", "--rollout"), ("--attention", "eager"),

@@ -88,6 +88,17 @@ def test_metrics_by_hand_with_a_tie_and_a_copy():
     assert pair_metrics(loss_P, {}, batch.ratio(clear), clear, batch, 0.1)["reward_accuracy"].tolist() == [1, 0]
 
 
+def test_rewards_and_kl_by_hand():
+    """Pair 1: log-ratios 0.5, 0.5 and -0.5; pair 2: 0 and -0.5, 0. KL: the mean over a pair's tokens of e^d - 1 - d."""
+    metrics = pair_metrics(torch.zeros(2), {}, Batch().ratio(LOGPS), LOGPS, Batch(), beta=0.1)
+    assert metrics["reward_chosen"].tolist() == pytest.approx([0.1, 0.0])
+    assert metrics["reward_rejected"].tolist() == pytest.approx([-0.05, -0.05])
+    up, down = math.exp(0.5) - 1.5, math.exp(-0.5) - 0.5
+    assert metrics["kl"].tolist() == pytest.approx([(2 * up + down) / 3, down / 3], rel=1e-6)
+    without = pair_metrics(torch.zeros(2), {}, Batch().ratio(LOGPS), LOGPS, Batch(), 0.1, has_reference=False)
+    assert "kl" not in without
+
+
 def test_means_and_standard_errors_are_those_of_all_pairs():
     values = np.random.default_rng(0).normal(size=30)
     totals = {}

@@ -1,5 +1,7 @@
 """The sharded policy: equal to the plain model, fp32 master weights, inputs not rounded, ties kept."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +160,6 @@ def test_a_checkpoint_of_the_trunk_alone_is_read(tmp_path, process):
 
 
 def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path, process):
-    import json
-    import shutil
     shutil.copytree(bf16_checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 97}))
@@ -167,15 +167,76 @@ def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path
         load_policy(tmp_path / "model", torch.float32, process)
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_an_input_error(bf16_checkpoint, tmp_path, process):
-    import shutil
-    shutil.copytree(bf16_checkpoint, tmp_path / "model")
+@pytest.fixture
+def change_tensors(bf16_checkpoint, tmp_path):
+    """A copy of the checkpoint with tensors changed."""
+    def change(function) -> Path:
+        shutil.copytree(bf16_checkpoint, tmp_path / "model")
+        path = tmp_path / "model/model.safetensors"
+        tensors = load_file(path)
+        function(tensors)
+        save_file(tensors, path, {"format": "pt"})
+        return tmp_path / "model"
+    return change
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+LOADS = (lambda directory, process: load_judge(directory, torch.float32, process.device),
+         lambda directory, process: load_sharded_judge(directory, torch.float32, process.device),
+         lambda directory, process: load_policy(directory, torch.float32, process))
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["judge", "sharded judge", "policy"])
+@pytest.mark.parametrize("function, message", [
+    (lambda tensors: tensors.pop(UP), f"missing, {UP} among them"),
+    (lambda tensors: tensors.update({UP: tensors[UP][:-1].contiguous()}), "size|shape|is \\[47, 32\\] in the file"),
+])
+def test_a_tensor_that_is_missing_or_has_another_shape_is_an_input_error(load, function, message, change_tensors,
+                                                                        process):
+    directory = change_tensors(function)
+    with pytest.raises(InputError, match=message):
+        load(directory, process)
+
+
+def test_only_the_checkpoint_s_own_files_and_names_are_read(bf16_checkpoint, change_tensors, process):
+    directory = change_tensors(lambda tensors: tensors.update({"norm.weight": torch.ones(32)}))
+    stray = {name: torch.zeros_like(tensor) for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(stray, directory / "aa_old.safetensors")
+    (directory / "training_args.safetensors").write_bytes(b"no tensors")
+    expected = AutoModelForCausalLM.from_pretrained(bf16_checkpoint, dtype=torch.float32).state_dict()
+    for load in LOADS:
+        for name, parameter in load(directory, process).model.named_parameters():
+            parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_checkpoint_may_hold_either_name_or_both(kept, toy_model, tmp_path, process):
+    shutil.copytree(toy_model, tmp_path / "model")
+    tensors = load_file(toy_model / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
     path = tmp_path / "model/model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path)
-    with pytest.raises(InputError, match="1 are missing, model.layers.1.mlp.up_proj.weight among them"):
-        load_policy(tmp_path / "model", torch.float32, process)
+    save_file(tensors | {kept: embedding}, path, {"format": "pt"})
+    for load in LOADS[1:]:
+        head = load(tmp_path / "model", process).model.get_output_embeddings()
+        assert torch.equal(head.weight.full_tensor(), embedding)
+    save_file(tensors | {"lm_head.weight": embedding * 2, "model.embed_tokens.weight": embedding}, path,
+              {"format": "pt"})
+    for load in LOADS[1:]:
+        with pytest.raises(InputError, match="ties lm_head.weight to model.embed_tokens.weight"):
+            load(tmp_path / "model", process)
+
+
+def test_a_checkpoint_in_several_files_is_read(bf16_checkpoint, tmp_path, process):
+    model = AutoModelForCausalLM.from_pretrained(bf16_checkpoint)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    for load in LOADS:
+        for name, parameter in load(tmp_path, process).model.named_parameters():
+            parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            assert torch.equal(parameter, model.get_parameter(name).float()), name
 
 
 def test_model_folder_errors_say_what_is_missing(tmp_path, process):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs_of_tests import MEASURED, assert_close_rows, read_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -19,47 +20,16 @@ from twdpo.config import TrainConfig
 from twdpo.toy import toy_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("tokens_per_s", "pairs_per_s", "peak_memory_gib")
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory) -> Path:
-    """Nineteen toy pairs, one of them far longer than any micro-batch budget used here."""
-    rows = toy_rows()[0][:18]
-    long_answer = " ".join(row["chosen"] for row in rows[:4])
-    rows.append({"prompt": "say a lot", "chosen": long_answer, "rejected": rows[5]["rejected"]})
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def arguments(toy_model, pairs_file, cache):
-    """Flags of a small run into a folder."""
-    def make(output_dir, **flags) -> list[str]:
-        flags = {"model": toy_model, "data": pairs_file, "cache_dir": cache, "judge_prompt": "short", "max_length": 256,
-                 "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3, "beta": 0.1, "eval_every": 3,
-                 "eval_fraction": 0.2, "save_every": 0, "output_dir": output_dir} | flags
-        return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
-    return make
+def arguments(run_arguments):
+    return run_arguments
 
 
-def read_rows(run_dir: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
-
-
-def assert_close_rows(rows: list[dict], others: list[dict], tolerance: float = 2e-5) -> None:
-    assert len(rows) == len(others)
-    for row, other in zip(rows, others):
-        assert row.keys() == other.keys()
-        for name in row:
-            assert math.isclose(row[name], other[name], rel_tol=tolerance, abs_tol=tolerance), (row["step"], name)
+@pytest.fixture(scope="module")
+def pairs_file(run_pairs) -> Path:
+    return run_pairs
 
 
 def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, arguments):
@@ -273,6 +243,7 @@ def test_metrics_and_model_of_a_run(tmp_path, arguments, capsys):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     wanted = {"step", "loss", "reward_accuracy", "reward_margin", "weighted_reward_accuracy", "weighted_reward_margin",
+              "reward_chosen", "reward_rejected", "weighted_reward_chosen", "weighted_reward_rejected", "kl",
               "grad_norm", "lr", *MEASURED}
     assert all(row.keys() == wanted for row in steps)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -107,6 +107,7 @@ def packed(ranges: Ranges | None) -> Iterator[None]:
         _ranges = before
 
 
+@torch.compiler.disable  # what a row holds differs from row to row: a compiled layer leaves its attention alone
 def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
                       softcap=None, s_aux=None, **kwargs):
     """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""

@@ -148,6 +148,8 @@ def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
     tokens, those that agree keep their characters and the others share what lies between.
     """
     ids = ids_J.tolist()
+    if not answer.strip():  # --empty-answers space: whatever white space its tokens spell is the answer
+        return np.full((len(ids), 2), (0, len(answer)), dtype=np.int32)
     for text in dict.fromkeys((answer, answer.strip())):
         for before, after in CONTEXTS:
             found, spans_T2 = encode(tokenizer, [before + text + after])[0]

@@ -168,6 +168,11 @@ class TrainConfig(SharedConfig):
     checkpointing: str = flag("none", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
                               "(each layer's input is kept and the rest computed again), 'selective' (of every second "
                               "layer)", free=True)
+    replicate: int = flag(1, "hardware", "copies of the sharded parameters: 1: every process holds one part of them; "
+                          "the number of nodes: each node holds all parts, and only gradients go between nodes",
+                          free=True)
+    compile: bool = flag(False, "hardware", "torch.compile each layer, its attention left out (a minute or more at the "
+                         "start); off: eager")
     no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch only (holds full gradients); "
                          "off: on every one", free=True)
 
@@ -180,6 +185,13 @@ class TrainConfig(SharedConfig):
     keep_last: int = flag(2, "output", "checkpoints kept; 0: all", free=True)
     token_stats: bool = flag(False, "output", "also log token_entropy (nats) and token_top1 (share of response tokens "
                              "that are the policy's likeliest); off: not computed", free=True)
+    sample: int = flag(0, "output", "answers that the policy writes to held-out prompts at each evaluation, greedily, "
+                       "into samples.jsonl; 0: none", free=True)
+    profile: bool = flag(False, "output", "also log the shares of time in data, forward, backward and optimizer, "
+                         "TFLOP/s, and on known GPUs MFU (a GPU is waited for at each stage); off: not measured",
+                         free=True)
+    plan: bool = flag(False, "output", "print what memory the run would need, from the model's config alone, and stop; "
+                      "off: run", free=True)
     save_dtype: str = flag("", "output", "dtype of final/ and best/: float32, bfloat16 or float16; empty: the source "
                            "checkpoint's")
     wandb: str = flag("", "output", "project of Weights & Biases to log to as well (WANDB_MODE=offline works without "
@@ -199,9 +211,9 @@ class TrainConfig(SharedConfig):
         require(self, "lr", self.lr > 0, "> 0")
         require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         for name in ("seed", "weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "max_steps",
-                     "micro_batch_tokens", "sink_k_min"):
+                     "micro_batch_tokens", "sink_k_min", "sample"):
             require(self, name, getattr(self, name) >= 0, ">= 0")
-        for name in ("batch_size", "epochs", "max_prompt_length"):
+        for name in ("batch_size", "epochs", "max_prompt_length", "replicate"):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
@@ -307,8 +319,9 @@ def parse_config(cls, argv: list[str] | None, description: str):
     for name, kind in typing.get_type_hints(cls).items():
         if isinstance(given.get(name), str) and kind is str:
             given[name] = given[name].strip()
-    given |= resolve_data(given.get("model", ""), given.get("data", ""))
-    preset = given.get("preset") or ("toy" if given["data"] == "toy" else "paper")
+    if not given.get("plan"):  # which needs no data
+        given |= resolve_data(given.get("model", ""), given.get("data", ""))
+    preset = given.get("preset") or ("paper" if given.get("model") and given.get("data") != "toy" else "toy")
     if preset not in PRESETS:
         raise InputError(f"--preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
     names = {field.name for field in dataclasses.fields(cls)}

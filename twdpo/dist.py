@@ -47,11 +47,11 @@ class Process:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def any(self, value: bool) -> bool:
-        """Whether `value` holds on any process. On the host, so no device sync. All ranks."""
-        flag = torch.tensor(int(value))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers. On the host, so no device sync. All ranks."""
+        box = torch.tensor(number)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
 
     def gather(self, value) -> list:
         """Every process's value, on all. All ranks."""
@@ -110,19 +110,31 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dtype: torch.dtype | None, device) -> None:
+def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dtype: torch.dtype | None, device,
+                 replicate: int = 1) -> None:
     """FSDP2: one group a layer, then the rest (embedding, norm, head) as the root, whose forward reads the head.
 
-    Parameters keep their dtype and are gathered as `param_dtype` (None: as they are); gradients are summed in fp32 over
-    the processes.
+    Parameters keep their dtype and are gathered as `param_dtype` (None: as they are), each layer's while the one before
+    it computes; gradients are summed in fp32 over the processes. replicate: copies of the parameters, each sharded over
+    neighbouring ranks (HSDP). Raises InputError when the processes can't be divided so.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    world_size = dist.get_world_size()
+    if world_size % replicate:
+        raise InputError(f"--replicate is {replicate}: {world_size} processes can't hold as many equal copies")
+    if replicate == 1:
+        mesh = init_device_mesh(device.type, (world_size,))
+    else:
+        mesh = init_device_mesh(device.type, (replicate, world_size // replicate),
+                                mesh_dim_names=("replicate", "shard"))
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32))
     # The root's inputs hold reference log-probs and weights: casting them to bf16 would round them.
     # Without reshard_after_forward the root would stay whole after an evaluation, and hide its parameters.
     fully_shard(root, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False))
+    # The backward pass gathers ahead by itself.
+    for module, following in zip([root, *layers], layers):
+        module.set_modules_to_forward_prefetch([following])
     for module in root.modules():  # neither setting is recursive
         if isinstance(module, FSDPModule):
             # Sum, not mean: the loss is divided by the pairs of the global batch already.

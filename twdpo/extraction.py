@@ -32,6 +32,7 @@ from twdpo.weights_file import shard_path, stored_keys, write_meta, write_shard
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
 PAIRS_PER_SHARD = 128
+IDLE, WORKS, FAILED = range(3)  # what a process that runs a sharded judge is up to
 
 
 def describe_extraction(config: SharedConfig, layers: str, flag: str, rollout: bool, model_dir: Path,
@@ -145,9 +146,20 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], directory: 
                 if place + 1 < len(mine):
                     following = pool.submit(inputs.build_all, mine[place + 1][1])
                 keys = [pair.key for pair in group]
-                write_shard(shard_path(directory, number, keys), judge.shard(keys, judged, bar))
+                try:
+                    arrays = judge.shard(keys, judged, bar)
+                except AnotherFailed:
+                    raise
+                except InputError:
+                    judge.keep_step(FAILED)
+                    raise
+                write_shard(shard_path(directory, number, keys), arrays)
     judge.finish()
     process.gather(None)  # all ranks have written before any reads
+
+
+class AnotherFailed(InputError):  # noqa: N818 - who failed says why
+    """Another process that runs the same sharded judge has stopped."""
 
 
 class JudgePass:
@@ -206,9 +218,19 @@ class JudgePass:
 
     def finish(self) -> None:
         """Free the judge; a sharded one first runs along for as long as another process has work. All ranks."""
-        while self.sharded and self.process.any(False):
+        while self.keep_step(IDLE) == WORKS:
             self.forward(pack([[self.filler]]), (), keeps_step=False)
         del self.judge
+
+    def keep_step(self, state: int) -> int:
+        """Before a forward, which of a sharded judge is collective: tell the other processes what this one is up to;
+        the largest of all their states. Raises InputError when another one failed. All ranks."""
+        if not self.sharded:
+            return IDLE
+        largest = self.process.largest(state)
+        if largest == FAILED and state != FAILED:
+            raise AnotherFailed("another process found its part of the judge's input unfit, see its message")
+        return largest
 
     @torch.no_grad()
     def forward(self, row, layers, keep: bool = False, with_logits: bool = False, keeps_step: bool = True
@@ -217,8 +239,8 @@ class JudgePass:
 
         The same whatever ran before. keeps_step: tell the other processes, which a sharded judge needs. All ranks then.
         """
-        if self.sharded and keeps_step:
-            self.process.any(True)
+        if keeps_step:
+            self.keep_step(WORKS)
         for module, buffers, numbers in self.rotary:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer.clone())

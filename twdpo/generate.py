@@ -1,19 +1,23 @@
-"""Verbalised scores (paper section 4.2): the model writes down the parts of each answer, in batches."""
+"""What a model writes: verbalised scores of each answer's parts (paper section 4.2), answers of the policy."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig
 
-from twdpo.chat import encode, encode_pieces, printed_answers, special_ids, special_pattern, template_pieces
+from twdpo.attention import ATTENTION_NAME
+from twdpo.chat import Example, encode, encode_pieces, printed_answers, special_ids, special_pattern, template_pieces
 from twdpo.config import SharedConfig
 from twdpo.dist import Process
 from twdpo.extraction import EXTRACTION_VERSION, list_work
 from twdpo.files import hash_json
 from twdpo.judge import show_question
-from twdpo.model import context_length, fingerprint_tokenizer, load_judge, pick_dtype
+from twdpo.model import Policy, context_length, fingerprint_tokenizer, load_judge, pick_dtype
 from twdpo.pairs import Pair
 from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, locate_parts, matched_share, parse_parts
 from twdpo.weights_file import shard_path, write_shard
@@ -36,16 +40,14 @@ def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Pat
     if not todo:
         return
     model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device).model
-    try:  # generation keeps a cache, which packed rows have none of
-        model.set_attn_implementation("sdpa")
-    except ValueError:  # softcap and sinks
-        model.set_attn_implementation("eager")
     budget = config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
     mine = todo[process.rank::process.world_size]
     with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
         for number, group in mine:
             keys = [pair.key for pair in group]
-            write_shard(shard_path(directory, number, keys), score_pairs(model, tokenizer, group, budget, bar))
+            with writing(model):
+                arrays = score_pairs(model, tokenizer, group, budget, bar)
+            write_shard(shard_path(directory, number, keys), arrays)
     process.gather(None)  # all ranks have written before any reads
 
 
@@ -123,9 +125,38 @@ def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+@contextmanager
+def writing(model) -> Iterator[None]:
+    """Inside this context `model` can generate: with an attention that keeps a cache and masks padding."""
+    training, settings = model.training, model.generation_config
+    model.eval()
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # softcap and sinks
+        model.set_attn_implementation("eager")
+    try:
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+        model.generation_config = settings
+        model.train(training)
+
+
+def sample_answers(policy: Policy, tokenizer, examples: list[Example], max_new_tokens: int) -> list[str]:
+    """The policy's own answers to the prompts of some examples. All ranks, which all write the same ones."""
+    prompts = [example.prompt_ids.tolist() for example in examples]
+    with writing(policy.model):
+        return generate(policy.model, tokenizer, prompts, max_new_tokens, policy.generate,
+                        synced_gpus=dist.get_world_size() > 1)
+
+
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of prompts in tokens, up to the end of the turn."""
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, generate=None, **options) -> list[str]:
+    """Greedy continuations of prompts in tokens, up to the end of the turn. Inside `writing`.
+
+    generate: what to call instead of the model's own `generate`.
+    """
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     room = context_length(model.config) - longest
     if room < 1:
@@ -139,5 +170,6 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
     settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
                                 eos_token_id=turn_ends(tokenizer))
     model.generation_config = settings
-    output = model.generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
+                                          generation_config=settings, **options)
     return tokenizer.batch_decode(output[:, longest:].tolist(), skip_special_tokens=True)

@@ -1,12 +1,19 @@
-"""metrics.jsonl, the console line and wandb: the same rows in three places; and the summary at the end."""
+"""metrics.jsonl, the console line and wandb: the same rows in three places; sampled answers; the clock of --profile;
+the summary at the end."""
 
 import json
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from twdpo.config import InputError, TrainConfig, to_json
 from twdpo.dist import Process
 from twdpo.files import write_atomic
+from twdpo.pairs import Pair
 
 
 class Log:
@@ -17,14 +24,11 @@ class Log:
 
         wandb_run: what `start_wandb` returned.
         """
-        self.process, self.file, self.wandb = process, None, wandb_run
-        if not process.is_main:
-            return
-        path = run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in lines if row_step(line) <= step]
-        write_atomic(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept), "utf-8"))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - appended and flushed each step
+        self.process, self.wandb = process, wandb_run
+        self.file = self.samples = None
+        if process.is_main:
+            self.file = open_cut_back(run_dir / "metrics.jsonl", step)
+            self.samples = open_cut_back(run_dir / "samples.jsonl", step)
 
     def write(self, row: dict[str, float]) -> dict[str, float]:
         """Log one row; undefined values are left out."""
@@ -37,11 +41,56 @@ class Log:
         self.process.print(format_row(row))
         return row
 
+    def write_samples(self, step: int, pairs: list[Pair], answers: list[str]) -> None:
+        """Add the policy's answers after `step` steps to samples.jsonl; print the first."""
+        if self.samples:
+            for pair, answer in zip(pairs, answers):
+                self.samples.write(json.dumps({"step": step, "prompt": pair.messages[-1][1], "answer": answer}) + "\n")
+            self.samples.flush()
+        self.process.print(f"step {step} | the policy's answer to {pairs[0].messages[-1][1]!r:.60}: "
+                           f"{answers[0]!r:.200}")
+
     def close(self) -> None:
-        if self.file:
-            self.file.close()
+        for file in filter(None, (self.file, self.samples)):
+            file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def open_cut_back(path: Path, step: int):
+    """A file of JSON lines, open for appending, without the rows after `step`; 0 empties it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    kept = [line for line in lines if row_step(line) <= step]
+    write_atomic(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept), "utf-8"))
+    return open(path, "a", encoding="utf-8")
+
+
+class StageClock:
+    """Seconds spent in each stage of a training step; does nothing unless it is on. On a GPU each stage is waited for.
+    """
+
+    def __init__(self, on: bool, device: torch.device):
+        self.on, self.device = on, device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        if self.on:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.on and self.device.type == "cuda":
+            torch.cuda.synchronize()  # sync
+        return time.perf_counter()
+
+    def shares(self) -> dict[str, float]:
+        """The share of each stage in all of them, then start anew."""
+        total = sum(self.seconds.values())
+        shares = {f"{stage}_share": seconds / total for stage, seconds in self.seconds.items()}
+        self.seconds = {}
+        return shares
 
 
 def start_wandb(config: TrainConfig, run_dir: Path):
@@ -67,10 +116,10 @@ def row_step(line: str) -> float:
 
 
 def format_row(row: dict[str, float]) -> str:
-    """A row on one line; a held-out mean with its standard error."""
+    """A row on one line, without the rewards that margins are made of; a held-out mean with its standard error."""
     parts = [f"step {row['step']}"]
     for name, value in row.items():
-        if name != "step" and not name.endswith("_stderr"):
+        if name != "step" and not name.endswith(("_stderr", "_chosen", "_rejected")):
             error = row.get(f"{name}_stderr")
             parts.append(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
     return " | ".join(parts)
@@ -91,7 +140,10 @@ def summarize(run_dir: Path) -> str:
                          for row in (first, last)]
                 lines.append(f"  {name.removeprefix('eval/'):28}" + "".join(cell.rjust(24) for cell in cells))
     for name, what in (("final", "the policy"), ("best", "the policy of lowest held-out loss"),
-                       ("metrics.jsonl", "one row a step and an evaluation"), ("config.json", "all settings")):
-        if (run_dir / name).exists():
+                       ("metrics.jsonl", "one row a step and an evaluation"),
+                       ("samples.jsonl", "answers that the policy wrote"),
+                       ("report.html", "the curves as a page"), ("config.json", "all settings")):
+        path = run_dir / name
+        if path.is_dir() or path.exists() and path.stat().st_size:
             lines.append(f"{run_dir / name}: {what}")
     return "\n".join(lines)

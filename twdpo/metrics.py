@@ -17,8 +17,8 @@ ROUNDING = 1e-6  # relative: some eight times fp32's
 Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count, largest absolute value
 
 
-def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float
-                 ) -> dict[str, torch.Tensor]:
+def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float,
+                 has_reference: bool = True) -> dict[str, torch.Tensor]:
     """One value a pair of every metric, without gradient. P pairs, S sequences, N response tokens."""
     logps_N, ratio_S = logps_N.detach(), ratio_S.detach()
     weighted = batch.weights_N, batch.seq_lens_S, batch.scale_S
@@ -31,7 +31,18 @@ def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch
         tie_P = difference_P.abs() <= ROUNDING * (size_S[0::2] + size_S[1::2])
         metrics[f"{name}_accuracy"] = torch.where(tie_P, 0.0, difference_P.sign()).add(1).div(2)
         metrics[f"{name}_margin"] = beta * difference_P
+        metrics |= {f"{name}_chosen": beta * ratio[0::2], f"{name}_rejected": beta * ratio[1::2]}
+    if has_reference:
+        metrics["kl"] = kl_estimate(logps_N, batch)
     return metrics | {name: value.detach() for name, value in extra.items()}
+
+
+def kl_estimate(logps_N: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """KL(reference || policy) in nats a response token, [P]: the mean of exp(d) - 1 - d, d the log-ratio (Schulman's
+    k3). Unbiased where the reference wrote the responses, and never negative; a measure of drift elsewhere."""
+    ratio_N = logps_N - batch.ref_logps_N
+    tokens_P = batch.seq_lens_S.to(logps_N.device).view(-1, 2).sum(dim=1)
+    return segment_sum(ratio_N.expm1() - ratio_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
 
 
 def token_metrics(entropy_N: torch.Tensor, top1_N: torch.Tensor, batch: PairBatch) -> dict[str, torch.Tensor]:

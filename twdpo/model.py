@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twdpo import toy
@@ -158,8 +160,11 @@ class Judge(torch.nn.Module):
 def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_layers: int = 0) -> Judge:
     """A whole copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME,
+                                                            output_loading_info=True)
+        if missing := found["missing_keys"]:  # transformers would make them up at random
+            raise ValueError(f"{len(missing)} tensors are missing, {min(missing)} among them")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model in {directory} can't be loaded: {error}") from error
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
@@ -172,7 +177,7 @@ def load_sharded_judge(directory: Path, dtype: torch.dtype, device: torch.device
 
     All ranks.
     """
-    judge = Judge(build_on_meta(directory, dtype), num_layers)
+    judge = Judge(build_on_meta(load_model_config(directory), dtype), num_layers)
     shard_module(judge, judge.layers, None, device)
     load_shards(judge, directory, device)
     return judge.eval()
@@ -182,7 +187,8 @@ def shards_judge(choice: str, directory: Path, dtype: torch.dtype, process: Proc
     """What --judge-sharding comes to: `auto` shards a model that would take more than 80 % of one GPU."""
     if choice != "auto" or process.device.type != "cuda" or process.world_size == 1:
         return choice == "on"
-    size = sum(parameter.numel() for parameter in build_on_meta(directory, dtype).parameters()) * dtype.itemsize
+    model = build_on_meta(load_model_config(directory), dtype)
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     return size > 0.8 * torch.cuda.get_device_properties(process.device).total_memory
 
 
@@ -211,6 +217,10 @@ class Policy(torch.nn.Module):
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
                                  batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
 
+    def generate(self, **arguments) -> torch.Tensor:
+        """transformers' `generate` of the model. Under FSDP2 all ranks."""
+        return self.model.generate(**arguments)
+
 
 @torch.no_grad()
 def settle_packing(policy: Policy, packing: str, examples: list[Example], process: Process) -> bool:
@@ -235,29 +245,40 @@ def settle_packing(policy: Policy, packing: str, examples: list[Example], proces
     return False
 
 
-def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, checkpointing: str = "none") -> Policy:
+def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, checkpointing: str = "none",
+                replicate: int = 1, compile: bool = False) -> Policy:
     """The policy: built without memory, sharded, then each process reads its own shards of the checkpoint. All ranks.
 
-    Parameters are fp32. checkpointing: as the flag says. Raises InputError for a checkpoint whose tensors don't match
-    the architecture.
+    Parameters are fp32. checkpointing, replicate, compile: as the flags say. Raises InputError for a checkpoint whose
+    tensors don't match the architecture.
     """
-    model = build_on_meta(directory, torch.float32)
+    policy = build_policy(load_model_config(directory), compute_dtype, process, checkpointing, replicate, compile)
+    load_shards(policy, directory, process.device)
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    return policy
+
+
+def build_policy(model_config, compute_dtype: torch.dtype, process: Process, checkpointing: str, replicate: int,
+                 compile: bool) -> Policy:
+    """The sharded policy, still on meta. All ranks."""
+    model = build_on_meta(model_config, torch.float32)
+    layers = decoder_layers(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
     policy = Policy(model)
-    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
-    shard_module(policy, decoder_layers(model), param_dtype, process.device)
-    load_shards(policy, directory, process.device)
-    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
+    register_fsdp_forward_method(policy, "generate")
+    if compile:
+        for layer in layers:
+            layer.compile(dynamic=True)  # rows differ in length
     return policy.train()
 
 
-def build_on_meta(directory: Path, dtype: torch.dtype):
-    """The model of a folder's config without memory and without dropout. Raises InputError.
+def build_on_meta(model_config, dtype: torch.dtype):
+    """A model without memory and without dropout. Raises InputError.
 
     dtype: of the parameters; from_config would take the checkpoint's.
     """
-    model_config = load_model_config(directory)
     disable_dropout(model_config)
     try:
         with torch.device("meta"):
@@ -270,19 +291,13 @@ def build_on_meta(directory: Path, dtype: torch.dtype):
 
 
 def load_shards(root: Policy | Judge, directory: Path, device: torch.device) -> None:
-    """Give a sharded module on meta its memory and its part of the checkpoint. Raises InputError. All ranks."""
+    """Give a sharded module on meta its memory, and each process its part of the checkpoint. Raises InputError."""
     model = root.model
     root.to_empty(device=device)
     state = model.state_dict()
-    for name in model.all_tied_weights_keys:
-        state.pop(name, None)
-    stored = name_in_checkpoint(model, state, directory)
     try:
-        if missing := sorted(state.keys() - stored.keys()):
-            raise ValueError(f"{len(missing)} are missing, {missing[0]} among them")
-        dcp.load({stored[name]: tensor for name, tensor in state.items()},
-                 storage_reader=dcp.HuggingFaceStorageReader(str(directory)))  # all ranks
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        read_tensors(model, state, directory)
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the tensors in {directory} don't match a {model.config.model_type} model: {error}"
                          ) from error
     # to_empty leaves buffers that no checkpoint holds (rotary frequencies) as garbage: compute them, and only them.
@@ -292,19 +307,60 @@ def load_shards(root: Policy | Judge, directory: Path, device: torch.device) -> 
     model.initialize_weights()
 
 
-def name_in_checkpoint(model, state: dict[str, torch.Tensor], directory: Path) -> dict[str, str]:
-    """The checkpoint's name of each tensor of `state` that it holds: transformers may have renamed it since (the head
-    of GPT-NeoX), or the checkpoint is of the trunk alone."""
+def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Copy a checkpoint's tensors into `state`, of a sharded tensor this process's part. Raises ValueError when one is
+    missing, has another shape, or differs from one that the model's config ties it to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
-    renamings = get_model_conversion_mapping(model) or []
-    names: dict[str, str] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    renamings, found = get_model_conversion_mapping(model) or [], {}
+    for path in checkpoint_files(directory):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
+                # The file may have other names than the model: transformers has renamed some since (the head of
+                # GPT-NeoX), and a checkpoint of the trunk alone lacks a prefix.
                 renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
-                names[name if name in state else renamed] = name
-    return names
+                if name in state or renamed not in found:
+                    found[name if name in state else renamed] = path, name
+    tied = model.all_tied_weights_keys
+    for name, source in tied.items():
+        if name in found:
+            found.setdefault(source, found[name])
+    if missing := sorted(state.keys() - found.keys() - tied.keys()):
+        raise ValueError(f"{len(missing)} are missing, {missing[0]} among them")
+    for name, tensor in state.items():
+        if name not in tied:
+            local, part = stored_part(tensor, *found[name])
+            local.copy_(part)
+    for name in tied.keys() & found.keys():
+        local, part = stored_part(state[name], *found[name])
+        if not torch.equal(local, part.to(local)):
+            raise ValueError(f"its config ties {name} to {tied[name]}, the file holds two different tensors: set "
+                             "tie_word_embeddings to false in config.json")
+
+
+def stored_part(tensor: torch.Tensor, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what this process holds of `tensor`, the same part of a tensor in a safetensors file). Raises ValueError."""
+    with safe_open(path, "pt") as file:
+        stored = file.get_slice(name)
+        if list(tensor.shape) != stored.get_shape():
+            raise ValueError(f"{name} is {stored.get_shape()} in the file, {list(tensor.shape)} in the model")
+        if not isinstance(tensor, DTensor):
+            return tensor, file.get_tensor(name)
+        _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local()
+        if not local.numel():
+            return local, local
+        return local, stored[tuple(slice(start, start + size) for start, size in zip(first, local.shape))]
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint, as transformers picks them; others in the folder are not read."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    raise ValueError("neither model.safetensors nor model.safetensors.index.json is there")
 
 
 def enable_checkpointing(model, checkpointing: str) -> None:

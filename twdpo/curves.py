@@ -1,0 +1,183 @@
+"""report.html of a run: its curves, held-out figures and sampled answers on one page that needs no network."""
+
+import html
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from twdpo.files import write_atomic
+from twdpo.report import STYLE
+
+# Title, then (what a line is called, its name in a step row). Evaluations are drawn from eval/NAME.
+CHARTS = (
+    ("Loss", (("loss", "loss"),)),
+    ("Reward accuracy", (("unweighted", "reward_accuracy"), ("weighted", "weighted_reward_accuracy"))),
+    ("Reward margin", (("unweighted", "reward_margin"), ("weighted", "weighted_reward_margin"))),
+    ("Rewards", (("chosen", "reward_chosen"), ("rejected", "reward_rejected"))),
+    ("KL from the reference, nats a token", (("KL", "kl"),)),
+    ("Gradient norm", (("norm", "grad_norm"),)),
+    ("Learning rate", (("lr", "lr"),)),
+    ("Tokens a second", (("tokens", "tokens_per_s"),)),
+)
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 52, 10, 12, 26  # of a chart, in its own units
+MOST_POINTS = 400  # of a line; longer ones show means of neighbours
+
+CURVES_STYLE = """
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 1rem 1.6rem; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: .92rem; }
+figure svg { width: 100%; height: auto; display: block; }
+.legend { color: var(--soft); font-size: .8rem; margin-left: .6rem; font-weight: 400; }
+.legend i { display: inline-block; width: 1.1em; height: 0; border-top: 3px solid; vertical-align: .25em;
+            margin: 0 .3em 0 .6em; }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 1.4; stroke-linejoin: round; }
+:root { --first: #b4480f; --second: #2a63b0; }
+@media (prefers-color-scheme: dark) { :root { --first: #ff9a52; --second: #7fb2ff; } }
+.first { stroke: var(--first); color: var(--first); } .second { stroke: var(--second); color: var(--second); }
+circle.first { fill: var(--first); } circle.second { fill: var(--second); }
+polyline.held { stroke-width: 1; stroke-dasharray: 4 3; }
+.answers td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
+"""
+
+
+def write_curves(run_dir: Path) -> None:
+    """Write report.html from the run's config.json, metrics.jsonl and samples.jsonl."""
+    rows = read_lines(run_dir / "metrics.jsonl")
+    page = render_run(run_dir.name, json.loads((run_dir / "config.json").read_text(encoding="utf-8")), rows,
+                      read_lines(run_dir / "samples.jsonl"))
+    write_atomic(run_dir / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A file of JSON lines; one that is not there is empty."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def render_run(name: str, config: dict[str, object], rows: list[dict], samples: list[dict]) -> str:
+    """The page of a run, from its settings, the rows of metrics.jsonl and of samples.jsonl."""
+    steps = [row for row in rows if "eval/loss" not in row]
+    held_out = [row for row in rows if "eval/loss" in row]
+    charts = "".join(render_chart(title, lines, steps, held_out) for title, lines in CHARTS)
+    what = f"{config['loss']} on {config['model'] or 'the toy'}, data {config['data']}; {len(steps)} steps"
+    if held_out:
+        what += f"; held out: {held_out[-1]['eval/pairs']} pairs, dots, with one standard error"
+    settings = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
+                       for key, value in config.items() if value not in ("", False))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)}</title><style>{STYLE}{CURVES_STYLE}</style></head><body>
+<h1>{html.escape(name)}</h1>
+<p class="note">{html.escape(what)}.</p>
+<div class="charts">{charts}</div>
+{figures_table(held_out)}
+{answers_table(samples)}
+<details><summary>Settings</summary><div class="scroll"><table>{settings}</table></div></details>
+</body></html>
+"""
+
+
+def render_chart(title: str, lines: Iterable[tuple[str, str]], steps: list[dict], held_out: list[dict]) -> str:
+    """One chart as SVG: a line of the steps, dots with standard errors of the evaluations; "" without any value."""
+    drawn = []
+    for label, name in lines:
+        line = thin([(row["step"], row[name]) for row in steps if name in row])
+        dots = [(row["step"], row[f"eval/{name}"], row.get(f"eval/{name}_stderr", 0.0))
+                for row in held_out if f"eval/{name}" in row]
+        if line or dots:
+            drawn.append((label, line, dots))
+    if not drawn:
+        return ""
+    xs = [point[0] for _, line, dots in drawn for point in (*line, *dots)]
+    ys = [y for _, line, _ in drawn for _, y in line]
+    ys += [edge for _, _, dots in drawn for _, y, error in dots for edge in (y - error, y + error)]
+    ticks_x, ticks_y = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys), 5)
+    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
+    low_y, high_y = min(ticks_y[0], min(ys)), max(ticks_y[-1], max(ys))
+
+    def place_x(x: float) -> float:
+        return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+
+    def place_y(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y in ticks_y:
+        place = place_y(y)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
+                     f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{format_tick(y)}</text>')
+    for x in ticks_x:
+        if low_x <= x <= high_x:
+            parts.append(f'<text x="{place_x(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(x)}</text>')
+    for style, (label, line, dots) in zip(("first", "second"), drawn):
+        if len(line) > 1:
+            points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line)
+            parts.append(f'<polyline class="{style}" points="{points}"/>')
+        if len(dots) > 1:
+            points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y, _ in dots)
+            parts.append(f'<polyline class="{style} held" points="{points}"/>')
+        for x, y, error in dots:
+            parts.append(f'<line class="{style}" x1="{place_x(x):.1f}" x2="{place_x(x):.1f}" '
+                         f'y1="{place_y(y - error):.1f}" y2="{place_y(y + error):.1f}"/><circle class="{style}" '
+                         f'cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3.2"><title>step {x}, held out, {label}: '
+                         f"{y:.5g} &#177; {error:.2g}</title></circle>")
+    legend = "".join(f'<i class="{style}"></i>{html.escape(label)}' for style, (label, *_) in
+                     zip(("first", "second"), drawn)) if len(drawn) > 1 else ""
+    return (f'<figure><figcaption>{html.escape(title)}<span class="legend">{legend}</span></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)} by step">'
+            f'{"".join(parts)}</svg></figure>')
+
+
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST_POINTS points, means of neighbours."""
+    size = math.ceil(len(points) / MOST_POINTS) or 1
+    groups = [points[start:start + size] for start in range(0, len(points), size)]
+    return [tuple(sum(values) / len(group) for values in zip(*group)) for group in groups]
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers that span [low, high], about `count` of them."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [0.0 if number == 0 else number * step for number in range(first, last + 1)]
+
+
+def format_tick(value: float) -> str:
+    """`10,000` and not `1e+04`."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def figures_table(held_out: list[dict]) -> str:
+    """Held-out figures of the first and the last evaluation, and of the one of lowest loss."""
+    if not held_out:
+        return ""
+    best = min(held_out, key=lambda row: row["eval/loss"])
+    shown = {"first": held_out[0], "lowest loss": best, "last": held_out[-1]}
+    head = "".join(f"<th>{name} (step {row['step']})</th>" for name, row in shown.items())
+    names = [name for name in held_out[-1] if name.startswith("eval/") and not name.endswith("_stderr")
+             and name != "eval/pairs"]
+
+    def cell(row: dict, name: str) -> str:
+        if name not in row:
+            return "<td>-</td>"
+        return f"<td>{row[name]:.4f} &#177; {row.get(name + '_stderr', math.nan):.4f}</td>"
+    body = "".join(f"<tr><td>{html.escape(name.removeprefix('eval/'))}</td>"
+                   + "".join(cell(row, name) for row in shown.values()) + "</tr>" for name in names)
+    return f'<h2>Held out</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+
+
+def answers_table(samples: list[dict]) -> str:
+    """Sampled answers, a prompt after the other, by step."""
+    if not samples:
+        return ""
+    parts = []
+    for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
+        rows = "".join(f"<tr><td>{sample['step']}</td><td>{html.escape(sample['answer'])}</td></tr>"
+                       for sample in samples if sample["prompt"] == prompt)
+        parts.append(f'<article><div class="prompt">{html.escape(prompt)}</div><table class="answers">'
+                     f"<tr><th>step</th><th></th></tr>{rows}</table></article>")
+    return f"<h2>What the policy answers</h2>{''.join(parts)}"

@@ -1,0 +1,251 @@
+"""What training costs, known from a model's config alone: memory of one process, and floating-point operations.
+
+The memory of the layers is counted by running them once on the meta device, forward and backward, with a tally of what
+is alive.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from twdpo.attention import packed
+from twdpo.batch import PairBatch
+from twdpo.config import InputError, TrainConfig
+from twdpo.dist import Process
+from twdpo.model import build_on_meta, decoder_layers, find_model, load_model_config
+from twdpo.rows import pack
+
+GIB = 2**30
+# Processes and the memory that CUDA reports on each. One that is not listed here is planned for when it runs.
+MACHINES = {"1 x H200": (1, 139.8), "2 x A100-80": (2, 79.2), "8 x H100-80": (8, 79.1)}
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, SXM data sheets
+LLAMA_3_8B = ("llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                            num_attention_heads=32, num_key_value_heads=8))
+PAPER_MODELS = {  # transformers' name of the architecture, and its sizes
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA_3_8B,
+    "princeton-nlp/Llama-3-Base-8B-SFT": LLAMA_3_8B,
+    "alignment-handbook/zephyr-7b-sft-full": ("mistral", LLAMA_3_8B[1] | dict(vocab_size=32000)),
+}
+RESERVED_GIB = 2.0  # CUDA context, NCCL, fragments
+OP_BUFFER_BYTES = 160 << 20  # kernels/weighted_logratio.py: a wave of logits and what goes with it
+SAMPLE_TOKENS = 1 << 14  # of the row that is run on the meta device: many, so that gradients of parameters weigh little
+CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Sizes of a policy. Bytes a token are of rows in `compute_bytes` a number.
+
+    saved: what the forward keeps for the backward pass, all layers. working: what the backward pass holds beyond that
+    at its peak, gradients of parameters left out.
+    """
+
+    params: int
+    layer_params: int  # of the largest layer
+    layers_params: int  # of all layers
+    head_params: int
+    num_layers: int
+    hidden_size: int
+    heads_width: int  # heads times head dimension, summed over the layers
+    compute_bytes: int
+    saved_bytes: float  # a token
+    working_bytes: float  # a token
+
+    @property
+    def root_params(self) -> int:
+        """Those outside the layers: embedding, norm, head."""
+        return self.params - self.layers_params
+
+
+def model_cost(model_config, compute_dtype: torch.dtype, max_length: int, packs: bool = True,
+               measure_layers: bool = True) -> ModelCost:
+    """Count parameters and, unless `measure_layers` is off, the activations of rows of pairs of `max_length` tokens."""
+    model = build_on_meta(model_config, compute_dtype)
+    text_config = model.config.get_text_config()
+    layers = decoder_layers(model)
+    layer_params = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    saved, working = measure_decoder(model, max_length, packs) if measure_layers else (0.0, 0.0)
+    return ModelCost(sum(parameter.numel() for parameter in model.parameters()), max(layer_params), sum(layer_params),
+                     model.get_output_embeddings().weight.numel(), len(layers), text_config.hidden_size,
+                     heads * head_dim * len(layers), compute_dtype.itemsize, saved, working)
+
+
+def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
+    """(bytes a token that a forward saves, bytes a token beyond that at the backward pass's peak), on meta tensors."""
+    length = max(8, min(max_length, SAMPLE_TOKENS // 2))
+    prompt, answer = length // 4, length - length // 4
+    sequence = np.arange(prompt + answer, dtype=np.int32)
+    pair = [sequence, np.concatenate([sequence[:prompt], sequence[prompt:][::-1]])]
+    row = pack([pair] * max(1, SAMPLE_TOKENS // (prompt + 2 * answer)), share=packs)
+    num_tokens = len(row.input_ids_T)
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    positions = torch.zeros_like(ids)
+    known = [*model.parameters(), *model.buffers(), ids, positions]
+    with FlashAttention(), LiveBytes(known) as tally, packed(row.ranges):
+        hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        tally.peak = saved = tally.live
+        for parameter in model.parameters():  # their gradients are planned for apart
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        hidden.backward(torch.empty_like(hidden))
+    return saved / num_tokens, (tally.peak - saved) / num_tokens
+
+
+class FlashAttention(TorchFunctionMode):
+    """Inside this context scaled_dot_product_attention keeps what a fused kernel keeps, and no S x S map."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _Flash.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query_BHTD, key, value):
+        output = query_BHTD.new_empty(*query_BHTD.shape[:3], value.shape[3])
+        ctx.save_for_backward(query_BHTD, key, value, output,
+                              query_BHTD.new_empty(query_BHTD.shape[:3], dtype=torch.float32))  # log-sum-exps
+        return output
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside this context: bytes of the tensors that are alive, and their peak; those given are left out."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = known  # kept, so that no new storage takes the place of one of them
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return outputs
+
+    def _count(self, storage) -> None:
+        place = storage._cdata
+        if place in self.seen:
+            return
+        self.seen.add(place)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, place, storage.nbytes())
+
+    def _free(self, place: int, size: int) -> None:
+        self.seen.discard(place)
+        self.live -= size
+
+
+def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing: str, no_sync: bool = False,
+                shards: int = 0) -> dict[str, float]:
+    """Bytes of one process at the peak of a training step, by what they are for; "peak" is their sum.
+
+    num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them).
+    """
+    shards, width = shards or world_size, cost.compute_bytes
+    kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2), "full": 0}[checkpointing]
+    a_layer = cost.saved_bytes / cost.num_layers
+    # What a layer that is computed again keeps is its input; one of them at a time is whole again.
+    activations = kept * a_layer + (cost.num_layers - kept) * cost.hidden_size * width
+    activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
+    head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
+    # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
+    in_backward = num_tokens * activations + head + (3 * width + 4) * cost.layer_params
+    at_its_end = (width + 4) * cost.root_params  # gradients of embedding, norm and head, and their fp32 copy
+    parts = {
+        "parameters (fp32)": 4 * cost.params / shards,
+        "Adam (fp32)": 8 * cost.params / shards,
+        "gradients (fp32)": 4 * cost.params / (1 if no_sync and shards > 1 else shards),
+        "gathered embedding, norm, head": width * cost.root_params,
+        "layers and fused op": max(in_backward, at_its_end),
+    }
+    return parts | {"peak": sum(parts.values())}
+
+
+def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str) -> int:
+    """The largest micro-batch in tokens, in steps of 1,024, that the plan says fits; 0 when none does."""
+    room = (memory_gib - RESERVED_GIB) * GIB
+    tokens = 0
+    while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing)["peak"] <= room:
+        tokens += 1024
+    return tokens
+
+
+def describe_plan(cost: ModelCost, num_tokens: int, machines: dict[str, tuple[int, float]]) -> str:
+    """The memory plan as text, one column a machine: parts at `num_tokens` a micro-batch, then what fits."""
+    plans = {name: plan_memory(cost, size, num_tokens, "full") for name, (size, _) in machines.items()}
+    lines = [f"{cost.params / 1e9:.2f} B parameters ({cost.root_params / 1e9:.2f} B outside the {cost.num_layers} "
+             "layers); GiB on each device",
+             f"{'micro-batch of ' + format(num_tokens, ',') + ' tokens, --checkpointing full':52}"
+             + "".join(f"{name:>15}" for name in plans)]
+    for part in next(iter(plans.values())):
+        lines.append(f"  {part:50}" + "".join(f"{plan[part] / GIB:15.1f}" for plan in plans.values()))
+    lines.append(f"  {'of the device':50}" + "".join(f"{memory:15.1f}" for _, memory in machines.values()))
+    lines.append("largest micro-batch in tokens (0: it does not fit)")
+    for checkpointing in CHECKPOINTING:
+        cells = (most_tokens(cost, size, memory, checkpointing) for size, memory in machines.values())
+        lines.append(f"  {'--checkpointing ' + checkpointing:50}" + "".join(f"{cell:15,}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plan_for(config: TrainConfig, process: Process) -> str:
+    """What --plan prints: the memory of this run on a few machines, and on this one's GPUs. Raises InputError."""
+    model_config = find_model_config(config, process)
+    machines = dict(MACHINES)
+    if process.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(process.device).total_memory / GIB
+        machines = {f"{process.world_size} here": (process.world_size, memory)} | machines
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    cost = model_cost(model_config, dtype, config.max_length, config.packing != "off")
+    return describe_plan(cost, config.micro_batch_tokens or 8192, machines)
+
+
+def find_model_config(config: TrainConfig, process: Process):
+    """The config of --model: of a folder, from the hub, or known here. Raises InputError."""
+    if not config.model:
+        return load_model_config(find_model(config, process))
+    try:
+        return AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        if config.model in PAPER_MODELS:  # gated, or no network
+            name, settings = PAPER_MODELS[config.model]
+            return AutoConfig.for_model(name, **settings)
+        raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
+
+
+def flops(cost: ModelCost, batch: PairBatch) -> float:
+    """Operations of a forward and a backward pass over a micro-batch: 6 for each acting parameter and token, the head
+    on response tokens alone, attention on what each token sees. Nothing that is computed again is counted. Dense
+    models; sliding windows are counted as if they were not there."""
+    lengths = [len(example.prompt_ids) + len(response.ids) for example in batch.examples
+               for response in (example.chosen, example.rejected)]
+    shared = [0] * len(lengths)
+    if batch.ranges is not None:
+        shared = [stop_before - first for (first, stop_before), *_ in batch.ranges]
+        shared = [length if len(ranges) > 1 else 0 for length, ranges in zip(shared, batch.ranges)]
+    tokens = sum(lengths) - sum(shared)
+    seen = sum(length ** 2 - before ** 2 for length, before in zip(lengths, shared)) / 2
+    head = cost.head_params * len(batch.targets_N)
+    return 6.0 * (cost.layers_params * tokens + head) + 12.0 * cost.heads_width * seen
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What the data sheet of a GPU says for dense bf16; None for one that is not listed here, and for a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
