@@ -28,14 +28,14 @@ from twdpo.checkpoint import (
 )
 from twdpo.config import InputError, TrainConfig, parse_config
 from twdpo.curves import write_curves
-from twdpo.dist import Process, run_script, sum_over_processes
+from twdpo.dist import Process, clip_gradients, run_script, sum_over_processes
 from twdpo.generate import sample_answers
 from twdpo.inputs import check_inputs, fill_weights, import_files, leave_out_unscored, open_context, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.model import cache_directory, load_model_config, load_policy, pick_dtype, settle_packing
-from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, plan_memory
+from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.weights import WEIGHTS, find_source
@@ -93,11 +93,11 @@ def train(config: TrainConfig, process: Process) -> None:
     process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     train_logps = held_out_logps = None
     if needs_reference(loss):
-        directory = reference_directory(cache, inputs.fingerprint, dtype, process.device, rows.packs)
+        directory = reference_directory(cache, inputs.fingerprint, dtype, process.device, rows.packs,
+                                        config.compile)
         train_logps = reference_logps(policy, process, train_examples, first_epoch, rows, directory)
         held_out_logps = reference_logps(policy, process, held_out, held_out_batches, rows, directory)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
-                                  fused=process.device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def micro_batches(examples: list[Example], pairs: list[int], logps) -> list[PairBatch]:
         """This process's part of a global batch, with weights, on the device."""
@@ -137,7 +137,7 @@ def train(config: TrainConfig, process: Process) -> None:
     clock = StageClock(config.profile, process.device)
     cost = None
     if config.profile:
-        cost = model_cost(load_model_config(inputs.model_dir), dtype, config.max_length, rows.packs)
+        cost = model_cost(load_model_config(inputs.model_dir), dtype, config.max_length, measure_layers=False)
     if held_out and step == 0:
         log.write(evaluate(0))
         sample(0)
@@ -170,10 +170,6 @@ def train(config: TrainConfig, process: Process) -> None:
     log.close()
     process.on_main(lambda: write_curves(run_dir))
     process.print(summarize(run_dir))
-    if cost and process.device.type == "cuda":
-        planned = plan_memory(cost, process.world_size, budget, config.checkpointing, config.no_sync,
-                              process.world_size // config.replicate)["peak"]
-        process.print(f"peak memory: {torch.cuda.max_memory_allocated() / GIB:.1f} GiB, planned {planned / GIB:.1f}")
 
 
 def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainConfig, lr: float, step: int,
@@ -192,8 +188,7 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
             ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
     totals = sum_over_processes(totals, process.device)  # all ranks
     row = means(totals)  # sync
-    max_norm = config.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()  # sync, all ranks
+    grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)  # sync, all ranks
     if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; the weights are those "
                                  f"of step {step - 1}. Lower --lr or --beta, or try --dtype float32")

@@ -120,7 +120,7 @@ def run_ours(work: Path, flags, options: dict[str, object]) -> dict[str, float]:
     started = time.perf_counter()
     logps = reference_logps(policy, process, examples, batches, rows, work / "reference" / str(os.getpid()))
     reference_seconds = (time.perf_counter() - started) / len(examples)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=process.device.type == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     seconds, clock, done, parts = [], StageClock(flags.profile, process.device), [], {}
     cost = model_cost(policy.model.config, dtype, flags.max_length, rows.packs)
     for step, batch_pairs in enumerate(batches, 1):

@@ -45,6 +45,10 @@ def make_example(prompt: int, chosen: int, rejected: int, vocabulary: int = 90) 
 EXAMPLES = [make_example(5, 4, 7), make_example(9, 1, 3), make_example(2, 6, 2)]
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def plain_logps(model, example: Example, response: Response) -> torch.Tensor:
     """Log-probs of a response from a plain forward of its own sequence."""
     ids = torch.from_numpy(np.concatenate([example.prompt_ids, response.ids])).long()
@@ -63,6 +67,13 @@ def bf16_checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
+
+
+def test_one_process_in_fp32_holds_everything_once(toy_model, process):
+    """Sharding over one process would only keep a gathered copy; in bf16 it makes the copy that computes."""
+    whole_policy, sharded = (load_policy(toy_model, dtype, process) for dtype in (torch.float32, torch.bfloat16))
+    assert not any(isinstance(parameter, DTensor) for parameter in whole_policy.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 
 
 def test_policy_equals_plain_forwards_of_each_sequence(toy_model, process):
@@ -84,8 +95,9 @@ def test_rotary_buffers_are_computed_after_loading_without_memory(toy_model, pro
         assert torch.equal(buffer, buffers[name]), name
 
 
-def test_tied_head_stays_tied(toy_model, process):
-    policy = load_policy(toy_model, torch.float32, process)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whole in one process, sharded
+def test_tied_head_stays_tied(dtype, toy_model, process):
+    policy = load_policy(toy_model, dtype, process)
     assert policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight
 
 
@@ -97,7 +109,7 @@ def test_master_weights_are_fp32_and_training_is_on(bf16_checkpoint, process):
     stored = AutoModelForCausalLM.from_pretrained(bf16_checkpoint)
     assert stored.dtype == torch.bfloat16
     for name, parameter in stored.named_parameters():
-        assert torch.equal(parameter.float(), policy.model.get_parameter(name).full_tensor()), name
+        assert torch.equal(parameter.float(), whole(policy.model.get_parameter(name))), name
 
 
 def test_dropout_is_off(bf16_checkpoint, process):
@@ -119,7 +131,7 @@ def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpo
 
 
 def test_parameters_stay_sharded_after_an_evaluation(toy_model, process):
-    policy = load_policy(toy_model, torch.float32, process)
+    policy = load_policy(toy_model, torch.bfloat16, process)
     with torch.no_grad():
         policy(collate(MicroBatch((0,)), EXAMPLES, 1))
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
@@ -156,7 +168,7 @@ def test_a_checkpoint_of_the_trunk_alone_is_read(tmp_path, process):
     model.transformer.save_pretrained(tmp_path)
     policy = load_policy(tmp_path, torch.float32, process)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, policy.model.get_parameter(name).full_tensor()), name
+        assert torch.equal(parameter, whole(policy.model.get_parameter(name))), name
 
 
 def test_checkpoint_of_another_shape_is_an_input_error(bf16_checkpoint, tmp_path, process):
@@ -208,8 +220,7 @@ def test_only_the_checkpoint_s_own_files_and_names_are_read(bf16_checkpoint, cha
     expected = AutoModelForCausalLM.from_pretrained(bf16_checkpoint, dtype=torch.float32).state_dict()
     for load in LOADS:
         for name, parameter in load(directory, process).model.named_parameters():
-            parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            assert torch.equal(parameter, expected[name]), name
+            assert torch.equal(whole(parameter), expected[name]), name
 
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -221,7 +232,7 @@ def test_a_tied_checkpoint_may_hold_either_name_or_both(kept, toy_model, tmp_pat
     save_file(tensors | {kept: embedding}, path, {"format": "pt"})
     for load in LOADS[1:]:
         head = load(tmp_path / "model", process).model.get_output_embeddings()
-        assert torch.equal(head.weight.full_tensor(), embedding)
+        assert torch.equal(whole(head.weight), embedding)
     save_file(tensors | {"lm_head.weight": embedding * 2, "model.embed_tokens.weight": embedding}, path,
               {"format": "pt"})
     for load in LOADS[1:]:
@@ -235,8 +246,7 @@ def test_a_checkpoint_in_several_files_is_read(bf16_checkpoint, tmp_path, proces
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for load in LOADS:
         for name, parameter in load(tmp_path, process).model.named_parameters():
-            parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            assert torch.equal(parameter, model.get_parameter(name).float()), name
+            assert torch.equal(whole(parameter), model.get_parameter(name).float()), name
 
 
 def test_model_folder_errors_say_what_is_missing(tmp_path, process):

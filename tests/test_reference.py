@@ -71,6 +71,6 @@ def test_a_damaged_cache_file_is_computed_again(toy_model, process, examples, tm
 
 
 def test_the_cache_is_named_by_weights_dtype_and_device(tmp_path):
-    names = {reference_directory(tmp_path, model, dtype, torch.device(device), packs) for model in ("a", "b")
+    names = {reference_directory(tmp_path, model, dtype, torch.device(device), packs, False) for model in ("a", "b")
              for dtype in (torch.float32, torch.bfloat16) for device in ("cpu", "meta") for packs in (False, True)}
     assert len(names) == 16

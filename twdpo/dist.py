@@ -1,8 +1,9 @@
 """Process group, progress on the first process, and the FSDP2 plan. One process runs the same code as many."""
 
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -117,10 +119,14 @@ def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dty
     Parameters keep their dtype and are gathered as `param_dtype` (None: as they are), each layer's while the one before
     it computes; gradients are summed in fp32 over the processes. replicate: copies of the parameters, each sharded over
     neighbouring ranks (HSDP). Raises InputError when the processes can't be divided so.
+
+    One process without a dtype to gather as is left alone: sharding would only keep everything twice.
     """
     world_size = dist.get_world_size()
     if world_size % replicate:
         raise InputError(f"--replicate is {replicate}: {world_size} processes can't hold as many equal copies")
+    if world_size == 1 and param_dtype is None:
+        return
     if replicate == 1:
         mesh = init_device_mesh(device.type, (world_size,))
     else:
@@ -140,6 +146,12 @@ def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dty
             # Sum, not mean: the loss is divided by the pairs of the global batch already.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a norm of `max_norm` (0: leave them); their norm before. A device sync. All ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def sum_over_processes(totals: Totals, device: torch.device) -> Totals:

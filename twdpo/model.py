@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -217,6 +217,9 @@ class Policy(torch.nn.Module):
         return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
                                  batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
 
+    def set_requires_gradient_sync(self, on: bool) -> None:
+        """FSDP2 replaces this; one process that holds everything has nothing to reduce."""
+
     def generate(self, **arguments) -> torch.Tensor:
         """transformers' `generate` of the model. Under FSDP2 all ranks."""
         return self.model.generate(**arguments)
@@ -294,6 +297,8 @@ def load_shards(root: Policy | Judge, directory: Path, device: torch.device) -> 
     """Give a sharded module on meta its memory, and each process its part of the checkpoint. Raises InputError."""
     model = root.model
     root.to_empty(device=device)
+    if not isinstance(root, FSDPModule):  # which keeps ties through to_empty
+        model.tie_weights()
     state = model.state_dict()
     try:
         read_tensors(model, state, directory)

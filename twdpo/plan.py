@@ -65,14 +65,21 @@ class ModelCost:
 
 def model_cost(model_config, compute_dtype: torch.dtype, max_length: int, packs: bool = True,
                measure_layers: bool = True) -> ModelCost:
-    """Count parameters and, unless `measure_layers` is off, the activations of rows of pairs of `max_length` tokens."""
+    """Count parameters and, unless `measure_layers` is off, the activations of rows of pairs of `max_length` tokens.
+
+    Raises InputError for layers that need values to run (mixtures of experts).
+    """
     model = build_on_meta(model_config, compute_dtype)
     text_config = model.config.get_text_config()
     layers = decoder_layers(model)
     layer_params = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    saved, working = measure_decoder(model, max_length, packs) if measure_layers else (0.0, 0.0)
+    try:
+        saved, working = measure_decoder(model, max_length, packs) if measure_layers else (0.0, 0.0)
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{text_config.model_type}: its memory can't be planned, as its layers can't be run without "
+                         f"values ({error})") from error
     return ModelCost(sum(parameter.numel() for parameter in model.parameters()), max(layer_params), sum(layer_params),
                      model.get_output_embeddings().weight.numel(), len(layers), text_config.hidden_size,
                      heads * head_dim * len(layers), compute_dtype.itemsize, saved, working)
@@ -88,6 +95,7 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     num_tokens = len(row.input_ids_T)
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     positions = torch.zeros_like(ids)
+    model.config.pad_token_id = None  # some models look for it among the ids
     known = [*model.parameters(), *model.buffers(), ids, positions]
     with FlashAttention(), LiveBytes(known) as tally, packed(row.ranges):
         hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -166,11 +174,14 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
     in_backward = num_tokens * activations + head + (3 * width + 4) * cost.layer_params
     at_its_end = (width + 4) * cost.root_params  # gradients of embedding, norm and head, and their fp32 copy
+    gathered = width * cost.root_params
+    if world_size == 1 and width == 4:  # nothing is gathered or copied (twdpo.dist.shard_module)
+        in_backward, at_its_end, gathered = num_tokens * activations + head, 0, 0
     parts = {
         "parameters (fp32)": 4 * cost.params / shards,
         "Adam (fp32)": 8 * cost.params / shards,
         "gradients (fp32)": 4 * cost.params / (1 if no_sync and shards > 1 else shards),
-        "gathered embedding, norm, head": width * cost.root_params,
+        "gathered embedding, norm, head": gathered,
         "layers and fused op": max(in_backward, at_its_end),
     }
     return parts | {"peak": sum(parts.values())}

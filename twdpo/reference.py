@@ -23,13 +23,13 @@ FLUSH_BATCHES = 16  # global batches between writes to the cache
 Logps = tuple[np.ndarray, np.ndarray]  # fp32 log-probs of the chosen and of the rejected response's tokens
 
 
-def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device, packs: bool
-                        ) -> Path:
+def reference_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device, packs: bool,
+                        compiled: bool) -> Path:
     """The cache folder of one set of weights and numerics."""
     # The device: log-probs of another one differ by rounding, and the first margin would not be exactly 0.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     key = {"model": model_fingerprint, "dtype": str(dtype), "attention": "sdpa", "packing": packs,
-           "op": LOGPS_VERSION, "torch": torch.__version__, "device": device_name}
+           "compiled": compiled, "op": LOGPS_VERSION, "torch": torch.__version__, "device": device_name}
     return cache / "reference" / hash_json(key)[:24]
 
 

@@ -1,0 +1,163 @@
+"""The memory plan and the operations of a batch: counted, worked out by hand, and against what a run really holds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models_of_tests import MODELS, build
+from transformers import LlamaConfig
+
+import train
+from twdpo import plan
+from twdpo.attention import packed
+from twdpo.batch import collate
+from twdpo.chat import Example, Response
+from twdpo.config import InputError
+from twdpo.pairs import Pair
+from twdpo.plan import (
+    CHECKPOINTING,
+    MACHINES,
+    FlashAttention,
+    LiveBytes,
+    ModelCost,
+    describe_plan,
+    flops,
+    measure_decoder,
+    model_cost,
+    most_tokens,
+    plan_memory,
+)
+from twdpo.rows import MicroBatch, pack
+
+LLAMA = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, tie_word_embeddings=False)
+
+
+def test_parameters_by_hand():
+    cost = model_cost(LlamaConfig(**LLAMA), torch.bfloat16, 64, measure_layers=False)
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
+    assert (cost.layer_params, cost.layers_params, cost.head_params) == (layer, 3 * layer, 96 * 32)
+    assert cost.root_params == 2 * 96 * 32 + 32 and cost.compute_bytes == 2 and cost.heads_width == 3 * 32
+
+
+def live_bytes_of_a_real_decoder(model, length: int) -> float:
+    """What `measure_decoder` counts on meta, with real tensors: bytes a token that a forward leaves alive."""
+    ids = np.arange(length, dtype=np.int32) % 90
+    row = pack([[ids, np.concatenate([ids[:length // 4], ids[:length // 4 - 1:-1]])]])
+    input_ids = torch.from_numpy(row.input_ids_T).long()[None]
+    positions = torch.from_numpy(row.positions_T).long()[None]
+    with LiveBytes([*model.parameters(), *model.buffers(), input_ids, positions]) as tally, packed(row.ranges):
+        hidden = model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        live = tally.live
+    assert hidden.requires_grad
+    return live / len(row.input_ids_T)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt_oss"])
+def test_what_a_layer_saves_is_counted_on_meta_as_it_is_with_real_tensors(name, monkeypatch):
+    """Apart from attention, whose CPU kernels keep other things than the fused ones that are planned for."""
+    model = build(name, "twdpo", max_position_embeddings=2048).train()
+    real = live_bytes_of_a_real_decoder(model, 96)
+    monkeypatch.setattr(plan, "SAMPLE_TOKENS", 512)
+    saved, working = measure_decoder(model.to("meta"), 96, True)
+    assert 0.75 * real < saved < 1.1 * real and working > 0
+
+
+def test_experts_that_need_values_are_refused():
+    config = build("gpt_oss", "eager").config
+    with pytest.raises(InputError, match="gpt_oss: its memory can't be planned"):
+        model_cost(config, torch.float32, 64)
+    assert model_cost(config, torch.float32, 64, measure_layers=False).layers_params > 0
+
+
+def test_attention_keeps_no_map():
+    """Four times the length, the same bytes a token."""
+    short, long = (measure_decoder(build("llama", "twdpo").to("meta"), length, True)[0] for length in (512, 2048))
+    assert long == pytest.approx(short, rel=0.02)
+    with FlashAttention():
+        query = torch.zeros(1, 4, 6, 8, device="meta", requires_grad=True)
+        key = torch.zeros(1, 2, 6, 8, device="meta", requires_grad=True)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, key.clone(), enable_gqa=True)
+    output.sum().backward()
+    assert output.shape == query.shape and key.grad.shape == key.shape
+
+
+def test_a_tally_counts_what_is_alive():
+    known = torch.zeros(1000)
+    with LiveBytes([known]) as tally:
+        first = torch.zeros(256)  # 1 KiB
+        view = first[3:].view(-1)
+        second = torch.zeros(512) + known[0]
+        assert tally.live == 1024 + 2048 and len(view) == 253
+        del first
+        assert tally.live == 1024 + 2048  # the view keeps it
+        del view, second
+        assert tally.live == 0 and tally.peak >= 1024 + 2048
+
+
+COST = ModelCost(params=1000, layer_params=100, layers_params=400, head_params=250, num_layers=4, hidden_size=8,
+                 heads_width=32, compute_bytes=2, saved_bytes=400.0, working_bytes=50.0)
+
+
+def test_plan_by_hand():
+    plan = plan_memory(COST, 2, 1 << 20, "none")
+    assert plan["parameters (fp32)"] == 2000 and plan["Adam (fp32)"] == 4000 and plan["gradients (fp32)"] == 2000
+    assert plan["gathered embedding, norm, head"] == 1200
+    head = (160 << 20) + (1 << 20) * 8 * 8 + 500
+    assert plan["layers and fused op"] == (1 << 20) * 450 + head + 10 * 100
+    assert plan["peak"] == sum(value for name, value in plan.items() if name != "peak")
+    full = plan_memory(COST, 2, 1 << 20, "full")["layers and fused op"]
+    assert full == (1 << 20) * (4 * 16 + 100 + 50) + head + 10 * 100  # every layer's input, one layer whole
+    selective = plan_memory(COST, 2, 1 << 20, "selective")["layers and fused op"]
+    assert selective == (1 << 20) * (2 * 100 + 2 * 16 + 100 + 50) + head + 10 * 100
+    assert plan_memory(COST, 2, 1 << 20, "none", no_sync=True)["gradients (fp32)"] == 4000
+    assert plan_memory(COST, 8, 1 << 20, "none", shards=4)["parameters (fp32)"] == 1000
+    alone = plan_memory(replace(COST, compute_bytes=4), 1, 1 << 20, "none")  # fp32 in one process: nothing is gathered
+    assert alone["gathered embedding, norm, head"] == 0 and alone["gradients (fp32)"] == 4000
+    assert alone["layers and fused op"] == (1 << 20) * 450 + (160 << 20) + (1 << 20) * 8 * 12 + 1000
+
+
+def test_largest_micro_batch_is_the_largest_that_the_plan_fits():
+    large = replace(COST, saved_bytes=1e6)
+    for checkpointing in CHECKPOINTING:
+        tokens = most_tokens(large, 1, 8.0, checkpointing)
+        assert tokens and tokens % 1024 == 0 and plan_memory(large, 1, tokens, checkpointing)["peak"] <= 6 * 2**30
+        assert plan_memory(large, 1, tokens + 1024, checkpointing)["peak"] > 6 * 2**30
+    assert most_tokens(COST, 1, 2.1, "full") == 0
+
+
+def example(prompt: int, chosen: int, rejected: int) -> Example:
+    sides = [Response(np.arange(first, first + length, dtype=np.int32), np.zeros((length, 2), np.int32), length)
+             for first, length in ((10, chosen), (50, rejected))]
+    return Example(Pair((("user", "x"),), "a", "b", "here:1"), np.arange(prompt, dtype=np.int32), *sides)
+
+
+def test_operations_by_hand():
+    """Prompt 3, chosen 2, rejected 4. A packed row computes the prompt once, and its attention to itself once."""
+    examples = [example(3, 2, 4)]
+    plain, row = (flops(COST, collate(MicroBatch((0,)), examples, 1, packs=packs)) for packs in (False, True))
+    head = 6 * 250 * 6
+    assert plain == 6 * 400 * 12 + head + 12 * 32 * (25 + 49) / 2
+    assert row == 6 * 400 * 9 + head + 12 * 32 * (25 + 49 - 9) / 2
+
+
+def test_the_plan_of_the_papers_model_needs_no_network_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--plan"])
+    printed = capsys.readouterr().out
+    assert "8.03 B parameters" in printed and all(name in printed for name in MACHINES)
+    assert not list(tmp_path.iterdir())
+    (full,) = [line.split()[2:] for line in printed.splitlines() if line.startswith("  --checkpointing full ")]
+    assert len(full) == 3 and all(int(cell.replace(",", "")) >= 8192 for cell in full)
+
+
+def test_a_plan_without_a_config_is_one_message(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(tmp_path / "nowhere"), "--plan"])
+    assert "its config can't be read" in capsys.readouterr().err
+
+
+def test_a_plan_that_fits_nowhere_says_0():
+    huge = ModelCost(10**12, 10**10, 10**12, 10**9, 100, 8192, 8192, 2, 1e7, 1e5)
+    assert [line.split()[-3:] for line in describe_plan(huge, 8192, MACHINES).splitlines()[-3:]] == [["0"] * 3] * 3

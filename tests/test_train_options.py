@@ -1,0 +1,128 @@
+"""Options of whole runs: hybrid shards, compiled layers, sampled answers, the profile, the page at the end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_tests import assert_close_rows, read_rows
+
+import train
+from twdpo import model
+from twdpo.config import InputError
+from twdpo.dist import Process, shard_module
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_samples(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+
+
+def test_two_copies_of_the_parameters_change_nothing(tmp_path, run_arguments):
+    """Two processes with a whole copy each (HSDP), gradients reduced on the last micro-batch, layers computed again;
+    both write the same answers in step. Then one process goes on from their checkpoint."""
+    flags = {"micro_batch_tokens": 250, "sample": 2, "save_every": 3, "max_steps": 4}
+    train.main(run_arguments(tmp_path / "one", **flags))
+    argv = run_arguments(tmp_path / "two", **flags | {"max_steps": 3})
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+                    *argv, "--replicate", "2", "--no-sync", "--checkpointing", "full"],
+                   cwd=ROOT, check=True, capture_output=True, timeout=300)
+    expected = read_rows(tmp_path / "one")
+    two = read_rows(tmp_path / "two")
+    assert [row["step"] for row in two] == [0, 1, 2, 3, 3]
+    schedule = ("lr",)  # of three steps and of four
+    strip = [{name: row[name] for name in row if name not in schedule} for row in (two[0], two[1])]
+    assert_close_rows(strip, [{name: row[name] for name in row if name not in schedule} for row in expected[:2]])
+    assert [sample for sample in read_samples(tmp_path / "two") if sample["step"] == 0] == [
+        sample for sample in read_samples(tmp_path / "one") if sample["step"] == 0]
+
+
+def test_copies_that_do_not_divide_the_processes_are_refused():
+    module = torch.nn.Linear(2, 2)
+    import torch.distributed as dist
+
+    from twdpo import dist as ours
+    ours.start()
+    try:
+        with pytest.raises(InputError, match="--replicate is 3: 1 processes"):
+            shard_module(module, [], None, torch.device("cpu"), 3)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch):
+    """Traced and run by torch.compile's front half: the back half takes minutes on a CPU. Rows of many lengths, layers
+    computed again, answers sampled in between: two graphs a layer, before and after its attention."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **options: compile(self, backend=backend, **options))
+    flags = {"checkpointing": "selective", "sample": 1, "micro_batch_tokens": 300, "max_steps": 3}
+    train.main(run_arguments(tmp_path / "eager", **flags))
+    assert not graphs
+    train.main([*run_arguments(tmp_path / "compiled", **flags), "--compile"])
+    assert 2 <= len(graphs) <= 20  # not one for each row and layer
+    assert_close_rows(read_rows(tmp_path / "compiled"), read_rows(tmp_path / "eager"))
+    assert read_samples(tmp_path / "compiled") == read_samples(tmp_path / "eager")
+    torch._dynamo.reset()
+
+
+def test_sampled_answers_are_what_the_exported_policy_writes(tmp_path, run_arguments):
+    """After the last step, greedily; a resumed run's file is that of one that never stopped."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    train.main(run_arguments(tmp_path / "run", sample=2, save_every=3))
+    samples = read_samples(tmp_path / "run")
+    assert [sample["step"] for sample in samples] == [0, 0, 3, 3, 6, 6]
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/final")
+    for sample in samples[-2:]:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True,
+                                            return_tensors="pt", return_dict=True)
+        output = policy.generate(**ids, max_new_tokens=train.SAMPLED_TOKENS, do_sample=False)
+        assert tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True) == sample["answer"]
+    train.main([*run_arguments(tmp_path / "run", sample=2, save_every=3), "--resume",
+                str(tmp_path / "run/checkpoints/step-0000003")])
+    assert read_samples(tmp_path / "run") == samples
+
+
+def test_sampling_changes_no_figure_and_none_is_the_default(tmp_path, run_arguments):
+    train.main(run_arguments(tmp_path / "with", sample=1))
+    train.main(run_arguments(tmp_path / "without"))
+    assert read_rows(tmp_path / "with") == read_rows(tmp_path / "without")
+    assert (tmp_path / "without/samples.jsonl").read_text() == ""
+
+
+def test_a_profile_adds_shares_and_rates(tmp_path, run_arguments):
+    train.main([*run_arguments(tmp_path / "run", max_steps=2), "--profile"])
+    steps = [row for row in read_rows(tmp_path / "run") if "loss" in row]
+    for row in steps:
+        shares = [row[f"{stage}_share"] for stage in ("data", "forward", "backward", "optimizer")]
+        assert all(share > 0 for share in shares) and sum(shares) == pytest.approx(1)
+        assert row["tflops"] > 0 and "mfu" not in row  # no data sheet for a CPU
+
+
+def test_a_run_ends_with_a_page(tmp_path, run_arguments, capsys):
+    train.main(run_arguments(tmp_path / "run", sample=1))
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count("<figure>") >= 7 and "What the policy answers" in page
+    assert f"{tmp_path / 'run/report.html'}: the curves" in capsys.readouterr().out
+
+
+def test_a_judge_too_big_for_a_gpu_is_sharded_by_itself(toy_model, monkeypatch):
+    gpus = type("Properties", (), {"total_memory": 10_000_000})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus)
+    two = Process(0, 2, torch.device("cuda"))
+    params = sum(parameter.numel() for parameter in
+                 model.build_on_meta(model.load_model_config(toy_model), torch.float32).parameters())
+    for memory, expected in ((4 * params / 0.81, True), (4 * params / 0.79, False)):
+        gpus.total_memory = memory
+        assert model.shards_judge("auto", toy_model, torch.float32, two) is expected
+    assert not model.shards_judge("off", toy_model, torch.float32, two)
+    assert not model.shards_judge("auto", toy_model, torch.float32, Process(0, 1, torch.device("cuda")))
