@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from twdpo.attention import packed
+from twdpo.auxiliary import auxiliary_logps, find_aux_models
 from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
 from twdpo.chat import Example
 from twdpo.checkpoint import (
@@ -32,20 +33,39 @@ from twdpo.dist import Process, clip_gradients, run_script, sum_over_processes
 from twdpo.generate import sample_answers
 from twdpo.inputs import check_inputs, fill_weights, import_files, leave_out_unscored, open_context, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
-from twdpo.losses import LOSSES, needs_reference
+from twdpo.losses import LOSSES, loss_needs, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.model import cache_directory, load_model_config, load_policy, pick_dtype, settle_packing
 from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for
+from twdpo.plugins import bind_options, describe
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
-from twdpo.weights import WEIGHTS, find_source
+from twdpo.weights import WEIGHTS, find_source, source_needs
 
 SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0]), train)
+    run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], list_plugins(),
+                                                settings_of_loss), train)
+
+
+def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
+    """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
+    import_files(str(given.get("imports", "")))
+    settings = getattr(LOSSES.get(given.get("loss", TrainConfig.loss)), "settings", {})
+    return settings.get("", {}) | settings.get(preset, {})
+
+
+def list_plugins() -> str:
+    """The end of --help: every loss and weight source, from their docstrings."""
+    lines = []
+    for title, rows in (("losses", describe(LOSSES, loss_needs)),
+                        ("weight sources", describe(WEIGHTS, source_needs))):
+        lines.append(f"{title} (name; options and their defaults; what it needs):")
+        lines += [f"  {name:14}{what}; {options}; {needs}" for name, what, needs, options in rows]
+    return "\n".join(lines)
 
 
 def train(config: TrainConfig, process: Process) -> None:
@@ -53,21 +73,22 @@ def train(config: TrainConfig, process: Process) -> None:
     if config.plan:
         process.print(plan_for(config, process))
         return
-    import_files(config.imports)
     if config.loss not in LOSSES:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
-    loss = LOSSES[config.loss]
-    source, weights_path = find_source(loss, config)
+    loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
+    source_name, weights_path = find_source(loss, config)
+    source = bind_options(WEIGHTS[source_name], config.weights_options, "--weights-options")
     config, run_dir, checkpoint = open_run(config, process)
     cache = cache_directory(config)
     budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)
     dtype = pick_dtype(config.dtype, process.device)
-    process.print(f"preset {config.preset}; loss {config.loss}, weights {source}; {process.world_size} process(es) on "
-                  f"{process.device.type}, compute {str(dtype).removeprefix('torch.')}; micro-batches of {budget} "
-                  f"tokens; output in {run_dir}")
+    process.print(f"preset {config.preset}; loss {config.loss}, weights {source_name}, beta {config.beta}; "
+                  f"{process.world_size} process(es) on {process.device.type}, compute "
+                  f"{str(dtype).removeprefix('torch.')}; micro-batches of {budget} tokens; output in {run_dir}")
 
-    needs = getattr(WEIGHTS[source], "needs", ())
+    needs = source_needs(source)
     inputs = check_inputs(config, process, run_dir, needs, weights_path)
+    aux_models = find_aux_models(config, needs, inputs, process)
     if "scores" in needs:
         inputs = leave_out_unscored(config, inputs, weights_path, process)
     train_examples, held_out = inputs.train, inputs.held_out
@@ -84,7 +105,8 @@ def train(config: TrainConfig, process: Process) -> None:
 
     inputs = fill_weights(config, inputs, used, process)
     context = open_context(config, inputs, used, process)
-    identity = process.on_main(lambda: run_identity(config, inputs, context))
+    context = replace(context, aux=auxiliary_logps(config, needs, aux_models, used, process))
+    identity = process.on_main(lambda: run_identity(config, inputs, context, aux_models))
 
     policy = load_policy(inputs.model_dir, dtype, process, config.checkpointing, config.replicate, config.compile)
     rows = RowOptions(settle_packing(policy, config.packing, used, process), budget)
@@ -102,7 +124,7 @@ def train(config: TrainConfig, process: Process) -> None:
     def micro_batches(examples: list[Example], pairs: list[int], logps) -> list[PairBatch]:
         """This process's part of a global batch, with weights, on the device."""
         plan = plan_micro_batches(pairs, examples, process.world_size, rows)[process.rank]
-        batches = [collate(micro_batch, examples, len(pairs), logps, rows.packs) for micro_batch in plan]
+        batches = [collate(micro_batch, examples, pairs, logps, rows.packs) for micro_batch in plan]
         return [set_weights(batch, source, loss, context).to(process.device) for batch in batches]
 
     def evaluate(step: int) -> dict[str, float]:
@@ -110,7 +132,7 @@ def train(config: TrainConfig, process: Process) -> None:
         totals: Totals = {}
         with torch.no_grad():
             for pairs in process.progress(held_out_batches, desc="evaluate", unit="batch", leave=False):
-                for batch in micro_batches(held_out, pairs, held_out_logps):
+                for batch in with_means(policy, micro_batches(held_out, pairs, held_out_logps), loss, process):
                     run_pairs(policy, batch, loss, config, totals)
         totals = sum_over_processes(totals, process.device)
         row = {f"eval/{name}": value for name, value in means(totals).items()}
@@ -179,6 +201,8 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
     Raises FloatingPointError before the optimizer moves when the loss or the gradient is not finite.
     """
     totals: Totals = {}
+    with clock("forward"):
+        batches = with_means(policy, batches, loss, process)
     for number, batch in enumerate(batches, 1):
         policy.set_requires_gradient_sync(not config.no_sync or number == len(batches))
         with clock("forward"):
@@ -198,6 +222,21 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
         optimizer.step()
         optimizer.zero_grad()
     return row | {"grad_norm": grad_norm, "lr": lr}, totals
+
+
+@torch.no_grad()
+def with_means(policy, batches: list[PairBatch], loss, process: Process) -> list[PairBatch]:
+    """The micro-batches with what a loss's `statistics` are on average over the global batch; as they are for a loss
+    without. All ranks."""
+    if not hasattr(loss, "statistics"):
+        return batches
+    totals: Totals = {}
+    for batch in batches:
+        ratio_S, logps_N = policy(batch)
+        add_totals(totals, loss.statistics(ratio_S, logps_N, batch), batch.coefficient_P)
+    totals = sum_over_processes(totals, process.device)  # all ranks
+    values = {name: (total[0] / total[2]).float() for name, total in totals.items()}
+    return [replace(batch, means=values) for batch in batches]
 
 
 def run_pairs(policy, batch: PairBatch, loss, config: TrainConfig, totals: Totals) -> torch.Tensor:

@@ -126,7 +126,7 @@ def run_ours(work: Path, flags, options: dict[str, object]) -> dict[str, float]:
     for step, batch_pairs in enumerate(batches, 1):
         started = time.perf_counter()
         (plan,) = plan_micro_batches(batch_pairs, examples, 1, rows)
-        micro_batches = [collate(each, examples, len(batch_pairs), logps, rows.packs).to(process.device)
+        micro_batches = [collate(each, examples, batch_pairs, logps, rows.packs).to(process.device)
                          for each in plan]
         row, _ = train_step(policy, optimizer, micro_batches, LOSSES["dpo"], config, LR, step, process, clock)
         if process.device.type == "cuda":

@@ -13,7 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
 
+from twdpo.losses import LOSSES
 from twdpo.toy import build_toy_model, toy_rows
+from twdpo.weights import WEIGHTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -28,6 +30,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test adds to the tables of losses and sources is gone after it."""
+    before = dict(LOSSES), dict(WEIGHTS)
+    yield
+    for table, old in zip((LOSSES, WEIGHTS), before):
+        table.clear()
+        table.update(old)
 
 
 @pytest.fixture(scope="session")

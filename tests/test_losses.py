@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from twdpo.config import TrainConfig
-from twdpo.losses import LOSSES, dpo
+from twdpo.config import InputError, TrainConfig
+from twdpo.losses import LOSSES, dpo, loss_needs, needs_reference
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors
-from twdpo.weights import normalize
+from twdpo.plugins import bind_options, describe
+from twdpo.weights import WEIGHTS, normalize, source_needs
 
 
 class Batch:
@@ -20,7 +21,12 @@ class Batch:
         self.ref_logps_N = torch.tensor([-1.0, -2.0, -1.0, -3.0, -0.5, -0.5])
         self.weights_N, self.scale_S = normalize(torch.ones(6), self.seq_lens_S, norm)
         self.coefficient_P = torch.tensor(coefficient)
-        self.pair_count = 2
+        self.pair_count, self.chosen_tokens = 2, 3
+
+    def double(self) -> "Batch":
+        for name in ("ref_logps_N", "weights_N", "scale_S"):
+            setattr(self, name, getattr(self, name).double())
+        return self
 
     def ratio(self, logps_N: torch.Tensor) -> torch.Tensor:
         weighted_N = self.weights_N * (logps_N - self.ref_logps_N)
@@ -59,16 +65,167 @@ def test_uniform_twdpo_is_dpo_in_values_and_gradients():
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_every_loss_is_finite_at_saturation_and_falls_as_the_chosen_answer_gains(name):
-    batch, config = Batch(), TrainConfig(beta=1.0)
-    for size in (0.0, 1.0, 1e4):
-        ratio_S = torch.tensor([size, -size, -size, size], requires_grad=True)
-        loss_P, _ = LOSSES[name](ratio_S, LOGPS, batch, config)
-        (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
-        assert loss_P.isfinite().all() and grad_S.isfinite().all()
-        assert grad_S[2] < 0 < grad_S[3]  # the pair that is wrong: raise chosen, lower rejected
-        assert loss_P[0] <= loss_P[1]
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+def log_odds(average: float) -> float:
+    return average - math.log(1 - math.exp(average))
+
+
+B = 0.3  # beta
+# By the papers' formulas, of one pair: c, r sums of log-ratios (log-probs without a reference), n, m lengths of both,
+# zc, zr the means of c and r over the batch.
+FORMULAS = {
+    "dpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)),
+    "twdpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)),
+    "ipo": lambda c, r, n, m, zc, zr: (c / n - r / m - 1 / (2 * B)) ** 2,
+    "ipo normalize=sum": lambda c, r, n, m, zc, zr: (c - r - 1 / (2 * B)) ** 2,
+    "kto_pair": lambda c, r, n, m, zc, zr: 2 - sigmoid(B * (c - max(zr, 0))) - sigmoid(B * (max(zc, 0) - r)),
+    "kto_pair kl=zero,desirable=2": lambda c, r, n, m, zc, zr: 2 * (1 - sigmoid(B * c)) + 1 - sigmoid(-B * r),
+    "kto_pair kl=micro": lambda c, r, n, m, zc, zr:
+        1 - (sigmoid(B * (c - max(zr, 0))) + sigmoid(B * (max(zc, 0) - r))) / 2,
+    "simpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c / n - r / m - 0.25)),
+    "simpo gamma_ratio=0.5,form=hinge,nll=0.1": lambda c, r, n, m, zc, zr:
+        max(0, 1 - B * (c / n - r / m - 0.5)) - 0.1 * c / n,
+    "rdpo alpha=0.05": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r) + 0.05 * n - 0.05 * m),
+    "cpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)) - c,
+    "cpo nll_over=token": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)) - c / n,
+    "cpo nll=0.5,nll_over=batch": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)) - 0.5 * c * 2 / 3,
+    "orpo": lambda c, r, n, m, zc, zr: -c / n - B * log_sigmoid(log_odds(c / n) - log_odds(r / m)),
+    "slic_hf": lambda c, r, n, m, zc, zr: max(0, 1 - c + r) - 0.1 * c,
+    "rrhf nll=0.5": lambda c, r, n, m, zc, zr: max(0, r / m - c / n) - 0.5 * c,
+    "sigmoid_norm": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c / n - r / m)),
+    "hinge": lambda c, r, n, m, zc, zr: max(0, 1 - B * (c - r)),
+    "robust": lambda c, r, n, m, zc, zr: (-0.9 * log_sigmoid(B * (c - r)) + 0.1 * log_sigmoid(B * (r - c))) / 0.8,
+    "exo_pair": lambda c, r, n, m, zc, zr: (sigmoid(B * (c - r)) * (log_sigmoid(B * (c - r)) - math.log(0.999))
+                                            + sigmoid(B * (r - c)) * (log_sigmoid(B * (r - c)) - math.log(0.001))),
+    "nca_pair": lambda c, r, n, m, zc, zr: -log_sigmoid(B * c) - 0.5 * log_sigmoid(-B * c) - 0.5 * log_sigmoid(-B * r),
+    "sppo_hard": lambda c, r, n, m, zc, zr: (c - 0.5 / B) ** 2 + (r + 0.5 / B) ** 2,
+    "apo_zero": lambda c, r, n, m, zc, zr: 1 - sigmoid(B * c) + sigmoid(B * r),
+    "apo_down": lambda c, r, n, m, zc, zr: sigmoid(B * c) + 1 - sigmoid(B * (c - r)),
+    "discopop": lambda c, r, n, m, zc, zr: (-log_sigmoid(B * (c - r)) * (1 - sigmoid(B * (c - r) / 0.05))
+                                            + math.exp(-B * (c - r)) * sigmoid(B * (c - r) / 0.05)),
+}
+
+
+def bind(spelled: str):
+    name, _, options = spelled.partition(" ")
+    return bind_options(LOSSES[name], options, "--loss-options")
+
+
+def batch_for(loss, norm: str = "none") -> Batch:
+    batch = Batch(norm).double()
+    if not needs_reference(loss):
+        batch.ref_logps_N = torch.zeros_like(batch.ref_logps_N)
+    return batch
+
+
+def config_for(loss) -> TrainConfig:
+    return TrainConfig(beta=B, label_smoothing=0.1 if loss.__name__ == "robust" else 0.0)
+
+
+def value(loss, logps_N: torch.Tensor, batch) -> torch.Tensor:
+    ratio_S = batch.ratio(logps_N)
+    if hasattr(loss, "statistics"):
+        values = loss.statistics(ratio_S, logps_N, batch)
+        batch.means = {name: value_P.mean().detach() for name, value_P in values.items()}
+    return loss(ratio_S, logps_N, batch, config_for(loss))[0]
+
+
+def test_every_loss_has_its_formula_here():
+    assert {spelled.split(" ")[0] for spelled in FORMULAS} == set(LOSSES)
+
+
+@pytest.mark.parametrize("spelled", FORMULAS)
+def test_losses_by_hand(spelled):
+    """Two pairs of two and one, one and two tokens."""
+    loss = bind(spelled)
+    batch, logps_N = batch_for(loss), LOGPS.double()
+    sums = [float(part.sum()) for part in (logps_N - batch.ref_logps_N).split([2, 1, 1, 2])]
+    zw, zl = (sums[0] + sums[2]) / 2, (sums[1] + sums[3]) / 2
+    expected = [FORMULAS[spelled](sums[0], sums[1], 2, 1, zw, zl), FORMULAS[spelled](sums[2], sums[3], 1, 2, zw, zl)]
+    np.testing.assert_allclose(value(loss, logps_N, batch).tolist(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("spelled", FORMULAS)
+def test_gradients_are_those_of_finite_differences(spelled):
+    loss, logps_N = bind(spelled), LOGPS.double().requires_grad_()
+    batch = batch_for(loss)
+    value(loss, logps_N, batch)
+    fixed = dict(getattr(batch, "means", {}))  # statistics carry no gradient
+
+    def of(logps_N):
+        batch.means = fixed
+        return loss(batch.ratio(logps_N), logps_N, batch, config_for(loss))[0]
+    assert torch.autograd.gradcheck(of, (logps_N,), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spelled", FORMULAS)
+def test_a_wrong_pair_is_put_right(spelled):
+    """Where the rejected answer is far likelier, the chosen one is raised and the other lowered."""
+    loss, batch = bind(spelled), batch_for(bind(spelled))
+    ratio_S = torch.tensor([-6.0, -1.0, -7.0, -2.0], dtype=torch.float64, requires_grad=True)
+    batch.means = {"chosen": torch.tensor(0.0), "rejected": torch.tensor(0.0)}
+    loss_P, _ = loss(ratio_S, LOGPS.double(), batch, config_for(loss))
+    (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
+    assert (grad_S[1::2] > 0).all()
+    if spelled != "apo_down":  # which lowers both
+        assert (grad_S[0::2] < 0).all()
+
+
+@pytest.mark.parametrize("spelled", FORMULAS)
+@pytest.mark.parametrize("size", [0.0, 1e-7, 50.0, 1e4])
+def test_losses_are_finite_at_their_limits(spelled, size):
+    """Equal answers, saturated margins, log-probs of 0 (p = 1)."""
+    loss = bind(spelled)
+    batch = batch_for(loss)
+    signs = [-1.0, -1.0, -2.0, -1.0] if not needs_reference(loss) else [1.0, -1.0, -1.0, 1.0]
+    if spelled == "discopop":
+        size = min(size, 50.0)  # exp(-m) of a margin below -700 is no number; its authors don't bound it either
+    ratio_S = (size * torch.tensor(signs, dtype=torch.float32)).requires_grad_()
+    batch.means = {"chosen": torch.tensor(size), "rejected": torch.tensor(-size)}
+    loss_P, _ = loss(ratio_S, LOGPS, batch, config_for(loss))
+    (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
+    assert loss_P.isfinite().all() and grad_S.isfinite().all()
+
+
+def test_length_by_mass_divides_by_the_weights():
+    """Weights 0.5 and 0.25 of two tokens: an average over 0.75 of them."""
+    loss, batch = LOSSES["sigmoid_norm"], Batch().double()
+    batch.weights_N = torch.tensor([0.5, 0.25, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    ratio_S = batch.ratio(LOGPS.double())
+    by_tokens, by_mass = (loss(ratio_S, LOGPS, batch, TrainConfig(beta=B, length_by=by))[0][0].item()
+                          for by in ("tokens", "mass"))
+    gain = 0.5 * 0.5 + 0.25 * 0.5
+    assert by_tokens == pytest.approx(-log_sigmoid(B * (gain / 2 + 0.5)))
+    assert by_mass == pytest.approx(-log_sigmoid(B * (gain / 0.75 + 0.5)))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("beta=1", "the options of simpo are gamma_ratio=0.25, form=sigmoid, nll=0.0"),
+    ("gamma_ratio=x", "must be a float"), ("gamma_ratio", "must be a float"),
+    ("form=cube", "must be one of sigmoid, hinge"),
+])
+def test_options_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        bind_options(LOSSES["simpo"], text, "--loss-options")
+
+
+def test_bound_options_keep_the_attributes():
+    bound = bind_options(LOSSES["simpo"], " gamma_ratio=0.5, form=hinge ", "--loss-options")
+    assert bound.needs == () and bound.settings == LOSSES["simpo"].settings and bound.__name__ == "simpo"
+    assert bind_options(LOSSES["simpo"], "", "--loss-options") is LOSSES["simpo"]
+
+
+@pytest.mark.parametrize("table", [LOSSES, WEIGHTS])
+def test_every_docstring_opens_with_what_it_is(table):
+    for row in describe(table, loss_needs if table is LOSSES else source_needs):
+        assert 20 < len(row[1]) < 110 and all(row), row
 
 
 def test_metrics_by_hand_with_a_tie_and_a_copy():

@@ -79,7 +79,7 @@ def test_one_process_in_fp32_holds_everything_once(toy_model, process):
 def test_policy_equals_plain_forwards_of_each_sequence(toy_model, process):
     plain = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
     policy = load_policy(toy_model, torch.float32, process)
-    batch = collate(MicroBatch((0, 1, 2)), EXAMPLES, 3)
+    batch = collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])
     _, logps_N = policy(batch)
     expected_N = torch.cat([plain_logps(plain, example, response) for example in EXAMPLES
                             for response in (example.chosen, example.rejected)])
@@ -114,13 +114,13 @@ def test_master_weights_are_fp32_and_training_is_on(bf16_checkpoint, process):
 
 def test_dropout_is_off(bf16_checkpoint, process):
     policy = load_policy(bf16_checkpoint, torch.float32, process)
-    batch = collate(MicroBatch((0, 1)), EXAMPLES, 2)
+    batch = collate(MicroBatch((0, 1)), EXAMPLES, [0, 1])
     assert torch.equal(policy(batch)[1], policy(batch)[1])
 
 
 def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpoint, process):
     policy = load_policy(bf16_checkpoint, torch.bfloat16, process)
-    batch = collate(MicroBatch((0,)), EXAMPLES, 1)
+    batch = collate(MicroBatch((0,)), EXAMPLES, [0])
     batch.ref_logps_N.fill_(-123.456)
     batch.weights_N.fill_(0.3)
     ratio_S, logps_N = policy(batch)
@@ -133,14 +133,14 @@ def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpo
 def test_parameters_stay_sharded_after_an_evaluation(toy_model, process):
     policy = load_policy(toy_model, torch.bfloat16, process)
     with torch.no_grad():
-        policy(collate(MicroBatch((0,)), EXAMPLES, 1))
+        policy(collate(MicroBatch((0,)), EXAMPLES, [0]))
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def test_padding_and_grouping_change_nothing(toy_model, process):
     policy = load_policy(toy_model, torch.float32, process)
-    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, 3))[1]
-    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, 3))[1] for pair in (0, 1, 2)])
+    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2]))[1]
+    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, [0, 1, 2]))[1] for pair in (0, 1, 2)])
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
 
 

@@ -32,7 +32,7 @@ EXAMPLES = [example(0, 9, 12, 5), example(1, 3, 8, 20, alike=4), example(2, 6, 1
 def run(policy, packs: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(log-probs, gradients of all parameters) for an uneven upstream gradient."""
     policy.zero_grad()
-    _, logps_N = policy(collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, 4, packs=packs))
+    _, logps_N = policy(collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=packs))
     (logps_N * torch.linspace(-1, 1, len(logps_N))).sum().backward()
     return logps_N.detach(), {name: parameter.grad.clone() for name, parameter in policy.named_parameters()
                               if parameter.grad is not None}
@@ -50,7 +50,7 @@ def test_packed_rows_equal_plain_ones(name):
 
 
 def test_a_packed_row_holds_each_beginning_once():
-    plain, packed = (collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, 4, packs=packs) for packs in (False, True))
+    plain, packed = (collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=packs) for packs in (False, True))
     alike = [common_beginning([np.concatenate([each.prompt_ids, side.ids]) for side in (each.chosen, each.rejected)])
              - len(each.prompt_ids) for each in EXAMPLES]
     assert alike[1] >= 4 and alike[3] >= 3

@@ -136,7 +136,7 @@ def example(prompt: int, chosen: int, rejected: int) -> Example:
 def test_operations_by_hand():
     """Prompt 3, chosen 2, rejected 4. A packed row computes the prompt once, and its attention to itself once."""
     examples = [example(3, 2, 4)]
-    plain, row = (flops(COST, collate(MicroBatch((0,)), examples, 1, packs=packs)) for packs in (False, True))
+    plain, row = (flops(COST, collate(MicroBatch((0,)), examples, [0], packs=packs)) for packs in (False, True))
     head = 6 * 250 * 6
     assert plain == 6 * 400 * 12 + head + 12 * 32 * (25 + 49) / 2
     assert row == 6 * 400 * 9 + head + 12 * 32 * (25 + 49 - 9) / 2

@@ -33,17 +33,21 @@ def test_example_loss_and_source_run():
 
     from twdpo.losses import LOSSES
     from twdpo.weights import WEIGHTS
-    before = dict(LOSSES), dict(WEIGHTS)
-    try:
-        exec(example, {})  # noqa: S102
-        batch = type("Batch", (), {"seq_lens_S": torch.tensor([2, 3])})
-        assert WEIGHTS["rising"](batch, None).tolist() == [1, 2, 1, 2, 3]
-        config = type("Config", (), {"beta": 0.5})
-        assert LOSSES["hinge"](torch.tensor([1.0, 0.0]), None, batch, config)[0].tolist() == [0.5]
-    finally:
-        for registry, old in zip((LOSSES, WEIGHTS), before):
-            registry.clear()
-            registry.update(old)
+    exec(example, {})  # noqa: S102
+    batch = type("Batch", (), {"seq_lens_S": torch.tensor([2, 3])})
+    assert WEIGHTS["rising"](batch, None).tolist() == [1, 2, 1, 2, 3]
+    config = type("Config", (), {"beta": 0.5})
+    assert LOSSES["squared_hinge"](torch.tensor([1.0, 0.0]), None, batch, config)[0].tolist() == [0.25]
+    assert LOSSES["squared_hinge"](torch.tensor([1.0, 0.0]), None, batch, config, edge=0.5)[0].tolist() == [0.0]
+
+
+def test_tables_of_losses_and_sources_are_their_docstrings():
+    from twdpo.losses import LOSSES, loss_needs
+    from twdpo.plugins import describe
+    from twdpo.weights import WEIGHTS, source_needs
+    for rows in (describe(LOSSES, loss_needs), describe(WEIGHTS, source_needs)):
+        lines = [f"| `{name}` | {what} | {needs} | {options} |" for name, what, needs, options in rows]
+        assert "\n".join(lines) in README
 
 
 def test_figures_of_the_fused_op_are_those_of_the_committed_run():

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -345,21 +346,14 @@ def test_length_normalize_drops_the_length(tmp_path, arguments):
 
 
 def test_own_loss_and_source_from_a_file(tmp_path, arguments):
-    (tmp_path / "mine.py").write_text(
-        "import torch\n"
-        "from twdpo.losses import LOSSES\n"
-        "from twdpo.weights import WEIGHTS\n"
-        "def hinge(ratio_S, logps_N, batch, config):\n"
-        "    margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])\n"
-        "    return torch.relu(1 - margin_P), {'active': (margin_P < 1).float()}\n"
-        "def rising(batch, context):\n"
-        "    return torch.cat([torch.arange(1.0, n + 1) for n in batch.seq_lens_S.tolist()])\n"
-        "LOSSES['hinge'], WEIGHTS['rising'] = hinge, rising\n")
-    train.main([*arguments(tmp_path / "run"), "--import", str(tmp_path / "mine.py"), "--loss", "hinge", "--weights",
-                "rising"])
+    """The README's example, as it stands there, for ten steps."""
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.py").write_text(example)
+    train.main([*arguments(tmp_path / "run", max_steps=10), "--import", str(tmp_path / "mine.py"), "--loss",
+                "squared_hinge", "--weights", "rising", "--loss-options", "edge=2"])
     rows = read_rows(tmp_path / "run")
-    assert rows[0]["eval/loss"] == pytest.approx(1.0, abs=1e-6) and rows[1]["active"] == 1.0
-    assert rows[-2]["loss"] < 1.0
+    assert rows[0]["eval/loss"] == pytest.approx(4.0, abs=1e-6) and rows[1]["active"] == 1.0
+    assert rows[-2]["step"] == 10 and rows[-2]["loss"] < 4.0
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -7,7 +7,8 @@ import torch
 from twdpo.chat import Example, Response
 from twdpo.config import PRESETS, TrainConfig
 from twdpo.pairs import Pair
-from twdpo.weights import alignment_shares, attention_weights, normalize
+from twdpo.postprocess import alignment_shares, attention_weights
+from twdpo.weights import normalize
 from twdpo.weights_file import JudgedAnswer
 
 

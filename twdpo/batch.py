@@ -4,7 +4,8 @@ Legend: P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), R rows (S plain on
 response tokens of all sequences one after another.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from twdpo.attention import Ranges
 from twdpo.chat import Example
 from twdpo.rows import MicroBatch, RowOptions, pack, plan_packed_rows, plan_rows
-from twdpo.weights import WEIGHTS, WeightContext, judged_lengths, normalize
+from twdpo.weights import WeightContext, judged_lengths, normalize
 
 
 @dataclass
@@ -32,6 +33,8 @@ class PairBatch:
     seq_lens_S: torch.Tensor  # int64 on the CPU, n = |y|
     coefficient_P: torch.Tensor  # fp32, 1, or 0 for copies that only keep the processes in step
     pair_count: int  # pairs of the global batch
+    chosen_tokens: int  # response tokens of its chosen answers
+    means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +58,13 @@ def plan_micro_batches(pairs: list[int], examples: list[Example], world_size: in
     return plan_rows(pairs, {pair: examples[pair].longest for pair in pairs}, world_size, rows.token_budget)
 
 
-def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
+def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
             ref_logps: dict[int, tuple[np.ndarray, np.ndarray]] | None = None, packs: bool = False) -> PairBatch:
     """Tensors of one micro-batch on the CPU, weights uniform.
 
-    ref_logps: reference log-probs of the response tokens by index into `examples`, or None (then 0). packs: one packed
-    row, in which both sequences of a pair share their common beginning, instead of plain rows.
+    pairs: of the global batch that it is a part of. ref_logps: reference log-probs of the response tokens by index into
+    `examples`, or None (then 0). packs: one packed row, in which both sequences of a pair share their common beginning,
+    instead of plain rows.
     """
     selected = [examples[pair] for pair in micro_batch.pairs]
     sequences = [(example.prompt_ids, response.ids) for example in selected
@@ -89,12 +93,12 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pair_count: int,
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
     return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(),
                      torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
-                     torch.full((len(selected),), float(micro_batch.real)), pair_count)
+                     torch.full((len(selected),), float(micro_batch.real)), len(pairs),
+                     sum(len(examples[pair].chosen.ids) for pair in pairs))
 
 
-def set_weights(batch: PairBatch, source_name: str, loss, context: WeightContext) -> PairBatch:
+def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairBatch:
     """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
-    source = WEIGHTS[source_name]
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
     raw_N = source(batch, context)
     if norm == "mean1" and not context.config.renormalize:

@@ -20,7 +20,7 @@ from twdpo.chat import encode
 from twdpo.config import InputError
 from twdpo.files import hash_file, write_atomic
 from twdpo.pairs import parse_row, read_rows
-from twdpo.weights import average_rounds
+from twdpo.postprocess import average_rounds
 from twdpo.weights_file import JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")

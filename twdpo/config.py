@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class SharedConfig:
     skip_bad_rows: bool = flag(False, "model and data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
     empty_answers: str = flag("refuse", "model and data", "an answer of white space alone: 'refuse' (a bad row) or "
                               "'space' (it becomes one space, as in the authors' code)")
-    preset: str = flag("", "model and data", "settings to start from: paper, authors or toy; empty: toy for --data "
-                       "toy, else paper")
+    preset: str = flag("", "model and data", "settings to start from: paper, authors, toy, or tuned (as SimPO's "
+                       "authors tuned the loss on Llama-3-8B-Instruct); empty: toy for --data toy, else paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
                        free=True)
     imports: str = flag("", "model and data", "Python files that add to LOSSES or WEIGHTS, separated by commas; "
@@ -119,8 +120,14 @@ class TrainConfig(SharedConfig):
     """`train.py`: pairs -> judge -> weights -> TwDPO -> evaluated checkpoint. Defaults: paper Table 6."""
 
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
+    loss_options: str = flag("", "objective", "settings of the loss, NAME=VALUE separated by commas (listed below); "
+                             "empty: its defaults")
     weights: str = flag("", "objective", "a name in WEIGHTS (twdpo/weights.py), a folder made by extract.py, or a file "
                         "of its --export; empty: the loss's own source")
+    weights_options: str = flag("", "objective", "settings of the weight source, NAME=VALUE separated by commas "
+                                "(listed below); empty: its defaults")
+    aux_model: str = flag("", "objective", "POSITIVE or POSITIVE,NEGATIVE: model folders or hub ids for weight sources "
+                          "that compare two models; without the second: the policy's starting weights; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored layer that attention weights are read from, 1-based; 'last': the "
                       "last one stored; 'all' stored, or several separated by commas: see --layer-merge; 'rollout'")
@@ -128,7 +135,10 @@ class TrainConfig(SharedConfig):
                             "authors' code")
     align: str = flag("characters", "objective", "judge tokens to training tokens by 'characters', or by 'edits' as in "
                       "appendix D")
-    beta: float = flag(5e-3, "objective", "strength of the KL penalty; 2.0 with --length-normalize unless given")
+    beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses of other papers bring their own "
+                       "default; 2.0 with --length-normalize unless given")
+    length_by: str = flag("tokens", "objective", "what losses that divide by an answer's length count: its 'tokens', "
+                          "or the 'mass' of its weights")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
     label_smoothing: float = flag(0.0, "objective", "share of labels taken as flipped, 0 to 0.5; 0: off")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
@@ -201,6 +211,7 @@ class TrainConfig(SharedConfig):
         super().__post_init__()
         require(self, "beta", self.beta > 0, "> 0")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
+        require(self, "length_by", self.length_by in ("tokens", "mass"), "tokens or mass")
         require(self, "layer_merge", self.layer_merge in ("mean", "sum"), "mean or sum")
         require(self, "align", self.align in ("characters", "edits"), "characters or edits")
         require(self, "sink_k", self.sink_k >= 0, ">= 0")
@@ -244,6 +255,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "renormalize": False,
         "multiplier": "judged",
     },
+    "tuned": {},  # and what the loss itself says of its baseline (its attribute `settings`)
     "toy": {
         "judge_prompt": "short",
         "lr": 1e-3,
@@ -286,11 +298,20 @@ def to_json(config) -> dict[str, object]:
     return {key_name(field): getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def build_parser(cls, description: str) -> argparse.ArgumentParser:
+class HelpFormatter(argparse.HelpFormatter):
+    """Flags are wrapped, the text at the end stays as it is."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _fill_text(self, text, width, indent):
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def build_parser(cls, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """The command line of a config class; a flag that is not given leaves no trace in the namespace."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter)
     groups: dict[str, argparse._ArgumentGroup] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -312,9 +333,13 @@ def build_parser(cls, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(cls, argv: list[str] | None, description: str):
-    """Command line -> config. Raises InputError for a wrong value; argparse exits on an unknown flag."""
-    explicit = vars(build_parser(cls, description).parse_args(argv))
+def parse_config(cls, argv: list[str] | None, description: str, epilog: str = "",
+                 more_settings: Callable[[dict[str, object], str], dict[str, object]] | None = None):
+    """Command line -> config. Raises InputError for a wrong value; argparse exits on an unknown flag.
+
+    more_settings: called with what is given and the preset's name; what it returns stands above the preset.
+    """
+    explicit = vars(build_parser(cls, description, epilog).parse_args(argv))
     given = (read_config_file(cls, explicit["config"]) if explicit.get("config") else {}) | explicit
     for name, kind in typing.get_type_hints(cls).items():
         if isinstance(given.get(name), str) and kind is str:
@@ -325,7 +350,8 @@ def parse_config(cls, argv: list[str] | None, description: str):
     if preset not in PRESETS:
         raise InputError(f"--preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
     names = {field.name for field in dataclasses.fields(cls)}
-    settings = {key: value for key, value in PRESETS[preset].items() if key in names} | given | {"preset": preset}
+    settings = {key: value for key, value in PRESETS[preset].items() if key in names}
+    settings |= (more_settings(given, preset) if more_settings else {}) | given | {"preset": preset}
     if settings.get("length_normalize") and "beta" not in given:
         settings["beta"] = 2.0  # paper section 4.3: Eq. 15 has no |y|, so its beta is larger
     return cls(**settings)

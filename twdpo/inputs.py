@@ -29,9 +29,10 @@ from twdpo.model import (
     pick_dtype,
 )
 from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
+from twdpo.postprocess import alignment_shares
 from twdpo.reference import example_key
 from twdpo.verbalized import ScoresFile, describe_left_out
-from twdpo.weights import WeightContext, alignment_shares, check_covered
+from twdpo.weights import WeightContext, check_covered
 from twdpo.weights_file import WeightsFile
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
@@ -193,11 +194,14 @@ def open_context(config: TrainConfig, inputs: Inputs, used: list[Example], proce
     return WeightContext(config, inputs.weights_file, inputs.scores)
 
 
-def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext) -> dict[str, str]:
+def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext, aux_models: list[Path]
+                 ) -> dict[str, str]:
     """Fingerprints of what the settings only name: a resumed run must be made from the same."""
     pairs = [[example_key(example) for example in part] for part in (inputs.train, inputs.held_out)]
     identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.fingerprint,
                 "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
+    if aux_models:
+        identity["the models of --aux-model"] = hash_json([fingerprint_model(folder) for folder in aux_models])
     for stored in filter(None, (context.attention, context.scores)):
         identity["the token weights"] = hash_json(stored.meta)
     return identity

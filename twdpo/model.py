@@ -50,32 +50,41 @@ def _find_model(config: SharedConfig) -> Path:
             write_atomic(directory, lambda temporary: (temporary.mkdir(), toy.build_toy_model(temporary)),
                          replace=False)
         return directory
-    directory = Path(config.model)
+    return locate_model(config.model, "--model")
+
+
+def locate_model(name: str, flag: str) -> Path:
+    """A model as a local folder: as it is, or fetched from the hub. Raises InputError.
+
+    flag: what names it, for messages.
+    """
+    directory = Path(name)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         try:
             directory = Path(snapshot_download(
-                config.model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                 ignore_patterns=["original/*"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise InputError(f"--model is {config.model!r}: no such folder here, and the hub does not give it "
+            raise InputError(f"{flag} is {name!r}: no such folder here, and the hub does not give it "
                              f"({error})") from error
     if not (directory / "config.json").is_file():
-        raise InputError(f"--model {config.model}: no config.json in {directory}")
+        raise InputError(f"{flag} {name}: no config.json in {directory}")
     if not list(directory.glob("*.safetensors")):
-        raise InputError(f"--model {config.model}: no .safetensors file in {directory}; convert the checkpoint "
+        raise InputError(f"{flag} {name}: no .safetensors file in {directory}; convert the checkpoint "
                          "(pickled weights are never read)")
     return directory
 
 
-def load_tokenizer(directory: Path, chat_template: str):
+def load_tokenizer(directory: Path, chat_template: str, needs_template: bool = True):
     """The model's fast tokenizer with a chat template. Raises InputError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer in {directory} can't be loaded: {error}") from error
-    set_chat_template(tokenizer, chat_template)
+    if needs_template:
+        set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -209,13 +218,25 @@ class Policy(torch.nn.Module):
         Only response tokens reach the head.
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
+        hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
+        return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
+                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
+
+    def _states(self, batch: PairBatch) -> torch.Tensor:
+        """Hidden states that predict the response tokens [N, D]."""
         with all_layers_attending(self.model.config), packed(batch.ranges):
             hidden_RTD = self.model.get_decoder()(input_ids=batch.input_ids_RT, position_ids=batch.positions_RT,
                                                   use_cache=False).last_hidden_state
-        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
+        return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
+
+    def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(hidden_ND, head_VD, bias_V) for what `forward` does not do; copies of the head, which outlive its shards.
+
+        Under FSDP2 all ranks.
+        """
         head = self.model.get_output_embeddings()
-        return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
-                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
+        bias = getattr(head, "bias", None)
+        return self._states(batch), head.weight.detach().clone(), None if bias is None else bias.detach().clone()
 
     def set_requires_gradient_sync(self, on: bool) -> None:
         """FSDP2 replaces this; one process that holds everything has nothing to reduce."""
@@ -235,7 +256,7 @@ def settle_packing(policy: Policy, packing: str, examples: list[Example], proces
         return False
     few = sorted(examples, key=lambda example: example.longest)[:4]
     micro_batch = MicroBatch(tuple(range(len(few))))
-    packed_N, plain_N = (policy(collate(micro_batch, few, len(few), packs=packs).to(process.device))[1]
+    packed_N, plain_N = (policy(collate(micro_batch, few, list(micro_batch.pairs), packs=packs).to(process.device))[1]
                          for packs in (True, False))
     difference = max(process.gather(((packed_N - plain_N).norm() / plain_N.norm()).item()))  # sync, all ranks
     exact = next(policy.model.parameters()).dtype == torch.float32 and packed_N.device.type == "cpu"
@@ -270,7 +291,8 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
         enable_checkpointing(model, checkpointing)
     policy = Policy(model)
     shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
-    register_fsdp_forward_method(policy, "generate")
+    for name in ("generate", "states_and_head"):
+        register_fsdp_forward_method(policy, name)
     if compile:
         for layer in layers:
             layer.compile(dynamic=True)  # rows differ in length

@@ -57,7 +57,7 @@ def reference_logps(policy, process: Process, examples: list[Example], batches: 
                 everyone = [pair for rank in plan for pair in rank[place].pairs]
                 if all(keys[pair] in stored for pair in everyone):
                     continue
-                batch = collate(micro_batch, examples, len(pairs), packs=rows.packs).to(process.device)
+                batch = collate(micro_batch, examples, pairs, packs=rows.packs).to(process.device)
                 _, logps_N = policy(batch)  # all ranks
                 parts = [part.numpy() for part in logps_N.float().cpu().split(batch.seq_lens_S.tolist())]  # sync
                 new |= {keys[pair]: tuple(parts[2 * row:2 * row + 2]) for row, pair in enumerate(micro_batch.pairs)

@@ -13,7 +13,7 @@ import numpy as np
 
 from twdpo.files import make_directory, write_atomic, write_json
 from twdpo.pairs import Pair
-from twdpo.weights import average_rounds, pin_and_share
+from twdpo.postprocess import average_rounds, pin_and_share
 from twdpo.weights_file import JudgedAnswer, WeightsFile
 
 SIDES = ("chosen", "rejected")

@@ -2,25 +2,30 @@
 
 A source is `WEIGHTS[name](batch, context) -> raw_N`: fp32 over the response tokens of a batch (twdpo.batch.PairBatch),
 without gradient. To add one, write the function and its line in WEIGHTS (or do both in a file given to --import).
-Attributes of a source, all optional:
-    norm   how raw weights are normalised per response: "mean1" (the default) or "none"
-    needs  what the context must hold: ("attention",) for a weights file, ("scores",) for verbalised scores; ()
+Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
+    norm   how raw weights are normalised: "mean1" (the default), "selected_mean" or "none"; see `normalize`
+    needs  what the context must hold: ("attention",) for a weights file, ("scores",) for verbalised scores, ("aux",)
+           for log-probs under both models of --aux-model, ("contrast",) for those of the two models' contrast; ()
            is the default
 
-Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected), J judge tokens of one answer, R rounds.
+Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from twdpo.align import align, align_by_edits, match_tokens
-from twdpo.chat import Example, Response
+from twdpo.chat import Example
 from twdpo.config import InputError, TrainConfig
+from twdpo.postprocess import attention_weights
 from twdpo.verbalized import ScoresFile, character_scores, token_scores
-from twdpo.weights_file import JudgedAnswer, WeightsFile, read_meta
+from twdpo.weights_file import WeightsFile, read_meta
+
+Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class WeightContext:
     config: TrainConfig
     attention: WeightsFile | None = None
     scores: ScoresFile | None = None
+    # "positive", "negative", "contrast" -> log-probs of a pair's response tokens, by the pair's key
+    aux: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
 
 
 def uniform(batch, context: WeightContext) -> torch.Tensor:
-    """Every token weighs 1: plain DPO (paper Eq. 4). Needs nothing."""
+    """Every token weighs 1: plain DPO (arXiv 2605.21883 Eq. 4)."""
     return torch.ones(len(batch.targets_N))
 
 
@@ -41,7 +48,7 @@ uniform.norm = "none"
 
 
 def attention(batch, context: WeightContext) -> torch.Tensor:
-    """The judge's attention to each token, rounds averaged, aligned, sink fixed (paper Eq. 13, 14).
+    """AttentionPO: the judge's attention to each token, both rounds, sink fixed (arXiv 2605.21883 Eq. 13, 14).
 
     Needs a weights file: two judge forwards a pair, once.
     """
@@ -53,8 +60,9 @@ def attention(batch, context: WeightContext) -> torch.Tensor:
 
 attention.needs = ("attention",)
 
+
 def verbalized(batch, context: WeightContext) -> torch.Tensor:
-    """The score that the model itself gave each token's part of the answer, 1 to 5 (paper section 4.2).
+    """Scores from 1 to 5 that the model writes for each part of an answer (arXiv 2605.21883 section 4.2).
 
     Tokens without a score, the end of the turn among them, get the answer's mean. Needs one generation an answer, once.
     """
@@ -71,122 +79,136 @@ def verbalized(batch, context: WeightContext) -> torch.Tensor:
 
 verbalized.needs = ("scores",)
 
+
+def decay(batch, context: WeightContext, *, gamma: float = 0.98, start: Literal[0, 1] = 0) -> torch.Tensor:
+    """Temporal decay (D2PO, Shao et al. 2025, arXiv 2502.14340): gamma^t.
+
+    t counts from `start`: 0 in the paper, 1 in its code. Needs lengths alone.
+    """
+    return torch.cat([gamma ** torch.arange(start, start + num, dtype=torch.float32)
+                      for num in batch.seq_lens_S.tolist()])
+
+
+decay.norm = "none"
+
+
+def ld(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
+    """Length desensitisation (LD-DPO, Liu et al. 2024, arXiv 2409.06411): 1, and alpha past the shorter answer's end.
+
+    On policy and reference alike (TRL 0.20 weighed the policy's part alone). Needs lengths alone.
+    """
+    weights = []
+    for lengths in batch.seq_lens_S.view(-1, 2).tolist():
+        for num in lengths:
+            weights.append(torch.where(torch.arange(num) < min(lengths), 1.0, alpha))
+    return torch.cat(weights)
+
+
+ld.norm = "none"
+
+
+def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank"] = "exp", low: float = -0.5,
+        high: float = 1.5, mu: float = 1.0, k: float = 1.0) -> torch.Tensor:
+    """Token-level importance (TIS-DPO, Liu et al. 2024, arXiv 2410.04350).
+
+    k exp(mu d), d the log-ratio of the positive to the negative model clamped to [low, high], mu negated on rejected
+    answers (`exp`: the paper); or the rank of d in its answer, from 0.7 to 1.3, descending on rejected ones (`rank`:
+    its code). Needs two auxiliary models, one forward each, once.
+    """
+    weights = []
+    for positive, negative in aux_logps(batch, context, "positive", "negative"):
+        for sign, higher, lower in zip((1.0, -1.0), positive, negative):
+            score_N = torch.from_numpy(higher - lower)
+            if transform == "exp":
+                weights.append(k * torch.exp(sign * mu * score_N.clamp(low, high)))
+            else:
+                rank_N = (sign * score_N).argsort(stable=True).argsort()
+                share_N = rank_N / (len(rank_N) - 1) if len(rank_N) > 1 else torch.full((len(rank_N),), 0.5)
+                weights.append(0.7 + 0.6 * share_N)
+    return torch.cat(weights)
+
+
+tis.norm = "none"
+tis.needs = ("aux",)
+
+
+def sepo(batch, context: WeightContext, *, k: float = 0.3) -> torch.Tensor:
+    """Selected tokens (SePO, Yang et al. 2024, arXiv 2408.13518).
+
+    1 for the share k of a chosen answer's tokens that the oracle raises most over its reference, and for the share of a
+    rejected answer's that it raises least; else 0. At least one token is selected. Their loss is that of an average
+    over these without a reference. Needs two auxiliary models (oracle, its reference), one forward each, once.
+    """
+    weights = []
+    for positive, negative in aux_logps(batch, context, "positive", "negative"):
+        for sign, oracle, reference in zip((1.0, -1.0), positive, negative):
+            score_N = torch.from_numpy(sign * (oracle - reference))
+            chosen = score_N.argsort(descending=True, stable=True)[:max(1, int(k * len(score_N)))]
+            weights.append(torch.zeros(len(score_N)).index_fill(0, chosen, 1.0))
+    return torch.cat(weights)
+
+
+sepo.norm = "selected_mean"
+sepo.needs = ("aux",)
+
+
+def cdpo(batch, context: WeightContext) -> torch.Tensor:
+    """Critical tokens (cDPO, Lin et al. 2024, arXiv 2411.19943).
+
+    1 on chosen answers; on rejected ones 1 - s_t, s_t the token's probability under the contrast of a model of correct
+    and one of incorrect answers, softmax(2 z_positive - z_negative). (Their code pairs the two answers' tokens by
+    position instead of summing.) Needs two auxiliary models, one forward each, once.
+    """
+    weights = []
+    for (chosen, rejected), in aux_logps(batch, context, "contrast"):
+        weights += [torch.ones(len(chosen)), 1 - torch.from_numpy(rejected).exp().clamp(max=1)]
+    return torch.cat(weights).float()
+
+
+cdpo.norm = "none"
+cdpo.needs = ("contrast",)
+
 WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
     "verbalized": verbalized,
+    "decay": decay,
+    "ld": ld,
+    "tis": tis,
+    "sepo": sepo,
+    "cdpo": cdpo,
 }
 
 
-def attention_weights(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
-    """a_t of one answer, float64 [N], sum 1 unless the config says otherwise.
-
-    Pinned to 1/n are the sink's tokens, the end of the turn, and tokens that the judge did not see; the others share
-    the rest in proportion to their aligned mass. Several layers are merged at the end.
-    """
-    layers_LN = [layer_weights(response, judged, attention_RJ, config) for attention_RJ in judged.attention_LRJ]
-    return np.sum(layers_LN, axis=0) if config.layer_merge == "sum" else np.mean(layers_LN, axis=0)
+def source_needs(source) -> tuple[str, ...]:
+    """What a source needs beside the pairs."""
+    return getattr(source, "needs", ())
 
 
-def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.ndarray, config: TrainConfig
-                  ) -> np.ndarray:
-    """`attention_weights` of one layer."""
-    mass_J = average_rounds(attention_RJ, config.rounds)
-    sink_k = config.sink_k if len(judged.ids_J) >= config.sink_k_min else 0
-    if config.sink_on == "judge" and sink_k:
-        mass_J = pin_and_share(mass_J, np.arange(len(mass_J)) < sink_k)
-    content = slice(0, response.num_content)
-    ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
-    num_tokens = len(response.ids)
-    mass_N = np.zeros(num_tokens)
-    if config.align == "edits":
-        # The authors' trainer prints the end of the turn twice, and aligns it too.
-        ended_N = np.append(response.ids, response.ids[response.num_content:])
-        mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[content]
-    else:
-        mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2)
-    unseen_N = np.ones(num_tokens, dtype=bool)  # so is the end of the turn
-    seen = judged.spans_J2[:, 0].min(), judged.spans_J2[:, 1].max()
-    unseen_N[content] = (spans_N2[:, 0] >= seen[1]) | (spans_N2[:, 1] <= seen[0])
-    pinned_N = unseen_N if config.unseen == "mean" else np.zeros(num_tokens, dtype=bool)
-    if config.sink_on == "training":
-        pinned_N[content] |= overlaps_sink(judged, sink_k, ids_N, spans_N2)
-    if not config.renormalize:
-        return np.where(pinned_N, 1 / num_tokens, mass_N)
-    return pin_and_share(mass_N, pinned_N)
-
-
-def average_rounds(attention_RJ: np.ndarray, rounds: str) -> np.ndarray:
-    """One mass per judge token, float64 [J], sum 1; zeros when there is none.
-
-    raw: the mean of the rounds, normalised (Eq. 13); normalized: the mean of normalised rounds, a round without mass
-    being uniform.
-    """
-    mass_RJ = attention_RJ.astype(np.float64)
-    if rounds == "raw":
-        mass_RJ = mass_RJ.mean(axis=0, keepdims=True)
-    totals_R1 = mass_RJ.sum(axis=1, keepdims=True)
-    without = 1 / mass_RJ.shape[1] if rounds == "normalized" else 0.0
-    return np.where(totals_R1 > 0, mass_RJ / np.where(totals_R1 > 0, totals_R1, 1), without).mean(axis=0)
-
-
-def alignment_shares(examples: list[Example], weights_file: WeightsFile, rounds: str) -> dict[str, float]:
-    """Where the mass of these pairs' judge tokens goes, as shares of it, mean over answers.
-
-    copied: to a training token of the same id and characters; moved: through characters, to other tokens; dropped:
-    past the training cut.
-    """
-    totals = {"copied": 0.0, "moved": 0.0, "dropped": 0.0}
-    num_answers = 0
-    for example in examples:
-        for response, judged in zip((example.chosen, example.rejected), weights_file[example.pair.key]):
-            content = slice(0, response.num_content)
-            ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
-            mass_J = average_rounds(judged.attention_LRJ[-1], rounds)
-            match_N = match_tokens(judged.ids_J, judged.spans_J2, ids_N, spans_N2)
-            copied = mass_J[match_N[match_N >= 0]].sum()
-            kept = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2).sum()
-            for name, value in (("copied", copied), ("moved", kept - copied), ("dropped", mass_J.sum() - kept)):
-                totals[name] += float(value)
-            num_answers += 1
-    return {name: max(total, 0.0) / max(num_answers, 1) for name, total in totals.items()}
-
-
-def overlaps_sink(judged: JudgedAnswer, num_first: int, ids_N: np.ndarray, spans_N2: np.ndarray) -> np.ndarray:
-    """Training tokens that overlap, or are, one of the first judge tokens."""
-    first_J2 = judged.spans_J2[:num_first]
-    overlap_N = ((spans_N2[:, :1] < first_J2[:, 1]) & (spans_N2[:, 1:] > first_J2[:, 0])).any(axis=1)
-    match_N = match_tokens(judged.ids_J, judged.spans_J2, ids_N, spans_N2)
-    return overlap_N | ((match_N >= 0) & (match_N < num_first))
-
-
-def pin_and_share(mass_N: np.ndarray, pinned_N: np.ndarray) -> np.ndarray:
-    """1/n on pinned tokens, the rest of the sum in proportion to mass on the others (Eq. 14); uniform without mass."""
-    num_tokens = len(mass_N)
-    free_mass = mass_N[~pinned_N].sum()
-    if not free_mass > 0:
-        return np.full(num_tokens, 1 / num_tokens)
-    shared_N = mass_N * (1 - pinned_N.sum() / num_tokens) / free_mass
-    return np.where(pinned_N, 1 / num_tokens, shared_N)
+def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, ...]]:
+    """Of each pair of the batch, the log-probs of its responses under the models of these names."""
+    return [tuple(context.aux[name][example.pair.key] for name in names) for example in batch.examples]
 
 
 def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw weights -> (weights_N, scale_S) of the fused op.
 
-    mean1: a_t with sum 1, and scale n (Eq. 5); none: as they are, and scale 1. A response without any weight is
-    uniform. Raises ValueError for weights that are negative or not finite.
+    mean1: a_t with sum 1, and scale n (Eq. 5); selected_mean: sum 1, and scale 1: a mean; none: as they are, and
+    scale 1. A response without any weight is uniform, but for none. Raises ValueError for weights that are negative or
+    not finite.
     """
     if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
         raise ValueError(f"token weights must be finite and at least 0; found {raw_N.min()} to {raw_N.max()}")
     if norm == "none":
         return raw_N, torch.ones(len(seq_lens_S))
-    if norm != "mean1":
-        raise ValueError(f"norm is {norm!r}: it must be mean1 or none")
+    if norm not in ("mean1", "selected_mean"):
+        raise ValueError(f"norm is {norm!r}: it must be mean1, selected_mean or none")
     parts = []
     for raw in raw_N.double().split(seq_lens_S.tolist()):
         total = raw.sum()
         parts.append(raw / total if total > 0 else torch.full_like(raw, 1 / max(len(raw), 1)))
-    return torch.cat(parts).float(), seq_lens_S.float()
+    scale_S = seq_lens_S.float()
+    return torch.cat(parts).float(), scale_S if norm == "mean1" else torch.ones_like(scale_S)
 
 
 def judged_lengths(batch, context: WeightContext) -> torch.Tensor:

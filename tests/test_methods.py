@@ -1,0 +1,170 @@
+"""Every loss and weight source in whole runs; sources by hand; auxiliary models."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs_of_tests import assert_close_rows, read_rows
+from transformers import AutoModelForCausalLM
+
+import train
+from twdpo.config import TrainConfig
+from twdpo.losses import LOSSES
+from twdpo.weights import WEIGHTS, WeightContext, normalize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Batch:
+    """What sources read: two pairs, of three and two tokens, of one and four."""
+
+    def __init__(self, aux=()):
+        self.seq_lens_S = torch.tensor([3, 2, 1, 4])
+        self.targets_N = torch.zeros(10, dtype=torch.long)
+        self.examples = [type("Example", (), {"pair": type("Pair", (), {"key": key})}) for key in (7, 8)]
+
+
+def weights(name: str, options: dict | None = None, **aux) -> list[float]:
+    context = WeightContext(TrainConfig(), aux=aux)
+    return WEIGHTS[name](Batch(), context, **(options or {})).tolist()
+
+
+def logps(*sides) -> dict[int, tuple]:
+    sides = [np.array(side, dtype=np.float32) for side in sides]
+    return {7: tuple(sides[:2]), 8: tuple(sides[2:])}
+
+
+ZEROS = logps([0, 0, 0], [0, 0], [0], [0, 0, 0, 0])
+SCORES = logps([1, -1, 0.5], [1, 2], [0.1], [-3, 0.2, -0.1, 4])
+
+
+def test_decay_and_shared_length_by_hand():
+    g = 0.9
+    assert weights("decay", {"gamma": g}) == pytest.approx([1, g, g * g, 1, g, 1, 1, g, g * g, g ** 3])
+    assert weights("decay", {"gamma": g, "start": 1})[:3] == pytest.approx([g, g * g, g ** 3])
+    assert weights("ld", {"alpha": 0.25}) == [1, 1, 0.25, 1, 1, 1, 1, 0.25, 0.25, 0.25]
+
+
+def test_tis_by_hand():
+    """Clamped to [-0.5, 1.5]; exp of it on chosen answers, of its negative on rejected ones."""
+    e = math.exp
+    expected = [e(1), e(-0.5), e(0.5), e(-1), e(-1.5), e(0.1), e(0.5), e(-0.2), e(0.1), e(-1.5)]
+    assert weights("tis", positive=SCORES, negative=ZEROS) == pytest.approx(expected)
+    assert weights("tis", {"k": 2.0, "mu": 0.5}, positive=SCORES, negative=ZEROS)[0] == pytest.approx(2 * e(0.5))
+    ranks = weights("tis", {"transform": "rank"}, positive=SCORES, negative=ZEROS)
+    assert ranks == pytest.approx([1.3, 0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 0.9, 1.1, 0.7])
+
+
+def test_sepo_by_hand():
+    """The highest of a chosen answer, the lowest of a rejected one; never none."""
+    selected = weights("sepo", {"k": 0.5}, positive=SCORES, negative=ZEROS)
+    assert selected == [1, 0, 0, 1, 0, 1, 1, 0, 1, 0]
+    weights_N, scale_S = normalize(torch.tensor(selected), Batch().seq_lens_S, "selected_mean")
+    assert weights_N.tolist() == [1, 0, 0, 1, 0, 1, 0.5, 0, 0.5, 0] and scale_S.tolist() == [1, 1, 1, 1]
+
+
+def test_cdpo_by_hand():
+    log_share = logps([-9, -9, -9], [math.log(0.25), 0.0], [-9], [math.log(0.9), -99, math.log(0.5), math.log(0.1)])
+    assert weights("cdpo", contrast=log_share) == pytest.approx([1, 1, 1, 0.75, 0, 1, 0.1, 1, 0.5, 0.9], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_with_uniform_and_decay_however_the_batch_is_split(loss, tmp_path, run_arguments):
+    """Plain rows in one micro-batch, packed rows in many; the held-out margin grows with both sources."""
+    flags = {"loss": loss, "weights": "decay", "max_steps": 4, "eval_every": 0}
+    train.main(run_arguments(tmp_path / "whole", packing="off", micro_batch_tokens=100_000, **flags))
+    train.main(run_arguments(tmp_path / "split", packing="on", micro_batch_tokens=150, **flags))
+    rows = read_rows(tmp_path / "whole")
+    assert_close_rows(read_rows(tmp_path / "split"), rows, 1e-4)
+    train.main(run_arguments(tmp_path / "uniform", **flags | {"weights": "uniform"}))
+    for run in (rows, read_rows(tmp_path / "uniform")):
+        assert run[-1]["eval/reward_margin"] > run[0]["eval/reward_margin"]
+
+
+def test_a_loss_brings_its_own_beta_and_flags_override_it(tmp_path, run_arguments):
+    def beta(name: str, *flags) -> float:
+        argv = run_arguments(tmp_path / name, max_steps=1, eval_fraction=0)
+        place = argv.index("--beta")
+        train.main([*argv[:place], *argv[place + 2:], *flags])
+        return json.loads((tmp_path / name / "config.json").read_text())["beta"]
+    assert beta("a", "--loss", "dpo") == 5e-3 and beta("b", "--loss", "simpo") == 2.0
+    assert beta("c", "--loss", "simpo", "--beta", "0.7") == 0.7
+    assert beta("d", "--loss", "simpo", "--preset", "tuned", "--batch-size", "3") == 2.5
+    config = json.loads((tmp_path / "d/config.json").read_text())
+    assert config["loss_options"] == "gamma_ratio=0.55" and config["batch_size"] == 3 and config["lr"] == 1e-3
+
+
+def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_model, capsys):
+    """Equal models: importance 1 everywhere, which is DPO; the second model defaults to the policy's start."""
+    flags = {"loss": "dpo", "max_steps": 2}
+    train.main(run_arguments(tmp_path / "dpo", weights="uniform", **flags))
+    train.main(run_arguments(tmp_path / "tis", weights="tis", aux_model=toy_model, **flags))
+    assert read_rows(tmp_path / "tis") == read_rows(tmp_path / "dpo")
+    train.main(run_arguments(tmp_path / "sepo", loss="simpo", length_by="mass", weights="sepo", aux_model=toy_model))
+
+
+def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_arguments, toy_model, monkeypatch):
+    """Against full logits of both models, on the tokens of a run, and again from the cache."""
+    other = AutoModelForCausalLM.from_pretrained(toy_model)
+    torch.manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    shutil.copytree(toy_model, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    seen, original = [], train.auxiliary_logps
+
+    def record(config, needs, folders, examples, process):
+        seen.append((examples, original(config, needs, folders, examples, process)))
+        return seen[-1][1]
+    monkeypatch.setattr(train, "auxiliary_logps", record)
+    flags = {"loss": "dpo", "weights": "cdpo", "max_steps": 1, "cache_dir": tmp_path / "cache"}
+    for name in ("first", "again"):
+        train.main(run_arguments(tmp_path / name, aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))
+    assert read_rows(tmp_path / "first") == read_rows(tmp_path / "again")
+    plain = AutoModelForCausalLM.from_pretrained(toy_model)
+    (examples, aux), (_, again) = seen
+    for example in examples[:4]:
+        for response, ours, cached in zip((example.chosen, example.rejected), aux["contrast"][example.pair.key],
+                                          again["contrast"][example.pair.key]):
+            ids = torch.from_numpy(np.concatenate([example.prompt_ids, response.ids])).long()
+            with torch.no_grad():
+                logits = 2 * other(ids[None]).logits[0] - plain(ids[None]).logits[0]
+            first = len(example.prompt_ids)
+            expected = logits.log_softmax(-1)[first - 1:-1].gather(1, ids[first:, None])[:, 0]
+            np.testing.assert_allclose(ours, expected.numpy(), atol=1e-4)
+            assert (ours == cached).all()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--weights", "tis"], "--aux-model is ''"),
+    (["--weights", "tis", "--aux-model", "nowhere/at/all"], "--aux-model is 'nowhere/at/all'"),
+    (["--weights", "uniform", "--aux-model", "x"], "the weight source reads no such model"),
+    (["--loss-options", "x=1"], "the options of twdpo are none"),
+    (["--weights", "decay", "--weights-options", "gamma=x"], "gamma must be a float"),
+])
+def test_bad_plugin_input_is_one_message(flags, message, tmp_path, run_arguments, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run"), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_loss_and_source(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    for name in (*LOSSES, *WEIGHTS):
+        assert re.search(rf"^  {name} +\\S", printed, re.MULTILINE), name
+
+
+def test_nothing_but_its_own_file_names_a_loss_or_a_source():
+    """Apart from the paper's own, which are the defaults."""
+    names = (set(LOSSES) | set(WEIGHTS)) - {"twdpo", "dpo", "attention", "verbalized", "uniform"}
+    for path in [*(ROOT / "twdpo").glob("*.py"), *ROOT.glob("*.py")]:
+        if path.stem not in ("losses", "weights"):
+            found = names & set(re.findall(r"[\"'](\w+)[\"']", path.read_text(encoding="utf-8")))
+            assert not found, (path, found)
