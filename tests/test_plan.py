@@ -1,6 +1,7 @@
 """The memory plan and the operations of a batch: counted, worked out by hand, and against what a run really holds."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from twdpo.plan import (
 )
 from twdpo.rows import MicroBatch, pack
 
+ROOT = Path(__file__).resolve().parent.parent
 LLAMA = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, tie_word_embeddings=False)
 
@@ -147,6 +149,7 @@ def test_the_plan_of_the_papers_model_needs_no_network_and_starts_nothing(tmp_pa
     train.main(["--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--plan"])
     printed = capsys.readouterr().out
     assert "8.03 B parameters" in printed and all(name in printed for name in MACHINES)
+    assert "".join(f"    {line}\n" for line in printed.splitlines()) in (ROOT / "README.md").read_text()
     assert not list(tmp_path.iterdir())
     (full,) = [line.split()[2:] for line in printed.splitlines() if line.startswith("  --checkpointing full ")]
     assert len(full) == 3 and all(int(cell.replace(",", "")) >= 8192 for cell in full)

@@ -78,6 +78,15 @@ def test_figures_of_the_extraction_are_those_of_the_committed_run():
                                f"{row['memory_over_eager']:.3f}"]
 
 
+def test_figures_of_the_training_step_are_those_of_the_committed_run():
+    report = json.loads((ROOT / "benchmarks/results/cpu/train_step.json").read_text())
+    rows = [row for row in report["rows"] if "note" not in row]
+    assert len(rows) >= 5
+    for row in rows:
+        assert (f"| {row['way']} | {row['pairs_per_s']:.3f} | {row['ours_faster']:.2f} x | {row['peak_gib']:.2f} "
+                f"| {row['ours_memory']:.2f} x |\n") in README
+
+
 def test_no_package_is_called_kernels():
     """transformers looks for a top-level package of that name and would import ours."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
