@@ -169,7 +169,7 @@ def test_gradients_are_those_of_finite_differences(spelled):
 def test_a_wrong_pair_is_put_right(spelled):
     """Where the rejected answer is far likelier, the chosen one is raised and the other lowered."""
     loss, batch = bind(spelled), batch_for(bind(spelled))
-    ratio_S = torch.tensor([-6.0, -1.0, -7.0, -2.0], dtype=torch.float64, requires_grad=True)
+    ratio_S = torch.tensor([-6.0, -1.0, -7.0, -1.5], dtype=torch.float64, requires_grad=True)
     batch.means = {"chosen": torch.tensor(0.0), "rejected": torch.tensor(0.0)}
     loss_P, _ = loss(ratio_S, LOGPS.double(), batch, config_for(loss))
     (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
@@ -225,7 +225,7 @@ def test_bound_options_keep_the_attributes():
 @pytest.mark.parametrize("table", [LOSSES, WEIGHTS])
 def test_every_docstring_opens_with_what_it_is(table):
     for row in describe(table, loss_needs if table is LOSSES else source_needs):
-        assert 20 < len(row[1]) < 110 and all(row), row
+        assert 20 < len(row[1]) < 120 and all(row), row
 
 
 def test_metrics_by_hand_with_a_tie_and_a_copy():

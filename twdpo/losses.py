@@ -290,7 +290,7 @@ sppo_hard.settings = {"": {"beta": 0.1}}
 
 
 def apo_zero(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
-    """Anchored preference optimisation, chosen up and rejected down (D'Oosterlinck et al. 2024, arXiv 2408.06266 Eq. 7).
+    """Anchored preference optimisation, chosen up, rejected down (D'Oosterlinck et al. 2024, arXiv 2408.06266 Eq. 7).
 
     1 - sigmoid(beta R_w) + sigmoid(beta R_l). One reference pass.
     """
@@ -301,7 +301,7 @@ apo_zero.settings = {"": {"beta": 0.1}}
 
 
 def apo_down(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
-    """Anchored preference optimisation, both down, rejected further (D'Oosterlinck et al. 2024, arXiv 2408.06266 Eq. 8).
+    """Anchored preference optimisation, both down, rejected more (D'Oosterlinck et al. 2024, arXiv 2408.06266 Eq. 8).
 
     sigmoid(beta R_w) + 1 - sigmoid(beta (R_w - R_l)). One reference pass.
     """
@@ -315,7 +315,8 @@ apo_down.settings = {"": {"beta": 0.1}}
 def discopop(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, tau: float = 0.05) -> Loss:
     """The loss that a language model found (Lu et al. 2024, arXiv 2406.08414 Eq. 5).
 
-    (1 - g) times the logistic loss of m plus g exp(-m), m = beta (R_w - R_l), g = sigmoid(m / tau). One reference pass.
+    (1 - g) times the logistic loss of m plus g exp(-m), m = beta (R_w - R_l), g = sigmoid(m / tau). It rises with m
+    around 0, so that training first lowers the margin there. One reference pass.
     """
     margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])
     gate_P = torch.sigmoid(margin_P / tau)
