@@ -91,7 +91,9 @@ def test_sampling_changes_no_figure_and_none_is_the_default(tmp_path, run_argume
     train.main(run_arguments(tmp_path / "with", sample=1))
     train.main(run_arguments(tmp_path / "without"))
     assert read_rows(tmp_path / "with") == read_rows(tmp_path / "without")
-    assert (tmp_path / "without/samples.jsonl").read_text() == ""
+    assert not (tmp_path / "without/samples.jsonl").exists()
+    train.main([*run_arguments(tmp_path / "with"), "--overwrite"])
+    assert not (tmp_path / "with/samples.jsonl").exists()
 
 
 def test_a_profile_adds_shares_and_rates(tmp_path, run_arguments):

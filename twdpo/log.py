@@ -28,7 +28,9 @@ class Log:
         self.file = self.samples = None
         if process.is_main:
             self.file = open_cut_back(run_dir / "metrics.jsonl", step)
-            self.samples = open_cut_back(run_dir / "samples.jsonl", step)
+            self.samples_path = run_dir / "samples.jsonl"
+            if self.samples_path.exists():
+                self.samples = open_cut_back(self.samples_path, step)
 
     def write(self, row: dict[str, float]) -> dict[str, float]:
         """Log one row; undefined values are left out."""
@@ -43,7 +45,8 @@ class Log:
 
     def write_samples(self, step: int, pairs: list[Pair], answers: list[str]) -> None:
         """Add the policy's answers after `step` steps to samples.jsonl; print the first."""
-        if self.samples:
+        if self.process.is_main:
+            self.samples = self.samples or open_cut_back(self.samples_path, 0)
             for pair, answer in zip(pairs, answers):
                 self.samples.write(json.dumps({"step": step, "prompt": pair.messages[-1][1], "answer": answer}) + "\n")
             self.samples.flush()
