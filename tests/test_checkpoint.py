@@ -5,6 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from twdpo import dist
@@ -19,8 +20,8 @@ def process():
     dist.stop()
 
 
-def make(directory, process):
-    policy = load_policy(directory, torch.float32, process)
+def make(directory, process, dtype=torch.float32):
+    policy = load_policy(directory, dtype, process)
     return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2)
 
 
@@ -32,22 +33,27 @@ def step(policy, optimizer) -> None:
 
 
 def snapshot(policy, optimizer) -> dict[str, torch.Tensor]:
-    tensors = {name: parameter.full_tensor().clone() for name, parameter in policy.named_parameters()}
+    tensors = {name: whole(parameter) for name, parameter in policy.named_parameters()}
     for name, parameter in policy.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}.{key}"] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+            tensors[f"{name}.{key}"] = whole(value)
     return tensors
 
 
-def test_a_loaded_checkpoint_is_the_saved_state(toy_model, process, tmp_path):
-    policy, optimizer = make(toy_model, process)
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # held whole by one process; sharded
+def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_path):
+    policy, optimizer = make(toy_model, process, dtype)
     for _ in range(3):
         step(policy, optimizer)
     save_checkpoint(tmp_path, 3, policy, optimizer, {"best_eval_loss": 0.5}, {"the pairs": "x"}, process, keep_last=2)
     state, random = snapshot(policy, optimizer), torch.get_rng_state()
     step(policy, optimizer)
     torch.rand(3)
-    fresh, fresh_optimizer = make(toy_model, process)
+    fresh, fresh_optimizer = make(toy_model, process, dtype)
     with pytest.raises(InputError, match="another run: since then the pairs changed"):
         load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "y"}, process)
     assert load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "x"}, process) == (
