@@ -12,6 +12,7 @@ import math
 import resource
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -40,7 +41,7 @@ from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for
 from twdpo.plugins import bind_options, describe
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
-from twdpo.weights import WEIGHTS, find_source, source_needs
+from twdpo.weights import NORMS, WEIGHTS, find_source, source_needs
 
 SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
@@ -54,8 +55,32 @@ def main(argv: list[str] | None = None) -> None:
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
     """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
     import_files(str(given.get("imports", "")))
-    settings = getattr(LOSSES.get(given.get("loss", TrainConfig.loss)), "settings", {})
-    return settings.get("", {}) | settings.get(preset, {})
+    name = given.get("loss", TrainConfig.loss)
+    settings = getattr(LOSSES.get(name), "settings", {})
+    settings = settings.get("", {}) | settings.get(preset, {})
+    if unknown := settings.keys() - TrainConfig.__dataclass_fields__.keys():
+        raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")
+    return settings
+
+
+def check_plugins(loss, source, config: TrainConfig) -> None:
+    """Raise InputError for what a loss or a source says of itself, or its options, that can't be."""
+    for what in (loss, source):
+        if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
+            raise InputError(f"{what.__name__}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
+    if config.loss_options:
+        numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0])  # two pairs of one-token answers
+        pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
+                                scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
+                                chosen_tokens=2, means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
+        try:
+            works = loss(numbers, numbers, pairs, config)[0].isfinite().all()
+        except (ValueError, ArithmeticError) as error:
+            raise InputError(f"--loss-options {config.loss_options}: {error}") from error
+        except (AttributeError, KeyError):  # a loss that reads more of a batch than this has
+            return
+        if not works:
+            raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
 
 
 def list_plugins() -> str:
@@ -78,6 +103,7 @@ def train(config: TrainConfig, process: Process) -> None:
     loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
     source_name, weights_path = find_source(loss, config)
     source = bind_options(WEIGHTS[source_name], config.weights_options, "--weights-options")
+    check_plugins(loss, source, config)
     config, run_dir, checkpoint = open_run(config, process)
     cache = cache_directory(config)
     budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)

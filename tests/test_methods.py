@@ -147,11 +147,51 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
     (["--weights", "uniform", "--aux-model", "x"], "the weight source reads no such model"),
     (["--loss-options", "x=1"], "the options of twdpo are none"),
     (["--weights", "decay", "--weights-options", "gamma=x"], "gamma must be a float"),
+    (["--weights", "decay", "--weights-options", "gamma=-0.9"], "decay gives"),
+    (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
+    (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),
+    (["--loss", "simpo", "--loss-options", "gamma_ratio=nan"], "gamma_ratio must be finite"),
 ])
 def test_bad_plugin_input_is_one_message(flags, message, tmp_path, run_arguments, capsys):
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run"), *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def f(:", "mine.py:2: SyntaxError"), ("x = 1\nx.y", "mine.py:3: AttributeError"),
+    ("def f(r, l, b, c):\n    return r\nf.settings = {'': {'betta': 1}}\nLOSSES['f'] = f", "'betta', which is no"),
+    ("def f(r, l, b, c):\n    return r\nf.norm = 'sum'\nLOSSES['f'] = f", "f.norm is 'sum'"),
+    ("def f(r, l, b, c, *, must: float):\n    return r\nLOSSES['f'] = f", "f needs --loss-options must=VALUE"),
+])
+def test_a_bad_import_is_one_message(text, message, tmp_path, run_arguments, capsys):
+    (tmp_path / "mine.py").write_text("from twdpo.losses import LOSSES\n" + text)
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run"), "--import", str(tmp_path / "mine.py"), "--loss", "f"])
+    assert message in capsys.readouterr().err
+
+
+def test_imports_may_hold_dataclasses_partials_and_any_options(tmp_path, run_arguments):
+    (tmp_path / "mine.py").write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+from functools import partial
+from twdpo.losses import LOSSES, simpo
+
+@dataclass
+class Limit:
+    value: float = 1.0
+
+def capped(ratio_S, logps_N, batch, config, *, cap: float = None, flag: bool = False):
+    assert cap == 2.0 and flag is True
+    return (ratio_S[1::2] - ratio_S[0::2]).clamp(max=cap), {}
+
+LOSSES["capped"] = capped
+LOSSES["wide"] = partial(simpo, gamma_ratio=0.55)
+""")
+    argv = ["--import", str(tmp_path / "mine.py"), "--weights", "uniform", "--loss"]
+    train.main([*run_arguments(tmp_path / "a", max_steps=1), *argv, "capped", "--loss-options", "cap=2,flag=Yes"])
+    train.main([*run_arguments(tmp_path / "b", max_steps=1), *argv, "wide", "--loss-options", "nll=0.1"])
 
 
 def test_help_lists_every_loss_and_source(capsys):

@@ -1,6 +1,7 @@
 """Options of whole runs: hybrid shards, compiled layers, sampled answers, the profile, the page at the end."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +22,25 @@ def read_samples(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
 
 
-def test_two_copies_of_the_parameters_change_nothing(tmp_path, run_arguments):
-    """Two processes with a whole copy each (HSDP), gradients reduced on the last micro-batch, layers computed again, a
-    loss that needs means over the global batch; both write the same answers in step."""
-    flags = {"micro_batch_tokens": 250, "sample": 2, "save_every": 3, "max_steps": 3, "loss": "kto_pair",
+def test_two_processes_go_on_from_one_and_one_from_two(tmp_path, run_arguments):
+    """Whole tensors of one process, two copies of the parameters (HSDP), and whole ones again: the same rows and
+    samples as those of a run that never stopped. The two reduce gradients on the last micro-batch and compute layers
+    again; the loss needs means over the global batch."""
+    flags = {"micro_batch_tokens": 250, "sample": 2, "save_every": 2, "keep_last": 0, "loss": "kto_pair",
              "weights": "decay"}
     train.main(run_arguments(tmp_path / "one", **flags))
-    argv = run_arguments(tmp_path / "two", **flags)
+
+    def go_on(source: str, target: str, step: int) -> list[str]:
+        shutil.copytree(tmp_path / source, tmp_path / target)
+        return [*run_arguments(tmp_path / target, **flags), "--resume",
+                str(tmp_path / target / f"checkpoints/step-{step:07}")]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                    *argv, "--replicate", "2", "--no-sync", "--checkpointing", "full"],
+                    *go_on("one", "two", 2), "--replicate", "2", "--no-sync", "--checkpointing", "full"],
                    cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))
-    assert read_samples(tmp_path / "two") == read_samples(tmp_path / "one")
+    train.main(go_on("two", "three", 4))
+    for name in ("two", "three"):
+        assert_close_rows(read_rows(tmp_path / name), read_rows(tmp_path / "one"))
+        assert read_samples(tmp_path / name) == read_samples(tmp_path / "one")
 
 
 def test_copies_that_do_not_divide_the_processes_are_refused():

@@ -25,6 +25,11 @@ def judged(*rounds, start: int = 0) -> JudgedAnswer:
     return JudgedAnswer(places, np.stack([places, places + 1], axis=1), attention[None])
 
 
+def test_pair_min_gives_both_sides_the_shorter_one_s_mass():
+    weights_N, scale_S = normalize(torch.tensor([1.0, 1.0, 2.0, 3.0, 1.0]), torch.tensor([3, 2]), "pair_min")
+    assert weights_N.tolist() == [0.25, 0.25, 0.5, 0.75, 0.25] and scale_S.tolist() == [2.0, 2.0]
+
+
 def with_sink(sink_k: int, **changes) -> TrainConfig:
     """The paper's post-processing but for what is given."""
     return TrainConfig(sink_k=sink_k, **changes)

@@ -12,6 +12,8 @@ import torch
 
 from twdpo.attention import Ranges
 from twdpo.chat import Example
+from twdpo.config import InputError
+from twdpo.plugins import name_of
 from twdpo.rows import MicroBatch, RowOptions, pack, plan_packed_rows, plan_rows
 from twdpo.weights import WeightContext, judged_lengths, normalize
 
@@ -101,6 +103,10 @@ def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairB
     """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
     raw_N = source(batch, context)
+    if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
+        raise InputError(f"{name_of(source)} gives {batch.examples[0].pair.where} and the pairs beside it token "
+                         f"weights from {raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
+                         "(--weights-options)")
     if norm == "mean1" and not context.config.renormalize:
         weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, "none")[0], batch.seq_lens_S.float()
     else:

@@ -39,8 +39,6 @@ class SharedConfig:
                        "authors tuned the loss on Llama-3-8B-Instruct); empty: toy for --data toy, else paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
                        free=True)
-    imports: str = flag("", "model and data", "Python files that add to LOSSES or WEIGHTS, separated by commas; "
-                        "empty: none", name="import")
     cache_dir: str = flag("", "model and data", "folder for attention and reference log-probs; empty: "
                           "$XDG_CACHE_HOME/twdpo, else ~/.cache/twdpo", free=True)
 
@@ -119,6 +117,8 @@ class ExtractConfig(SharedConfig):
 class TrainConfig(SharedConfig):
     """`train.py`: pairs -> judge -> weights -> TwDPO -> evaluated checkpoint. Defaults: paper Table 6."""
 
+    imports: str = flag("", "model and data", "Python files that add to LOSSES or WEIGHTS, separated by commas; "
+                        "empty: none", name="import")
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
     loss_options: str = flag("", "objective", "settings of the loss, NAME=VALUE separated by commas (listed below); "
                              "empty: its defaults")

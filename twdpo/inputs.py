@@ -1,6 +1,8 @@
 """What a run is made from, known and checked before any weights are loaded: files, pairs in tokens, token weights."""
 
 import importlib.util
+import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -212,9 +214,15 @@ def import_files(paths: str) -> None:
     for path in split_paths(paths):
         if not Path(path).is_file():
             raise InputError(f"--import {path}: no such file")
-        spec = importlib.util.spec_from_file_location(f"twdpo_import_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        name = f"twdpo_import_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # noqa: BLE001 - whatever the user's file does
+            frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else "?"
+            raise InputError(f"--import {path}:{line}: {type(error).__name__}: {error}") from error
 
 
 def split_paths(paths: str) -> list[str]:

@@ -4,15 +4,19 @@ An option is a keyword-only parameter with a default, which gives its type; a Li
 """
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
 
 from twdpo.config import InputError
 
+REQUIRED = inspect.Parameter.empty
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
 
 def options_of(function: Callable) -> dict[str, object]:
-    """Names and defaults of a function's options."""
+    """Names and defaults of a function's options; REQUIRED for one without."""
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -22,21 +26,45 @@ def bind_options(function: Callable, text: str, flag: str) -> Callable:
 
     flag: what gave the text, for messages.
     """
-    known, hints, values = options_of(function), typing.get_type_hints(function), {}
+    known, values = options_of(function), {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = part.partition("=")
+        name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in known:
-            raise InputError(f"{flag} has {part!r}: the options of {function.__name__} are "
-                             + (", ".join(f"{name}={default}" for name, default in known.items()) or "none"))
-        kind = type(known[name])
-        try:
-            values[name] = value in ("1", "true", "on") if kind is bool else kind(value)
-        except ValueError as error:
-            raise InputError(f"{flag} has {part!r}: {name} must be a {kind.__name__}") from error
-        choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
-        if choices and values[name] not in choices:
-            raise InputError(f"{flag} has {part!r}: {name} must be one of {', '.join(map(str, choices))}")
+            raise InputError(f"{flag} has {part!r}: the options of {name_of(function)} are {spell_options(function)}")
+        values[name] = parse_option(function, name, known[name], value, f"{flag} has {part!r}")
+    if missing := [name for name, default in known.items() if default is REQUIRED and name not in values]:
+        raise InputError(f"{name_of(function)} needs {flag} {missing[0]}=VALUE")
     return update_wrapper(partial(function, **values), function) if values else function
+
+
+def parse_option(function: Callable, name: str, default: object, value: str, message: str) -> object:
+    """A value of the type that the option's default has, or else its annotation. Raises InputError."""
+    try:
+        hint = typing.get_type_hints(function if inspect.isroutine(function) else getattr(function, "func", function)
+                                     ).get(name, str)
+    except (TypeError, NameError):  # an object without annotations, or with ones that mean nothing here
+        hint = str
+    kind = type(default) if default is not None and default is not REQUIRED else hint if isinstance(hint, type) else str
+    try:
+        parsed = SWITCHES[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{message}: {name} must be a {kind.__name__}") from error
+    if kind is float and not math.isfinite(parsed):
+        raise InputError(f"{message}: {name} must be finite")
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if choices and parsed not in choices:
+        raise InputError(f"{message}: {name} must be one of {', '.join(map(str, choices))}")
+    return parsed
+
+
+def name_of(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def spell_options(function: Callable) -> str:
+    """`name=default, name=default`, or "none"."""
+    return ", ".join(f"{name}={'VALUE' if default is REQUIRED else default}"
+                     for name, default in options_of(function).items()) or "none"
 
 
 def summary(function: Callable) -> str:
@@ -47,5 +75,5 @@ def summary(function: Callable) -> str:
 def describe(functions: Mapping[str, Callable], needs_of: Callable[[Callable], tuple[str, ...]]) -> list[list[str]]:
     """Rows of (name, what it is, what it needs, its options with their defaults)."""
     return [[name, summary(function), ", ".join(needs_of(function)) or "-",
-             ", ".join(f"{option}={default}" for option, default in options_of(function).items()) or "-"]
+             spell_options(function).replace("none", "-")]
             for name, function in functions.items()]

@@ -3,7 +3,7 @@
 A source is `WEIGHTS[name](batch, context) -> raw_N`: fp32 over the response tokens of a batch (twdpo.batch.PairBatch),
 without gradient. To add one, write the function and its line in WEIGHTS (or do both in a file given to --import).
 Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
-    norm   how raw weights are normalised: "mean1" (the default), "selected_mean" or "none"; see `normalize`
+    norm   how raw weights are normalised: "mean1" (the default), "selected_mean", "pair_min" or "none" (`normalize`)
     needs  what the context must hold: ("attention",) for a weights file, ("scores",) for verbalised scores, ("aux",)
            for log-probs under both models of --aux-model, ("contrast",) for those of the two models' contrast; ()
            is the default
@@ -25,6 +25,7 @@ from twdpo.postprocess import attention_weights
 from twdpo.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.weights_file import WeightsFile, read_meta
 
+NORMS = ("mean1", "selected_mean", "pair_min", "none")
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
 
@@ -193,22 +194,26 @@ def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, .
 def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw weights -> (weights_N, scale_S) of the fused op.
 
-    mean1: a_t with sum 1, and scale n (Eq. 5); selected_mean: sum 1, and scale 1: a mean; none: as they are, and
-    scale 1. A response without any weight is uniform, but for none. Raises ValueError for weights that are negative or
-    not finite.
+    mean1: a_t with sum 1, and scale n (Eq. 5); selected_mean: sum 1, and scale 1: a mean; pair_min: sum 1, and scale
+    min(n_w, n_l), as OTPO does; none: as they are, and scale 1. A response without any weight is uniform, but for none.
+    Raises ValueError for weights that are negative or not finite.
     """
     if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
         raise ValueError(f"token weights must be finite and at least 0; found {raw_N.min()} to {raw_N.max()}")
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}: it must be one of {', '.join(NORMS)}")
     if norm == "none":
         return raw_N, torch.ones(len(seq_lens_S))
-    if norm not in ("mean1", "selected_mean"):
-        raise ValueError(f"norm is {norm!r}: it must be mean1, selected_mean or none")
     parts = []
     for raw in raw_N.double().split(seq_lens_S.tolist()):
         total = raw.sum()
         parts.append(raw / total if total > 0 else torch.full_like(raw, 1 / max(len(raw), 1)))
     scale_S = seq_lens_S.float()
-    return torch.cat(parts).float(), scale_S if norm == "mean1" else torch.ones_like(scale_S)
+    if norm == "pair_min":
+        scale_S = scale_S.view(-1, 2).amin(dim=1).repeat_interleave(2)
+    elif norm == "selected_mean":
+        scale_S = torch.ones_like(scale_S)
+    return torch.cat(parts).float(), scale_S
 
 
 def judged_lengths(batch, context: WeightContext) -> torch.Tensor:
