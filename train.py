@@ -37,8 +37,8 @@ from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES, loss_needs, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.model import cache_directory, load_model_config, load_policy, pick_dtype, settle_packing
-from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for
-from twdpo.plugins import bind_options, describe
+from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
+from twdpo.plugins import bind_options, describe, merge_options
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.weights import NORMS, WEIGHTS, find_source, source_needs
@@ -48,8 +48,14 @@ SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], list_plugins(),
-                                                settings_of_loss), train)
+    before = dict(LOSSES), dict(WEIGHTS)
+    try:
+        run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], list_plugins(),
+                                                    settings_of_loss), train)
+    finally:  # what --import added is this run's
+        for table, old in zip((LOSSES, WEIGHTS), before):
+            table.clear()
+            table.update(old)
 
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
@@ -57,9 +63,14 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
     import_files(str(given.get("imports", "")))
     name = given.get("loss", TrainConfig.loss)
     settings = getattr(LOSSES.get(name), "settings", {})
+    if preset == "tuned" and name in LOSSES and preset not in settings:
+        known = [name for name, loss in LOSSES.items() if preset in getattr(loss, "settings", {})]
+        raise InputError(f"--preset tuned: no tuned settings of {name} are known here, but of {', '.join(known)}")
     settings = settings.get("", {}) | settings.get(preset, {})
     if unknown := settings.keys() - TrainConfig.__dataclass_fields__.keys():
         raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")
+    if "loss_options" in settings and given.get("loss_options"):
+        given["loss_options"] = merge_options(settings["loss_options"], given["loss_options"])
     return settings
 
 
@@ -68,19 +79,31 @@ def check_plugins(loss, source, config: TrainConfig) -> None:
     for what in (loss, source):
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{what.__name__}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
-    if config.loss_options:
-        numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0])  # two pairs of one-token answers
-        pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
-                                scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                                chosen_tokens=2, means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
-        try:
-            works = loss(numbers, numbers, pairs, config)[0].isfinite().all()
-        except (ValueError, ArithmeticError) as error:
-            raise InputError(f"--loss-options {config.loss_options}: {error}") from error
-        except (AttributeError, KeyError):  # a loss that reads more of a batch than this has
-            return
-        if not works:
-            raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
+    seen: set[str] = set()
+
+    class Reads:
+        """The config, noting which of its fields the loss reads."""
+
+        def __getattr__(self, name: str):
+            seen.add(name)
+            return getattr(config, name)
+    numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0])  # two pairs of one-token answers
+    pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
+                            scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
+                            chosen_tokens=2, averaged=False,
+                            means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
+    try:
+        works = loss(numbers, numbers, pairs, Reads())[0].isfinite().all()
+    except (ValueError, ArithmeticError) as error:
+        raise InputError(f"--loss-options {config.loss_options}: {error}") from error
+    except (AttributeError, KeyError, TypeError):  # a loss that reads more of a batch than this has
+        return
+    if not works:
+        raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
+    for name, off in (("label_smoothing", 0.0), ("length_by", "tokens")):
+        if getattr(config, name) != off and name not in seen:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: {config.loss} reads no such thing; "
+                             "leave it out")
 
 
 def list_plugins() -> str:
@@ -106,11 +129,11 @@ def train(config: TrainConfig, process: Process) -> None:
     check_plugins(loss, source, config)
     config, run_dir, checkpoint = open_run(config, process)
     cache = cache_directory(config)
-    budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)
     dtype = pick_dtype(config.dtype, process.device)
-    process.print(f"preset {config.preset}; loss {config.loss}, weights {source_name}, beta {config.beta}; "
+    options = f" ({config.loss_options})" if config.loss_options else ""
+    process.print(f"preset {config.preset}; loss {config.loss}{options}, weights {source_name}, beta {config.beta}; "
                   f"{process.world_size} process(es) on {process.device.type}, compute "
-                  f"{str(dtype).removeprefix('torch.')}; micro-batches of {budget} tokens; output in {run_dir}")
+                  f"{str(dtype).removeprefix('torch.')}; output in {run_dir}")
 
     needs = source_needs(source)
     inputs = check_inputs(config, process, run_dir, needs, weights_path)
@@ -118,6 +141,8 @@ def train(config: TrainConfig, process: Process) -> None:
     if "scores" in needs:
         inputs = leave_out_unscored(config, inputs, weights_path, process)
     train_examples, held_out = inputs.train, inputs.held_out
+    checkpointing, budget = settle_memory(config, load_model_config(inputs.model_dir), dtype, process)
+    process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
 
     # What the run will touch: the batches of its first epoch (later ones reuse their pairs), and the held-out pairs.
     steps = num_steps(len(train_examples), config.batch_size, config.epochs, config.max_steps)
@@ -131,10 +156,10 @@ def train(config: TrainConfig, process: Process) -> None:
 
     inputs = fill_weights(config, inputs, used, process)
     context = open_context(config, inputs, used, process)
-    context = replace(context, aux=auxiliary_logps(config, needs, aux_models, used, process))
+    context = replace(context, aux=auxiliary_logps(config, needs, aux_models, used, budget, process))
     identity = process.on_main(lambda: run_identity(config, inputs, context, aux_models))
 
-    policy = load_policy(inputs.model_dir, dtype, process, config.checkpointing, config.replicate, config.compile)
+    policy = load_policy(inputs.model_dir, dtype, process, checkpointing, config.replicate, config.compile)
     rows = RowOptions(settle_packing(policy, config.packing, used, process), budget)
     config = replace(config, packing="on" if rows.packs else "off")
     process.on_main(lambda: start_run(replace(config, overwrite=False), run_dir))  # config.json holds the outcome
@@ -186,6 +211,8 @@ def train(config: TrainConfig, process: Process) -> None:
     cost = None
     if config.profile:
         cost = model_cost(load_model_config(inputs.model_dir), dtype, config.max_length, measure_layers=False)
+    if config.sample and not held_out:
+        process.print("--sample: there are no held-out prompts to answer")
     if held_out and step == 0:
         log.write(evaluate(0))
         sample(0)

@@ -253,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(run_way(flags.way, flags.work, flags)))
         return
     names = [name for name in WAYS if not flags.only or any(part in name for part in flags.only.split(","))]
+    if min(flags.steps, flags.rounds + 1) < 2 or flags.pairs < 1:
+        parser.error("--steps must be at least 2 (the first is not timed), --rounds and --pairs at least 1")
     if not names:
         parser.error(f"--only {flags.only}: no way's name contains that; there are {'; '.join(WAYS)}")
     device = torch.device("cuda" if cuda else "cpu")
@@ -279,15 +281,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'way':34} {'pairs/s':>8} {'ours is':>8} {'s a step':>9} {'reference':>10} {'peak GiB':>9} {'ours is':>8} "
           f"{'loss':>9} {'gradient':>9}")
     report["rows"] = [summarize(name, runs[name], flags) for name in names]
-    ours = report["rows"][0]
+    ours = next((row for row in report["rows"] if row["way"].startswith("ours") and "note" not in row), None)
     for row in report["rows"]:
         if "note" in row:
             print(f"{row['way']:34} {row['note']}")
             continue
-        row |= {"ours_faster": ours["pairs_per_s"] / row["pairs_per_s"],
-                "ours_memory": ours["peak_gib"] / row["peak_gib"]}
-        print(f"{row['way']:34} {row['pairs_per_s']:8.3f} {row['ours_faster']:7.2f}x {row['step_seconds']:9.2f} "
-              f"{row['reference_seconds_a_pair']:10.3f} {row['peak_gib']:9.2f} {row['ours_memory']:7.2f}x "
+        faster = memory = "-"
+        if ours:
+            row |= {"ours_faster": ours["pairs_per_s"] / row["pairs_per_s"],
+                    "ours_memory": ours["peak_gib"] / row["peak_gib"]}
+            faster, memory = f"{row['ours_faster']:.2f}x", f"{row['ours_memory']:.2f}x"
+        print(f"{row['way']:34} {row['pairs_per_s']:8.3f} {faster:>8} {row['step_seconds']:9.2f} "
+              f"{row['reference_seconds_a_pair']:10.3f} {row['peak_gib']:9.2f} {memory:>8} "
               f"{row['loss']:9.5f} {row['gradient_norm']:9.4f}"
               + (f"  {row['tflops']:.0f} TFLOP/s" if "tflops" in row else "")
               + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""))

@@ -5,13 +5,14 @@ import re
 
 import pytest
 
-from twdpo.curves import MOST_POINTS, format_tick, nice_ticks, render_chart, render_run, thin, write_curves
+from twdpo.curves import MOST_POINTS, format_ticks, nice_ticks, render_chart, render_run, thin, write_curves
 
 STEPS = [{"step": step, "loss": 0.7 - 0.01 * step, "reward_margin": 0.1 * step, "grad_norm": 1.0, "lr": 1e-6}
          for step in range(1, 11)]
 HELD_OUT = [{"step": step, "eval/loss": loss, "eval/loss_stderr": 0.01, "eval/pairs": 5}
             for step, loss in ((0, 0.69), (5, 0.5), (10, 0.6))]
-CONFIG = {"loss": "twdpo", "model": "", "data": "toy", "beta": 0.1, "wandb": "", "packing": "<on>"}
+CONFIG = {"loss": "twdpo", "model": "", "data": "toy", "beta": 0.1, "wandb": "", "packing": "<on>", "sink_k": 0,
+          "renormalize": False}
 
 
 def test_a_page_holds_the_curves_and_figures_and_nothing_from_elsewhere(tmp_path):
@@ -25,6 +26,7 @@ def test_a_page_holds_the_curves_and_figures_and_nothing_from_elsewhere(tmp_path
     assert re.findall(r"<figcaption>(.*?)<", page) == ["Loss", "Reward margin", "Gradient norm", "Learning rate"]
     assert page.count("<circle") == 3 and "held out: 5 pairs" in page and "twdpo on the toy" in page
     assert "say &lt;b&gt;" in page and "answer &amp; 10" in page and "&lt;on&gt;" in page and "wandb" not in page
+    assert "<td>sink_k</td><td>0</td>" in page and "<td>renormalize</td><td>false</td>" in page
     assert [cell in page for cell in ("first (step 0)", "lowest loss (step 5)", "last (step 10)")] == [True] * 3
     assert "0.5000 &#177; 0.0100" in page
 
@@ -57,5 +59,8 @@ def test_long_lines_are_thinned_to_means():
     assert thin([]) == [] and thin([(1.0, 2.0)]) == [(1.0, 2.0)]
 
 
-def test_large_ticks_are_written_out():
-    assert [format_tick(value) for value in (10000.0, 0.25, 1e-6, -2.0)] == ["10,000", "0.25", "1e-06", "-2"]
+def test_ticks_are_written_out_and_differ():
+    assert format_ticks([8000.0, 10000.0]) == ["8,000", "10,000"] and format_ticks([0.0, 0.25]) == ["0.00", "0.25"]
+    assert format_ticks([0.0, 5e-7, 1e-6]) == ["0", "5e-07", "1e-06"] and format_ticks([-2.0, 0.0]) == ["-2", "0"]
+    assert len(set(format_ticks(nice_ticks(0.6931471, 0.6931474, 5)))) >= 4
+    assert nice_ticks(1, 1, 5, least=1.0) == [1.0, 2.0]

@@ -21,7 +21,7 @@ class Batch:
         self.ref_logps_N = torch.tensor([-1.0, -2.0, -1.0, -3.0, -0.5, -0.5])
         self.weights_N, self.scale_S = normalize(torch.ones(6), self.seq_lens_S, norm)
         self.coefficient_P = torch.tensor(coefficient)
-        self.pair_count, self.chosen_tokens = 2, 3
+        self.pair_count, self.chosen_tokens, self.averaged = 2, 3, False
 
     def double(self) -> "Batch":
         for name in ("ref_logps_N", "weights_N", "scale_S"):

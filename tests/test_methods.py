@@ -97,7 +97,10 @@ def test_a_loss_brings_its_own_beta_and_flags_override_it(tmp_path, run_argument
     assert beta("c", "--loss", "simpo", "--beta", "0.7") == 0.7
     assert beta("d", "--loss", "simpo", "--preset", "tuned", "--batch-size", "3") == 2.5
     config = json.loads((tmp_path / "d/config.json").read_text())
-    assert config["loss_options"] == "gamma_ratio=0.55" and config["batch_size"] == 3 and config["lr"] == 1e-3
+    assert beta("e", "--loss", "simpo", "--preset", "tuned", "--loss-options", "nll=0.1") == 2.5
+    merged = json.loads((tmp_path / "e/config.json").read_text())["loss_options"]
+    assert merged == "gamma_ratio=0.55,nll=0.1" and config["loss_options"] == "gamma_ratio=0.55"
+    assert config["batch_size"] == 3 and config["lr"] == 1e-3
 
 
 def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_model, capsys):
@@ -119,8 +122,8 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
     other.save_pretrained(tmp_path / "other")
     seen, original = [], train.auxiliary_logps
 
-    def record(config, needs, folders, examples, process):
-        seen.append((examples, original(config, needs, folders, examples, process)))
+    def record(config, needs, folders, examples, *rest):
+        seen.append((examples, original(config, needs, folders, examples, *rest)))
         return seen[-1][1]
     monkeypatch.setattr(train, "auxiliary_logps", record)
     flags = {"loss": "dpo", "weights": "cdpo", "max_steps": 1, "cache_dir": tmp_path / "cache"}
@@ -141,6 +144,29 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
             assert (ours == cached).all()
 
 
+def test_the_contrast_of_models_with_padded_vocabularies(tmp_path, run_arguments, toy_model):
+    """Rows that only one of them has are no tokens of the pairs."""
+    other = AutoModelForCausalLM.from_pretrained(toy_model)
+    other.resize_token_embeddings(other.config.vocab_size + 64, mean_resizing=False)
+    shutil.copytree(toy_model, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    train.main(run_arguments(tmp_path / "run", aux_model=tmp_path / "other", loss="dpo", weights="cdpo", max_steps=1))
+
+
+def test_averages_are_not_divided_by_the_length_again(tmp_path, run_arguments, toy_model):
+    """Means by their weights (selected tokens, --length-normalize) are SimPO's averages as they are: with uniform
+    weights its own."""
+    flags = {"loss": "simpo", "max_steps": 2}
+    for name, extra in (("plain", []), ("normed", ["--length-normalize"])):
+        train.main([*run_arguments(tmp_path / name, weights="uniform", **flags), *extra])
+    plain, normed = read_rows(tmp_path / "plain"), read_rows(tmp_path / "normed")
+    assert [row["loss"] for row in plain[1:3]] == pytest.approx([row["loss"] for row in normed[1:3]], rel=1e-5)
+    selected = ["--weights-options", "k=1"]  # all of them
+    train.main([*run_arguments(tmp_path / "all", weights="sepo", aux_model=toy_model, **flags), *selected])
+    assert [row["loss"] for row in plain[1:3]] == pytest.approx(
+        [row["loss"] for row in read_rows(tmp_path / "all")[1:3]], rel=1e-5)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--weights", "tis"], "--aux-model is ''"),
     (["--weights", "tis", "--aux-model", "nowhere/at/all"], "--aux-model is 'nowhere/at/all'"),
@@ -148,6 +174,9 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
     (["--loss-options", "x=1"], "the options of twdpo are none"),
     (["--weights", "decay", "--weights-options", "gamma=x"], "gamma must be a float"),
     (["--weights", "decay", "--weights-options", "gamma=-0.9"], "decay gives"),
+    (["--loss", "hinge", "--label-smoothing", "0.1"], "--label-smoothing 0.1: hinge reads no such thing"),
+    (["--length-by", "mass"], "--length-by mass: twdpo reads no such thing"),
+    (["--loss", "ipo", "--preset", "tuned"], "no tuned settings of ipo are known here, but of dpo, simpo"),
     (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
     (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),
     (["--loss", "simpo", "--loss-options", "gamma_ratio=nan"], "gamma_ratio must be finite"),

@@ -1,5 +1,6 @@
 """The memory plan and the operations of a batch: counted, worked out by hand, and against what a run really holds."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from twdpo import plan
 from twdpo.attention import packed
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
-from twdpo.config import InputError
+from twdpo.config import InputError, TrainConfig
+from twdpo.dist import Process
 from twdpo.pairs import Pair
 from twdpo.plan import (
     CHECKPOINTING,
@@ -151,8 +153,27 @@ def test_the_plan_of_the_papers_model_needs_no_network_and_starts_nothing(tmp_pa
     assert "8.03 B parameters" in printed and all(name in printed for name in MACHINES)
     assert "".join(f"    {line}\n" for line in printed.splitlines()) in (ROOT / "README.md").read_text()
     assert not list(tmp_path.iterdir())
-    (full,) = [line.split()[2:] for line in printed.splitlines() if line.startswith("  --checkpointing full ")]
+    (full,) = [line.split()[-3:] for line in printed.splitlines() if line.startswith("most tokens, --checkpointing fu")]
     assert len(full) == 3 and all(int(cell.replace(",", "")) >= 8192 for cell in full)
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "t5"}, {"model_type": "mamba"}, {"model_type": "llama", "num_hidden_layers": 0},
+    {"model_type": "llama", "hidden_size": "64"}, {"model_type": "llama", "hidden_act": "foo"}, {}])
+def test_a_plan_of_an_odd_config_is_one_message(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(tmp_path), "--plan"])
+    assert "train.py: error: " in capsys.readouterr().err
+
+
+def test_a_plan_follows_the_flags(capsys):
+    argv = ["--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--plan", "--micro-batch-tokens", "1024"]
+    printed = []
+    for extra in ([], ["--checkpointing", "full"], ["--replicate", "2"], ["--no-sync"]):
+        train.main([*argv, *extra])
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 4 and "1 x H200" not in printed[2]
 
 
 def test_a_plan_without_a_config_is_one_message(tmp_path, capsys):
@@ -162,5 +183,32 @@ def test_a_plan_without_a_config_is_one_message(tmp_path, capsys):
 
 
 def test_a_plan_that_fits_nowhere_says_0():
-    huge = ModelCost(10**12, 10**10, 10**12, 10**9, 100, 8192, 8192, 2, 1e7, 1e5)
-    assert [line.split()[-3:] for line in describe_plan(huge, 8192, MACHINES).splitlines()[-3:]] == [["0"] * 3] * 3
+    lines = describe_plan(HUGE, MACHINES, TrainConfig()).splitlines()
+    assert [line.split()[-3:] for line in lines[-3:]] == [["0"] * 3] * 3 == [lines[3].split()[-3:]] * 3
+
+
+HUGE = ModelCost(10**12, 10**10, 10**12, 10**9, 100, 8192, 8192, 2, 1e7, 1e5)
+GPUS = Process(0, 2, torch.device("cuda"))
+
+
+def test_a_run_takes_the_least_recomputation_that_lets_its_tokens_fit(monkeypatch):
+    """A memory in which 16,384 tokens fit only with everything computed again, then more and less of it."""
+    cost = replace(COST, saved_bytes=4e5, working_bytes=1e4, hidden_size=64)
+    gpu = type("Properties", (), {})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(plan, "model_cost", lambda *_: cost)
+
+    def settle(gib: float, **flags) -> tuple[str, int]:
+        gpu.total_memory = gib * 2**30
+        return plan.settle_memory(TrainConfig(**flags), None, torch.bfloat16, GPUS)
+    needed = {name: plan_memory(cost, 2, 16384, name)["peak"] / 2**30 + 2 for name in CHECKPOINTING}
+    assert needed["full"] < needed["selective"] < needed["none"]
+    for name in CHECKPOINTING:
+        assert settle(needed[name] + 0.01) == (name, 16384)
+    assert settle(needed["none"] - 0.5)[0] == "selective" and settle(needed["full"] - 0.5)[0] == "full"
+    assert 0 < settle(needed["full"] - 0.5)[1] < 16384
+    assert settle(needed["full"], checkpointing="none", micro_batch_tokens=99999) == ("none", 99999)
+    assert settle(needed["full"] + 0.01, micro_batch_tokens=8192)[1] == 8192
+    with pytest.raises(InputError, match="does not fit 2 device"):
+        settle(2.0)
+    assert plan.settle_memory(TrainConfig(), None, torch.float32, Process(0, 1, torch.device("cpu"))) == ("none", 4096)

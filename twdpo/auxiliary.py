@@ -51,12 +51,14 @@ def find_aux_models(config: TrainConfig, needs: tuple[str, ...], inputs: Inputs,
 
 
 def auxiliary_logps(config: TrainConfig, needs: tuple[str, ...], folders: list[Path], examples: list[Example],
-                    process: Process) -> dict[str, dict[int, Logps]]:
-    """What WeightContext.aux holds, of all `examples`. All ranks."""
+                    budget: int, process: Process) -> dict[str, dict[int, Logps]]:
+    """What WeightContext.aux holds, of all `examples`. All ranks.
+
+    budget: most tokens of a micro-batch.
+    """
     if not folders:
         return {}
     dtype, cache = pick_dtype(config.dtype, process.device), cache_directory(config)
-    budget = config.micro_batch_tokens or (16384 if process.device.type == "cuda" else 4096)
     batches = evaluation_batches(len(examples), config.batch_size)
     fingerprints = [process.on_main(lambda folder=folder: fingerprint_model(folder)) for folder in folders]
 
@@ -96,12 +98,13 @@ class Contrast:
     def __call__(self, batch: PairBatch) -> tuple[None, torch.Tensor]:
         """(None, log-probs of the response tokens [N]), in the place of a policy's (ratio_S, logps_N). All ranks."""
         hidden, heads, biases = [], [], []
+        vocabulary = min(model.model.config.get_text_config().vocab_size for model in self.models)  # some are padded
         for factor, model in zip((1 + CONTRAST, -CONTRAST), self.models):
             hidden_ND, head_VD, bias_V = model.states_and_head(batch)
             factor *= model.options.logit_scale or 1.0
             hidden.append(hidden_ND)
-            heads.append(factor * head_VD)
-            biases.append(factor * bias_V if bias_V is not None else head_VD.new_zeros(len(head_VD)))
+            heads.append(factor * head_VD[:vocabulary])
+            biases.append(factor * bias_V[:vocabulary] if bias_V is not None else head_VD.new_zeros(vocabulary))
         # One matrix product over both hidden states is the weighted sum of both logits: V is never written out.
         _, logps_N = weighted_logratio(torch.cat(hidden, 1), torch.cat(heads, 1), batch.targets_N, batch.ref_logps_N,
                                        batch.weights_N, batch.seq_lens_S, batch.scale_S, sum(biases), HeadOptions())

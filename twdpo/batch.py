@@ -36,6 +36,7 @@ class PairBatch:
     coefficient_P: torch.Tensor  # fp32, 1, or 0 for copies that only keep the processes in step
     pair_count: int  # pairs of the global batch
     chosen_tokens: int  # response tokens of its chosen answers
+    averaged: bool = False  # whether ratios are means over tokens already, by their weights
     means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
 
     @property
@@ -117,5 +118,8 @@ def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairB
         # Eq. 15 drops |y|: weights of sum 1 and scale 1.
         if context.config.renormalize:
             weights_N = normalize(weights_N, batch.seq_lens_S, "mean1")[0]
+        elif norm == "none":
+            weights_N = weights_N / batch.seq_lens_S.repeat_interleave(batch.seq_lens_S)
         scale_S = torch.ones_like(scale_S)
-    return replace(batch, weights_N=weights_N, scale_S=scale_S)
+    averaged = context.config.length_normalize or norm == "selected_mean"
+    return replace(batch, weights_N=weights_N, scale_S=scale_S, averaged=averaged)

@@ -171,13 +171,14 @@ class TrainConfig(SharedConfig):
     dtype: str = flag("auto", "hardware", "compute dtype, float32 or bfloat16 (parameters and reductions stay fp32); "
                       "auto: bfloat16 on CUDA, float32 on CPU")
     micro_batch_tokens: int = flag(0, "hardware", "most tokens in one micro-batch on one process, padding counted; 0: "
-                                   "4096 on CPU, 16384 on CUDA", free=True)
+                                   "4096 on CPU, on CUDA 16384 or what the memory plan says fits", free=True)
     packing: str = flag("auto", "hardware", "'on': the sequences of many pairs in one row without padding, each pair's "
                         "common beginning once; 'off': a padded row a sequence; auto: on, unless a check at the start "
                         "finds other log-probs")
-    checkpointing: str = flag("none", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
+    checkpointing: str = flag("auto", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
                               "(each layer's input is kept and the rest computed again), 'selective' (of every second "
-                              "layer)", free=True)
+                              "layer); auto: none on CPU, on CUDA the least that lets --micro-batch-tokens fit by the "
+                              "memory plan", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters: 1: every process holds one part of them; "
                           "the number of nodes: each node holds all parts, and only gradients go between nodes",
                           free=True)
@@ -228,7 +229,8 @@ class TrainConfig(SharedConfig):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
-        require(self, "checkpointing", self.checkpointing in ("none", "selective", "full"), "none, selective or full")
+        require(self, "checkpointing", self.checkpointing in ("auto", "none", "selective", "full"),
+                "auto, none, selective or full")
         require(self, "packing", self.packing in ("auto", "on", "off"), "auto, on or off")
         require(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         require(self, "save_dtype", self.save_dtype in ("", "float32", "bfloat16", "float16"),
@@ -351,8 +353,9 @@ def parse_config(cls, argv: list[str] | None, description: str, epilog: str = ""
         raise InputError(f"--preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
     names = {field.name for field in dataclasses.fields(cls)}
     settings = {key: value for key, value in PRESETS[preset].items() if key in names}
-    settings |= (more_settings(given, preset) if more_settings else {}) | given | {"preset": preset}
-    if settings.get("length_normalize") and "beta" not in given:
+    more = more_settings(given, preset) if more_settings else {}
+    settings |= more | given | {"preset": preset}
+    if settings.get("length_normalize") and "beta" not in given and "beta" not in more:
         settings["beta"] = 2.0  # paper section 4.3: Eq. 15 has no |y|, so its beta is larger
     return cls(**settings)
 

@@ -63,7 +63,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
     if held_out:
         what += f"; held out: {held_out[-1]['eval/pairs']} pairs, dots, with one standard error"
     settings = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
-                       for key, value in config.items() if value not in ("", False))
+                       for key, value in config.items() if value != "")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(name)}</title><style>{STYLE}{CURVES_STYLE}</style></head><body>
@@ -91,7 +91,7 @@ def render_chart(title: str, lines: Iterable[tuple[str, str]], steps: list[dict]
     xs = [point[0] for _, line, dots in drawn for point in (*line, *dots)]
     ys = [y for _, line, _ in drawn for _, y in line]
     ys += [edge for _, _, dots in drawn for _, y, error in dots for edge in (y - error, y + error)]
-    ticks_x, ticks_y = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys), 5)
+    ticks_x, ticks_y = nice_ticks(min(xs), max(xs), 5, least=1.0), nice_ticks(min(ys), max(ys), 5)
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
     low_y, high_y = min(ticks_y[0], min(ys)), max(ticks_y[-1], max(ys))
 
@@ -102,13 +102,13 @@ def render_chart(title: str, lines: Iterable[tuple[str, str]], steps: list[dict]
         return HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for y in ticks_y:
+    for y, label in zip(ticks_y, format_ticks(ticks_y)):
         place = place_y(y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{format_tick(y)}</text>')
-    for x in ticks_x:
+                     f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{label}</text>')
+    for x, label in zip(ticks_x, format_ticks(ticks_x)):
         if low_x <= x <= high_x:
-            parts.append(f'<text x="{place_x(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(x)}</text>')
+            parts.append(f'<text x="{place_x(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     for style, (label, line, dots) in zip(("first", "second"), drawn):
         if len(line) > 1:
             points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line)
@@ -135,20 +135,27 @@ def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [tuple(sum(values) / len(group) for values in zip(*group)) for group in groups]
 
 
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers that span [low, high], about `count` of them."""
+def nice_ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:
+    """Round numbers that span [low, high], about `count` of them, at least `least` apart."""
     if high <= low:
         high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
+    rough = max((high - low) / count, least)
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [0.0 if number == 0 else number * step for number in range(first, last + 1)]
 
 
-def format_tick(value: float) -> str:
-    """`10,000` and not `1e+04`."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def format_ticks(ticks: list[float]) -> list[str]:
+    """With as many decimals as tell them apart: `10,000`, `0.25`, `1e-06`."""
+    if max(map(abs, ticks)) < 1e-3:
+        return [f"{value:.3g}" for value in ticks]
+    for decimals in range(12):
+        labels = [f"{value:,.{decimals}f}" for value in ticks]
+        if all(abs(float(label.replace(",", "")) - value) < 1e-9 + 1e-6 * abs(ticks[1] - ticks[0])
+               for label, value in zip(labels, ticks)):
+            break
+    return labels
 
 
 def figures_table(held_out: list[dict]) -> str:

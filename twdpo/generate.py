@@ -1,5 +1,6 @@
 """What a model writes: verbalised scores of each answer's parts (paper section 4.2), answers of the policy."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,9 +168,12 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ge
         input_ids[row, longest - len(ids):] = torch.tensor(ids)
         mask[row, longest - len(ids):] = 1
     # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
+    ends = turn_ends(tokenizer)
     settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
-                                eos_token_id=turn_ends(tokenizer))
+                                eos_token_id=ends)
     model.generation_config = settings
     output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
                                           generation_config=settings, **options)
-    return tokenizer.batch_decode(output[:, longest:].tolist(), skip_special_tokens=True)
+    # An answer that ends before the longest of its batch is padded after its end, with what may be a word.
+    answers = [list(itertools.takewhile(lambda id: id not in ends, ids)) for ids in output[:, longest:].tolist()]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -29,7 +29,9 @@ MOST_AVERAGE = -1e-6  # log-probs a token are kept below it where log(1 - p) is 
 
 
 def pair_lengths(batch, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """n of both sides [P], fp32."""
+    """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
+    if batch.averaged:
+        return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
     if config.length_by == "mass":
         length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
     else:
@@ -95,7 +97,7 @@ def kto_pair(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     desirable (1 - sigmoid(beta (R_w - z_l))) + undesirable (1 - sigmoid(beta (z_w - R_l))), z the mean of the other
     side's R, at least 0: over the global batch and without gradient (`batch`), over the micro-batch with gradient and
     the whole halved, as TRL does (`micro`: depends on how the batch is split), or 0. SimPO's table prints the second
-    term with the wrong sign. One reference pass; `batch` runs each batch twice.
+    term with the wrong sign. One reference pass; each batch runs forward twice.
     """
     chosen_P, rejected_P = ratio_S[0::2], ratio_S[1::2]
     if kl == "batch":
@@ -192,7 +194,8 @@ def slic_hf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, delt
             nll: float = 0.1) -> Loss:
     """Sequence likelihood calibration (Zhao et al. 2023, arXiv 2305.10425).
 
-    max(0, delta - S_w + S_l) - nll S_w. No reference (with one, and without the last term, it is `hinge`).
+    max(0, delta - S_w + S_l) - nll S_w; beta scales the logged rewards alone. No reference (with one, and without the
+    last term, it is `hinge`).
     """
     chosen_P, rejected_P = ratio_S[0::2], ratio_S[1::2]
     return torch.relu(delta - chosen_P + rejected_P) - nll * chosen_P, {}
@@ -205,7 +208,8 @@ slic_hf.settings = {"": {"beta": 0.1}}
 def rrhf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: float = 1.0) -> Loss:
     """Rank responses to align human feedback (Yuan et al. 2023, arXiv 2304.05302).
 
-    max(0, S_l / n_l - S_w / n_w) - nll S_w. (The authors' code divides by the padded length.) No reference.
+    max(0, S_l / n_l - S_w / n_w) - nll S_w; beta scales the logged rewards alone. (The authors' code divides by the
+    padded length.) No reference.
     """
     chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
     return torch.relu(rejected_P - chosen_P) - nll * ratio_S[0::2], {}

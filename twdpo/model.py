@@ -309,8 +309,8 @@ def build_on_meta(model_config, dtype: torch.dtype):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except KeyError as error:  # a table of attention classes of its own
-        raise InputError(f"{model_config.model_type} does not use transformers' AttentionInterface ({error}): use "
-                         "another model") from error
+        raise InputError(f"{model_config.model_type} can't be built from its config with transformers' "
+                         f"AttentionInterface (KeyError: {error}): mend the config, or use another model") from error
     refuse_converted_checkpoints(model)
     return model
 

@@ -36,6 +36,7 @@ RESERVED_GIB = 2.0  # CUDA context, NCCL, fragments
 OP_BUFFER_BYTES = 160 << 20  # kernels/weighted_logratio.py: a wave of logits and what goes with it
 SAMPLE_TOKENS = 1 << 14  # of the row that is run on the meta device: many, so that gradients of parameters weigh little
 CHECKPOINTING = ("none", "selective", "full")
+CPU_TOKENS, CUDA_TOKENS = 4096, 1 << 14  # of a micro-batch, unless --micro-batch-tokens says otherwise
 
 
 @dataclass(frozen=True)
@@ -187,42 +188,92 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     return parts | {"peak": sum(parts.values())}
 
 
-def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str) -> int:
+def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str, no_sync: bool = False,
+                shards: int = 0) -> int:
     """The largest micro-batch in tokens, in steps of 1,024, that the plan says fits; 0 when none does."""
     room = (memory_gib - RESERVED_GIB) * GIB
     tokens = 0
-    while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing)["peak"] <= room:
+    while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing, no_sync, shards
+                                           )["peak"] <= room:
         tokens += 1024
     return tokens
 
 
-def describe_plan(cost: ModelCost, num_tokens: int, machines: dict[str, tuple[int, float]]) -> str:
-    """The memory plan as text, one column a machine: parts at `num_tokens` a micro-batch, then what fits."""
-    plans = {name: plan_memory(cost, size, num_tokens, "full") for name, (size, _) in machines.items()}
-    lines = [f"{cost.params / 1e9:.2f} B parameters ({cost.root_params / 1e9:.2f} B outside the {cost.num_layers} "
-             "layers); GiB on each device",
-             f"{'micro-batch of ' + format(num_tokens, ',') + ' tokens, --checkpointing full':52}"
-             + "".join(f"{name:>15}" for name in plans)]
+def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainConfig) -> tuple[str, int]:
+    """(--checkpointing, --micro-batch-tokens) as they are given, or the least recomputation that lets the wanted tokens
+    fit by the plan; 0 tokens when nothing fits."""
+    wanted = config.micro_batch_tokens or CUDA_TOKENS
+    shards = world_size // config.replicate
+    for checkpointing in CHECKPOINTING if config.checkpointing == "auto" else (config.checkpointing,):
+        tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards))
+        if tokens == wanted:
+            break
+    return checkpointing, config.micro_batch_tokens or tokens
+
+
+def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype, process: Process) -> tuple[str, int]:
+    """(--checkpointing, --micro-batch-tokens) of a run. Raises InputError when the plan finds no room on a GPU."""
+    if process.device.type != "cuda":
+        return config.checkpointing.replace("auto", "none"), config.micro_batch_tokens or CPU_TOKENS
+    if config.checkpointing != "auto" and config.micro_batch_tokens:
+        return config.checkpointing, config.micro_batch_tokens
+    memory = torch.cuda.get_device_properties(process.device).total_memory / GIB
+    try:
+        cost = model_cost(model_config, compute_dtype, config.max_length, config.packing != "off")
+    except InputError as error:  # what can't be planned is not refused
+        process.print(f"{error}; --checkpointing full")
+        return config.checkpointing.replace("auto", "full"), config.micro_batch_tokens or CUDA_TOKENS
+    checkpointing, tokens = choose(cost, process.world_size, memory, config)
+    if not tokens:
+        raise InputError(f"the model does not fit {process.world_size} device(s) of {memory:.0f} GiB by the memory "
+                         "plan (--plan): use more of them, or set --micro-batch-tokens and --checkpointing to try")
+    return checkpointing, tokens
+
+
+def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], config: TrainConfig) -> str:
+    """The memory plan as text, one column a machine: what a run would take, its parts, and what else fits."""
+    runs = {name: choose(cost, size, memory, config) for name, (size, memory) in machines.items()}
+    plans = {name: plan_memory(cost, size, runs[name][1], runs[name][0], config.no_sync, size // config.replicate)
+             for name, (size, _) in machines.items()}
+
+    def line(title: str, cells) -> str:
+        return f"{title:42}" + "".join(f"{cell:>15}" for cell in cells)
+    lines = [f"{cost.params / 1e9:.2f} B parameters, {cost.root_params / 1e9:.2f} B of them outside the "
+             f"{cost.num_layers} layers; GiB on each device",
+             line("", plans), line("--checkpointing", (checkpointing for checkpointing, _ in runs.values())),
+             line("--micro-batch-tokens (0: does not fit)", (f"{tokens:,}" for _, tokens in runs.values()))]
     for part in next(iter(plans.values())):
-        lines.append(f"  {part:50}" + "".join(f"{plan[part] / GIB:15.1f}" for plan in plans.values()))
-    lines.append(f"  {'of the device':50}" + "".join(f"{memory:15.1f}" for _, memory in machines.values()))
-    lines.append("largest micro-batch in tokens (0: it does not fit)")
+        lines.append(line(f"  {part}", (f"{plan[part] / GIB:.1f}" for plan in plans.values())))
+    lines.append(line("  of the device", (f"{memory:.1f}" for _, memory in machines.values())))
     for checkpointing in CHECKPOINTING:
-        cells = (most_tokens(cost, size, memory, checkpointing) for size, memory in machines.values())
-        lines.append(f"  {'--checkpointing ' + checkpointing:50}" + "".join(f"{cell:15,}" for cell in cells))
-    return "\n".join(lines)
+        cells = (most_tokens(cost, size, memory, checkpointing, config.no_sync, size // config.replicate)
+                 for size, memory in machines.values())
+        lines.append(line(f"most tokens, --checkpointing {checkpointing}", (f"{cell:,}" for cell in cells)))
+    return "\n".join(text.rstrip() for text in lines)
 
 
 def plan_for(config: TrainConfig, process: Process) -> str:
     """What --plan prints: the memory of this run on a few machines, and on this one's GPUs. Raises InputError."""
     model_config = find_model_config(config, process)
-    machines = dict(MACHINES)
+    machines, size = dict(MACHINES), process.world_size
     if process.device.type == "cuda":
         memory = torch.cuda.get_device_properties(process.device).total_memory / GIB
-        machines = {f"{process.world_size} here": (process.world_size, memory)} | machines
+        machines = {f"{size} here": (size, memory)} | machines
+    elif size > 1:
+        machines = {f"{size} x H100-80": (size, MACHINES["8 x H100-80"][1])} | machines
+    machines = {name: machine for name, machine in machines.items() if machine[0] % config.replicate == 0}
+    if not machines:
+        raise InputError(f"--replicate is {config.replicate}: none of the planned machines can hold as many copies; "
+                         "start the plan with torchrun and as many processes as the run")
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    cost = model_cost(model_config, dtype, config.max_length, config.packing != "off")
-    return describe_plan(cost, config.micro_batch_tokens or 8192, machines)
+    try:
+        cost = model_cost(model_config, dtype, config.max_length, config.packing != "off")
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a config may say anything
+        raise InputError(f"--plan: no causal language model can be built from the config of {config.model} "
+                         f"({type(error).__name__}: {error})") from error
+    return describe_plan(cost, machines, config)
 
 
 def find_model_config(config: TrainConfig, process: Process):
@@ -231,7 +282,7 @@ def find_model_config(config: TrainConfig, process: Process):
         return load_model_config(find_model(config, process))
     try:
         return AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - a config may say anything
         if config.model in PAPER_MODELS:  # gated, or no network
             name, settings = PAPER_MODELS[config.model]
             return AutoConfig.for_model(name, **settings)

@@ -21,6 +21,16 @@ def options_of(function: Callable) -> dict[str, object]:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def merge_options(*texts: str) -> str:
+    """Options of several texts as one, each once; the last one that sets it counts."""
+    merged = {}
+    for part in ",".join(texts).split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if part.strip():
+            merged[name] = equals + value
+    return ",".join(name + value for name, value in merged.items())
+
+
 def bind_options(function: Callable, text: str, flag: str) -> Callable:
     """The function with the options of `NAME=VALUE,NAME=VALUE` set; it keeps its attributes. Raises InputError.
 
