@@ -36,7 +36,14 @@ from twdpo.inputs import check_inputs, fill_weights, import_files, leave_out_uns
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES, loss_needs, needs_reference
 from twdpo.metrics import Totals, add_totals, largest, means, pair_metrics, standard_errors, token_metrics
-from twdpo.model import cache_directory, load_model_config, load_policy, pick_dtype, settle_packing
+from twdpo.model import (
+    cache_directory,
+    check_architecture,
+    load_model_config,
+    load_policy,
+    pick_dtype,
+    settle_packing,
+)
 from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
 from twdpo.plugins import bind_options, describe, merge_options
 from twdpo.reference import reference_directory, reference_logps
@@ -76,7 +83,10 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
 
 def check_plugins(loss, source, config: TrainConfig) -> None:
     """Raise InputError for what a loss or a source says of itself, or its options, that can't be."""
-    for what in (loss, source):
+    for what, needs, known in ((loss, loss_needs(loss), {"ref"}),
+                               (source, source_needs(source), {"attention", "scores", "aux", "contrast"})):
+        if not isinstance(needs, (tuple, list)) or not set(needs) <= known:
+            raise InputError(f"{what.__name__}.needs is {needs!r}: it must be a tuple of {', '.join(sorted(known))}")
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{what.__name__}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
     seen: set[str] = set()
@@ -87,7 +97,7 @@ def check_plugins(loss, source, config: TrainConfig) -> None:
         def __getattr__(self, name: str):
             seen.add(name)
             return getattr(config, name)
-    numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0])  # two pairs of one-token answers
+    numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
     pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
                             chosen_tokens=2, averaged=False,
@@ -98,7 +108,7 @@ def check_plugins(loss, source, config: TrainConfig) -> None:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
     except (AttributeError, KeyError, TypeError):  # a loss that reads more of a batch than this has
         return
-    if not works:
+    if config.loss_options and not works:
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
     for name, off in (("label_smoothing", 0.0), ("length_by", "tokens")):
         if getattr(config, name) != off and name not in seen:
@@ -127,6 +137,9 @@ def train(config: TrainConfig, process: Process) -> None:
     source_name, weights_path = find_source(loss, config)
     source = bind_options(WEIGHTS[source_name], config.weights_options, "--weights-options")
     check_plugins(loss, source, config)
+    if process.world_size % config.replicate:
+        raise InputError(f"--replicate is {config.replicate}: {process.world_size} processes can't hold as many equal "
+                         "copies")
     config, run_dir, checkpoint = open_run(config, process)
     cache = cache_directory(config)
     dtype = pick_dtype(config.dtype, process.device)
@@ -141,6 +154,7 @@ def train(config: TrainConfig, process: Process) -> None:
     if "scores" in needs:
         inputs = leave_out_unscored(config, inputs, weights_path, process)
     train_examples, held_out = inputs.train, inputs.held_out
+    check_architecture(load_model_config(inputs.model_dir), config.checkpointing.replace("auto", "none"))
     checkpointing, budget = settle_memory(config, load_model_config(inputs.model_dir), dtype, process)
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
 
@@ -236,7 +250,8 @@ def train(config: TrainConfig, process: Process) -> None:
                 row = evaluate(step)
                 log.write(row)
                 sample(step)
-                if progress["best_eval_loss"] is None or row["eval/loss"] < progress["best_eval_loss"]:
+                best = progress["best_eval_loss"]
+                if math.isfinite(row["eval/loss"]) and (best is None or row["eval/loss"] < best):
                     progress["best_eval_loss"] = row["eval/loss"]
                     export("best")
             if config.save_every and (last or step % config.save_every == 0):

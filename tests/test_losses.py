@@ -105,6 +105,7 @@ FORMULAS = {
     "exo_pair": lambda c, r, n, m, zc, zr: (sigmoid(B * (c - r)) * (log_sigmoid(B * (c - r)) - math.log(0.999))
                                             + sigmoid(B * (r - c)) * (log_sigmoid(B * (r - c)) - math.log(0.001))),
     "nca_pair": lambda c, r, n, m, zc, zr: -log_sigmoid(B * c) - 0.5 * log_sigmoid(-B * c) - 0.5 * log_sigmoid(-B * r),
+    "bco_pair": lambda c, r, n, m, zc, zr: -log_sigmoid(B * c) - log_sigmoid(-B * r),
     "sppo_hard": lambda c, r, n, m, zc, zr: (c - 0.5 / B) ** 2 + (r + 0.5 / B) ** 2,
     "apo_zero": lambda c, r, n, m, zc, zr: 1 - sigmoid(B * c) + sigmoid(B * r),
     "apo_down": lambda c, r, n, m, zc, zr: sigmoid(B * c) + 1 - sigmoid(B * (c - r)),
@@ -207,7 +208,7 @@ def test_length_by_mass_divides_by_the_weights():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("beta=1", "the options of simpo are gamma_ratio=0.25, form=sigmoid, nll=0.0"),
+    ("beta=1", "the options of simpo are gamma_ratio=0.25, form=sigmoid.hinge, nll=0.0"),
     ("gamma_ratio=x", "must be a float"), ("gamma_ratio", "must be a float"),
     ("form=cube", "must be one of sigmoid, hinge"),
 ])

@@ -223,6 +223,22 @@ def test_only_the_checkpoint_s_own_files_and_names_are_read(bf16_checkpoint, cha
             assert torch.equal(whole(parameter), expected[name]), name
 
 
+def test_quantised_checkpoints_and_odd_indices_are_input_errors(bf16_checkpoint, change_tensors, tmp_path, process):
+    directory = change_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}))
+    with pytest.raises(InputError, match="is stored as F8_E4M3"):
+        load_policy(directory, torch.float32, process)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(InputError, match="quantization_config"):
+        load_policy(directory, torch.float32, process)
+    shutil.copytree(bf16_checkpoint, tmp_path / "index")
+    (tmp_path / "index/model.safetensors").unlink()
+    for text in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": null}}'):
+        (tmp_path / "index/model.safetensors.index.json").write_text(text)
+        with pytest.raises(InputError, match="names no file by tensor"):
+            load_policy(tmp_path / "index", torch.float32, process)
+
+
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_a_tied_checkpoint_may_hold_either_name_or_both(kept, toy_model, tmp_path, process):
     shutil.copytree(toy_model, tmp_path / "model")

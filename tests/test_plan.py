@@ -167,8 +167,9 @@ def test_a_plan_of_an_odd_config_is_one_message(config, tmp_path, capsys):
     assert "train.py: error: " in capsys.readouterr().err
 
 
-def test_a_plan_follows_the_flags(capsys):
-    argv = ["--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--plan", "--micro-batch-tokens", "1024"]
+def test_a_plan_follows_the_flags(toy_model, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "SAMPLE_TOKENS", 512)
+    argv = ["--model", str(toy_model), "--plan", "--micro-batch-tokens", "100000"]
     printed = []
     for extra in ([], ["--checkpointing", "full"], ["--replicate", "2"], ["--no-sync"]):
         train.main([*argv, *extra])

@@ -56,6 +56,32 @@ def test_copies_that_do_not_divide_the_processes_are_refused():
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("extra, message", [
+    (("--replicate", "2"), "--replicate is 2: 1 processes"), (("--lr", "inf"), "--lr is inf"),
+])
+def test_what_can_t_be_done_is_refused_before_an_old_run_is_touched(extra, message, tmp_path, run_arguments, capsys):
+    train.main(run_arguments(tmp_path / "run", max_steps=1, sample=1))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run", max_steps=1), "--overwrite", *extra])
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path, run_arguments):
+    (tmp_path / "mine.py").write_text("""
+from twdpo.losses import LOSSES, dpo
+def odd(ratio_S, logps_N, batch, config):
+    loss_P, metrics = dpo(ratio_S, logps_N, batch, config)
+    return (loss_P if loss_P.requires_grad else loss_P * float("nan")), metrics
+LOSSES["odd"] = odd
+""")
+    train.main([*run_arguments(tmp_path / "run", loss="odd", weights="uniform", save_every=2, max_steps=2), "--import",
+                str(tmp_path / "mine.py")])
+    assert not (tmp_path / "run/best").exists() and (tmp_path / "run/final").is_dir()
+    assert "2 steps; held out" in (tmp_path / "run/report.html").read_text()
+
+
 def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch):
     """Traced and run by torch.compile's front half: the back half takes minutes on a CPU. Rows of many lengths, layers
     computed again, answers sampled in between: two graphs a layer, before and after its attention."""

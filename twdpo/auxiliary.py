@@ -1,5 +1,6 @@
 """Log-probs of the responses under the models of --aux-model: one cached pass of each, before training."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from twdpo.logratio import HeadOptions, weighted_logratio
 from twdpo.model import (
     Policy,
     cache_directory,
+    check_length,
     fingerprint_model,
+    load_model_config,
     load_policy,
     load_tokenizer,
     locate_model,
@@ -42,8 +45,11 @@ def find_aux_models(config: TrainConfig, needs: tuple[str, ...], inputs: Inputs,
         raise InputError(f"--aux-model is {config.aux_model!r}: this weight source needs one model or two, POSITIVE or "
                          "POSITIVE,NEGATIVE (without the second: the policy's starting weights)")
     folders = [process.on_main(lambda name=name: locate_model(name, "--aux-model")) for name in names]
+    longest = max(example.longest for example in inputs.train + inputs.held_out)
     for folder in folders:
         tokenizer = load_tokenizer(folder, "", needs_template=False)
+        warning = check_length(f"the longest sequence (for --aux-model {folder})", longest, load_model_config(folder))
+        process.print(warning) if warning else None
         if tokenizer.get_vocab() != inputs.tokenizer.get_vocab():
             raise InputError(f"--aux-model {folder}: its tokenizer is not the policy's, so their log-probs are of "
                              "other tokens")
@@ -70,16 +76,20 @@ def auxiliary_logps(config: TrainConfig, needs: tuple[str, ...], folders: list[P
 
     def load(folder: Path) -> Policy:
         return load_policy(folder, dtype, process, replicate=config.replicate)
+    logps = {}
     if "contrast" in needs:
         models = [load(folder) for folder in folders]
         packs = all(settle_packing(model, config.packing, examples, process) for model in models)
-        return {"contrast": run(Contrast(*models), hash_json(["contrast", CONTRAST, *fingerprints]), packs)}
-    logps = {}
-    for name, folder, fingerprint in zip(("positive", "negative"), folders, fingerprints):
-        process.print(f"{name} model of --aux-model: {folder}")
-        model = load(folder)
-        logps[name] = run(model, fingerprint, settle_packing(model, config.packing, examples, process))
-        del model
+        logps["contrast"] = run(Contrast(*models), hash_json(["contrast", CONTRAST, *fingerprints]), packs)
+        del models
+    if "aux" in needs:
+        for name, folder, fingerprint in zip(("positive", "negative"), folders, fingerprints):
+            process.print(f"{name} model of --aux-model: {folder}")
+            model = load(folder)
+            logps[name] = run(model, fingerprint, settle_packing(model, config.packing, examples, process))
+            del model
+            gc.collect()
+    gc.collect()  # FSDP2's modules refer to themselves in circles
     return logps
 
 

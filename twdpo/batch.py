@@ -104,6 +104,8 @@ def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairB
     """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
     raw_N = source(batch, context)
+    if len(raw_N) != len(batch.targets_N):
+        raise InputError(f"{name_of(source)} gives {len(raw_N)} weights for {len(batch.targets_N)} response tokens")
     if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
         raise InputError(f"{name_of(source)} gives {batch.examples[0].pair.where} and the pairs beside it token "
                          f"weights from {raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "

@@ -6,6 +6,7 @@ Precedence, lowest first: the field's default, the preset, `--config FILE.json`,
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ class SharedConfig:
                                "80 % of a GPU", free=True)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(self, field.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         require(self, "judge_prompt", bool(self.judge_prompt), "paper, short or a file")
         require(self, "max_judge_length", self.max_judge_length >= 0, ">= 0")
         require(self, "question", self.question in ("conversation", "first"), "conversation or first")
@@ -322,10 +326,11 @@ def build_parser(cls, description: str, epilog: str = "") -> argparse.ArgumentPa
         groups[name] = group
         text = field.metadata["help"].replace("%", "%%")
         options: dict[str, object] = {"dest": field.name}
-        if field.default is not False and field.default != "":  # the text says what off and empty mean
+        if hints[field.name] is bool:
+            text += f" (default: {'on' if field.default else 'off'})"
+        elif field.default != "":  # the text says what empty means
             text += f" (default: {field.default})"
         if hints[field.name] is bool:
-            text += " (default: off)"
             options["action"] = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
         else:
             options |= {"type": hints[field.name], "metavar": hints[field.name].__name__.upper()}

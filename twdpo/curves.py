@@ -56,8 +56,8 @@ def read_lines(path: Path) -> list[dict]:
 
 def render_run(name: str, config: dict[str, object], rows: list[dict], samples: list[dict]) -> str:
     """The page of a run, from its settings, the rows of metrics.jsonl and of samples.jsonl."""
-    steps = [row for row in rows if "eval/loss" not in row]
-    held_out = [row for row in rows if "eval/loss" in row]
+    steps = [row for row in rows if "eval/pairs" not in row]
+    held_out = [row for row in rows if "eval/pairs" in row]
     charts = "".join(render_chart(title, lines, steps, held_out) for title, lines in CHARTS)
     what = f"{config['loss']} on {config['model'] or 'the toy'}, data {config['data']}; {len(steps)} steps"
     if held_out:
@@ -162,7 +162,7 @@ def figures_table(held_out: list[dict]) -> str:
     """Held-out figures of the first and the last evaluation, and of the one of lowest loss."""
     if not held_out:
         return ""
-    best = min(held_out, key=lambda row: row["eval/loss"])
+    best = min(held_out, key=lambda row: row.get("eval/loss", math.inf))
     shown = {"first": held_out[0], "lowest loss": best, "last": held_out[-1]}
     head = "".join(f"<th>{name} (step {row['step']})</th>" for name, row in shown.items())
     names = [name for name in held_out[-1] if name.startswith("eval/") and not name.endswith("_stderr")

@@ -4,6 +4,7 @@ Both rounds of a pair stand in one packed row and share their common beginning; 
 layer, and the head runs at the last position of each input alone.
 """
 
+import gc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -221,6 +222,7 @@ class JudgePass:
         while self.keep_step(IDLE) == WORKS:
             self.forward(pack([[self.filler]]), (), keeps_step=False)
         del self.judge
+        gc.collect()  # FSDP2's modules refer to themselves in circles
 
     def keep_step(self, state: int) -> int:
         """Before a forward, which of a sharded judge is collective: tell the other processes what this one is up to;

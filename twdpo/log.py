@@ -13,6 +13,7 @@ import torch
 from twdpo.config import InputError, TrainConfig, to_json
 from twdpo.dist import Process
 from twdpo.files import write_atomic
+from twdpo.judge import show_question
 from twdpo.pairs import Pair
 
 
@@ -48,7 +49,8 @@ class Log:
         if self.process.is_main:
             self.samples = self.samples or open_cut_back(self.samples_path, 0)
             for pair, answer in zip(pairs, answers):
-                self.samples.write(json.dumps({"step": step, "prompt": pair.messages[-1][1], "answer": answer}) + "\n")
+                prompt = show_question(pair, "conversation")
+                self.samples.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
             self.samples.flush()
         self.process.print(f"step {step} | the policy's answer to {pairs[0].messages[-1][1]!r:.60}: "
                            f"{answers[0]!r:.200}")
@@ -131,7 +133,7 @@ def format_row(row: dict[str, float]) -> str:
 def summarize(run_dir: Path) -> str:
     """The end of a run: held-out figures of the untrained and the trained policy, and where things are."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "eval/loss" in row]
+    rows = [row for row in rows if "eval/pairs" in row]
     lines = []
     if rows:
         first, last = rows[0], rows[-1]

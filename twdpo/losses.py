@@ -45,6 +45,12 @@ def pair_averages(ratio_S: torch.Tensor, batch, config) -> tuple[torch.Tensor, t
     return ratio_S[0::2] / chosen_P, ratio_S[1::2] / rejected_P
 
 
+def average_metrics(chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a loss on averages is right about; rewards are sums."""
+    return {"average_margin": (chosen_P - rejected_P).detach(),
+            "average_accuracy": (chosen_P - rejected_P).detach().sign().add(1).div(2)}
+
+
 def smoothed(margin_P: torch.Tensor, smoothing: float) -> torch.Tensor:
     """-log sigmoid of a margin whose label is flipped with probability `smoothing`."""
     return -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
@@ -125,7 +131,7 @@ def simpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, gamma_
     chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
     margin_P = config.beta * (chosen_P - rejected_P - gamma_ratio)
     loss_P = torch.relu(1 - margin_P) if form == "hinge" else smoothed(margin_P, config.label_smoothing)
-    return loss_P - nll * chosen_P, {}
+    return loss_P - nll * chosen_P, average_metrics(chosen_P, rejected_P)
 
 
 simpo.needs = ()
@@ -175,7 +181,7 @@ def orpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
     """
     chosen_P, rejected_P = (average_P.clamp(max=MOST_AVERAGE) for average_P in pair_averages(ratio_S, batch, config))
     log_odds_P = (chosen_P - log_one_minus_exp(chosen_P)) - (rejected_P - log_one_minus_exp(rejected_P))
-    return -chosen_P - config.beta * F.logsigmoid(log_odds_P), {"log_odds_ratio": log_odds_P.detach()}
+    return -chosen_P - config.beta * F.logsigmoid(log_odds_P), average_metrics(chosen_P, rejected_P)
 
 
 orpo.needs = ()
@@ -212,7 +218,7 @@ def rrhf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: fl
     padded length.) No reference.
     """
     chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
-    return torch.relu(rejected_P - chosen_P) - nll * ratio_S[0::2], {}
+    return torch.relu(rejected_P - chosen_P) - nll * ratio_S[0::2], average_metrics(chosen_P, rejected_P)
 
 
 rrhf.needs = ()
@@ -281,6 +287,17 @@ def nca_pair(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Los
 nca_pair.settings = {"": {"beta": 0.1}}
 
 
+def bco_pair(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+    """Binary classifier optimisation on pairs (Jung et al. 2024, arXiv 2404.04656; without its running mean, as TRL).
+
+    -log sigmoid(beta R_w) - log sigmoid(-beta R_l). One reference pass.
+    """
+    return -F.logsigmoid(config.beta * ratio_S[0::2]) - F.logsigmoid(-config.beta * ratio_S[1::2]), {}
+
+
+bco_pair.settings = {"": {"beta": 0.1}}
+
+
 def sppo_hard(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
     """Self-play preference optimisation with hard labels (Wu et al. 2024, arXiv 2405.00675).
 
@@ -345,6 +362,7 @@ LOSSES = {
     "robust": robust,
     "exo_pair": exo_pair,
     "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
     "sppo_hard": sppo_hard,
     "apo_zero": apo_zero,
     "apo_down": apo_down,

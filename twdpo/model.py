@@ -299,18 +299,32 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
     return policy.train()
 
 
+def check_architecture(model_config, checkpointing: str) -> None:
+    """Raise InputError for a model that can't be built, sharded or checkpointed, before anything is spent on it."""
+    model = build_on_meta(model_config, torch.float32)
+    decoder_layers(model)
+    if checkpointing != "none":
+        enable_checkpointing(model, checkpointing)
+
+
 def build_on_meta(model_config, dtype: torch.dtype):
     """A model without memory and without dropout. Raises InputError.
 
     dtype: of the parameters; from_config would take the checkpoint's.
     """
     disable_dropout(model_config)
+    if getattr(model_config, "quantization_config", None):
+        raise InputError(f"{model_config.model_type}: its config holds a quantization_config; use the checkpoint "
+                         "before quantisation")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"{model_config.model_type} can't be built from its config with transformers' "
                          f"AttentionInterface (KeyError: {error}): mend the config, or use another model") from error
+    except ValueError as error:
+        raise InputError(f"{model_config.model_type} is no causal language model ({str(error).splitlines()[0]}): use "
+                         "another model") from error
     refuse_converted_checkpoints(model)
     return model
 
@@ -369,6 +383,8 @@ def stored_part(tensor: torch.Tensor, path: Path, name: str) -> tuple[torch.Tens
     """(what this process holds of `tensor`, the same part of a tensor in a safetensors file). Raises ValueError."""
     with safe_open(path, "pt") as file:
         stored = file.get_slice(name)
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{name} is stored as {stored.get_dtype()}: quantised checkpoints can't be trained")
         if list(tensor.shape) != stored.get_shape():
             raise ValueError(f"{name} is {stored.get_shape()} in the file, {list(tensor.shape)} in the model")
         if not isinstance(tensor, DTensor):
@@ -386,7 +402,11 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            return [directory / name for name in names]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index.name} names no file by tensor ({type(error).__name__}: {error})") from error
     raise ValueError("neither model.safetensors nor model.safetensors.index.json is there")
 
 

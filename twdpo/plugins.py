@@ -49,11 +49,7 @@ def bind_options(function: Callable, text: str, flag: str) -> Callable:
 
 def parse_option(function: Callable, name: str, default: object, value: str, message: str) -> object:
     """A value of the type that the option's default has, or else its annotation. Raises InputError."""
-    try:
-        hint = typing.get_type_hints(function if inspect.isroutine(function) else getattr(function, "func", function)
-                                     ).get(name, str)
-    except (TypeError, NameError):  # an object without annotations, or with ones that mean nothing here
-        hint = str
+    hint = hint_of(function, name)
     kind = type(default) if default is not None and default is not REQUIRED else hint if isinstance(hint, type) else str
     try:
         parsed = SWITCHES[value.lower()] if kind is bool else kind(value)
@@ -67,14 +63,28 @@ def parse_option(function: Callable, name: str, default: object, value: str, mes
     return parsed
 
 
+def hint_of(function: Callable, name: str) -> object:
+    """The annotation of an option; str where there is none that means anything here."""
+    try:
+        return typing.get_type_hints(function if inspect.isroutine(function) else getattr(function, "func", function)
+                                     ).get(name, str)
+    except (TypeError, NameError):
+        return str
+
+
 def name_of(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
 def spell_options(function: Callable) -> str:
-    """`name=default, name=default`, or "none"."""
-    return ", ".join(f"{name}={'VALUE' if default is REQUIRED else default}"
-                     for name, default in options_of(function).items()) or "none"
+    """`name=default, name=default|other`, or "none"."""
+    parts = []
+    for name, default in options_of(function).items():
+        choices = [default, *(choice for choice in typing.get_args(hint_of(function, name)) if choice != default)]
+        literal = typing.get_origin(hint_of(function, name)) is typing.Literal
+        shown = "|".join(map(str, choices)) if literal else default
+        parts.append(f"{name}={'VALUE' if default is REQUIRED else shown}")
+    return ", ".join(parts) or "none"
 
 
 def summary(function: Callable) -> str:

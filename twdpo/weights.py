@@ -116,6 +116,8 @@ def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank"] = "e
     answers (`exp`: the paper); or the rank of d in its answer, from 0.7 to 1.3, descending on rejected ones (`rank`:
     its code). Needs two auxiliary models, one forward each, once.
     """
+    if not low < high:
+        raise InputError(f"--weights-options low={low},high={high}: low must be less than high")
     weights = []
     for positive, negative in aux_logps(batch, context, "positive", "negative"):
         for sign, higher, lower in zip((1.0, -1.0), positive, negative):
@@ -140,6 +142,8 @@ def sepo(batch, context: WeightContext, *, k: float = 0.3) -> torch.Tensor:
     rejected answer's that it raises least; else 0. At least one token is selected. Their loss is that of an average
     over these without a reference. Needs two auxiliary models (oracle, its reference), one forward each, once.
     """
+    if not 0 < k <= 1:
+        raise InputError(f"--weights-options k={k}: the share of selected tokens must be in (0, 1]")
     weights = []
     for positive, negative in aux_logps(batch, context, "positive", "negative"):
         for sign, oracle, reference in zip((1.0, -1.0), positive, negative):
