@@ -19,5 +19,5 @@ setup(
         "wandb",
         "tqdm",
     ],
-    extras_require={"hub": ["datasets"], "dev": ["pytest", "pytest-xdist", "ruff"]},
+    extras_require={"hub": ["datasets"], "dev": ["pytest", "ruff"]},
 )

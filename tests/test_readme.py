@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_first_two_blocks_set_up_and_run():
     blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    for block, last in zip(blocks, ("torchrun train.py", "python -m pytest -n auto")):
+    for block, last in zip(blocks, ("torchrun train.py", "python -m pytest")):
         lines = block.splitlines()
         assert lines[0] == "python3 -m venv .venv" and lines[-1].endswith(last) and "$" not in block
 

@@ -34,15 +34,15 @@ def pairs_file(run_pairs) -> Path:
 
 
 def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, arguments):
-    """Three pairs a step on two processes, one giant pair among them, 20 steps. Gradient norms are compared as well:
+    """Three pairs a step on two processes, one giant pair among them, 8 steps. Gradient norms are compared as well:
     AdamW would hide a gradient that is averaged, or summed, over processes by mistake."""
-    train.main(arguments(tmp_path / "one", max_steps=20, eval_every=7, micro_batch_tokens=100_000))
-    train.main(arguments(tmp_path / "split", max_steps=20, eval_every=7, micro_batch_tokens=150))
+    train.main(arguments(tmp_path / "one", max_steps=8, eval_every=7, micro_batch_tokens=100_000))
+    train.main(arguments(tmp_path / "split", max_steps=8, eval_every=7, micro_batch_tokens=150))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                    *arguments(tmp_path / "two", max_steps=20, eval_every=7, micro_batch_tokens=250)],
+                    *arguments(tmp_path / "two", max_steps=8, eval_every=7, micro_batch_tokens=250)],
                    cwd=ROOT, check=True, capture_output=True, timeout=300)
     expected = read_rows(tmp_path / "one")
-    assert len(expected) == 1 + 20 + 3  # before the first step, every 7 and the last
+    assert len(expected) == 1 + 8 + 2  # before the first step, after 7 and the last
     assert_close_rows(read_rows(tmp_path / "split"), expected)
     assert_close_rows(read_rows(tmp_path / "two"), expected)
 

@@ -93,7 +93,8 @@ def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **options: compile(self, backend=backend, **options))
-    flags = {"checkpointing": "selective", "sample": 1, "micro_batch_tokens": 300, "max_steps": 3}
+    flags = {"checkpointing": "selective", "sample": 1, "micro_batch_tokens": 300, "max_steps": 2,
+             "eval_every": 0}
     train.main(run_arguments(tmp_path / "eager", **flags))
     assert not graphs
     train.main([*run_arguments(tmp_path / "compiled", **flags), "--compile"])
