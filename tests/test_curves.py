@@ -28,12 +28,19 @@ def test_a_page_holds_the_curves_and_figures_and_nothing_from_elsewhere(tmp_path
     assert "say &lt;b&gt;" in page and "answer &amp; 10" in page and "&lt;on&gt;" in page and "wandb" not in page
     assert "<td>sink_k</td><td>0</td>" in page and "<td>renormalize</td><td>false</td>" in page
     assert [cell in page for cell in ("first (step 0)", "lowest loss (step 5)", "last (step 10)")] == [True] * 3
-    assert "0.5000 &#177; 0.0100" in page
+    assert "0.5000 ± 0.0100" in page
 
 
 def test_a_run_without_evaluation_or_samples_has_a_page():
     page = render_run("x", CONFIG, STEPS, [])
     assert "Held out" not in page and "answers" not in page.split("</style>")[1] and page.count("<polyline") == 4
+
+
+def test_one_step_and_one_held_out_pair_have_marks_and_no_nan():
+    page = render_run("x", CONFIG, STEPS[:1], [])
+    assert page.count("<circle") == 4
+    page = render_run("x", CONFIG, [*STEPS[:1], {"step": 1, "eval/loss": 0.5, "eval/pairs": 1}], [])
+    assert "<td>0.5000</td>" in page and "nan" not in page.split("</style>")[1]
 
 
 def test_points_stand_where_their_values_say():

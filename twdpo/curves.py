@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twdpo.files import write_atomic
+from twdpo.log import format_mean
 from twdpo.report import STYLE
 
 # Title, then (what a line is called, its name in a step row). Evaluations are drawn from eval/NAME.
@@ -110,6 +111,9 @@ def render_chart(title: str, lines: Iterable[tuple[str, str]], steps: list[dict]
         if low_x <= x <= high_x:
             parts.append(f'<text x="{place_x(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     for style, (label, line, dots) in zip(("first", "second"), drawn):
+        if len(line) == 1:
+            (x, y), = line
+            parts.append(f'<circle class="{style}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2"/>')
         if len(line) > 1:
             points = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line)
             parts.append(f'<polyline class="{style}" points="{points}"/>')
@@ -168,12 +172,9 @@ def figures_table(held_out: list[dict]) -> str:
     names = [name for name in held_out[-1] if name.startswith("eval/") and not name.endswith("_stderr")
              and name != "eval/pairs"]
 
-    def cell(row: dict, name: str) -> str:
-        if name not in row:
-            return "<td>-</td>"
-        return f"<td>{row[name]:.4f} &#177; {row.get(name + '_stderr', math.nan):.4f}</td>"
     body = "".join(f"<tr><td>{html.escape(name.removeprefix('eval/'))}</td>"
-                   + "".join(cell(row, name) for row in shown.values()) + "</tr>" for name in names)
+                   + "".join(f"<td>{format_mean(row, name)}</td>" for row in shown.values()) + "</tr>"
+                   for name in names)
     return f'<h2>Held out</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 

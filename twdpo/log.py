@@ -130,6 +130,14 @@ def format_row(row: dict[str, float]) -> str:
     return " | ".join(parts)
 
 
+def format_mean(row: dict[str, float], name: str) -> str:
+    """A held-out mean with its standard error, where there is one (of two pairs and more)."""
+    if name not in row:
+        return "-"
+    error = row.get(f"{name}_stderr")
+    return f"{row[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def summarize(run_dir: Path) -> str:
     """The end of a run: held-out figures of the untrained and the trained policy, and where things are."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -141,8 +149,7 @@ def summarize(run_dir: Path) -> str:
                      + f"step {last['step']}".rjust(24))
         for name in last:
             if name.startswith("eval/") and not name.endswith("_stderr") and name != "eval/pairs":
-                cells = [f"{row[name]:.4f} ± {row.get(name + '_stderr', math.nan):.4f}" if name in row else "-"
-                         for row in (first, last)]
+                cells = [format_mean(row, name) for row in (first, last)]
                 lines.append(f"  {name.removeprefix('eval/'):28}" + "".join(cell.rjust(24) for cell in cells))
     for name, what in (("final", "the policy"), ("best", "the policy of lowest held-out loss"),
                        ("metrics.jsonl", "one row a step and an evaluation"),
