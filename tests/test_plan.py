@@ -168,10 +168,11 @@ def test_a_plan_of_an_odd_config_is_one_message(config, tmp_path, capsys):
 
 
 def test_a_plan_follows_the_flags(toy_model, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "SAMPLE_TOKENS", 512)
-    argv = ["--model", str(toy_model), "--plan", "--micro-batch-tokens", "100000"]
+    large = replace(HUGE, params=8 * 10**9, layers_params=7 * 10**9, layer_params=2 * 10**8)
+    monkeypatch.setattr(plan, "model_cost", lambda *_: large)
+    argv = ["--model", str(toy_model), "--plan", "--micro-batch-tokens", "1024"]
     printed = []
-    for extra in ([], ["--checkpointing", "full"], ["--replicate", "2"], ["--no-sync"]):
+    for extra in (["--checkpointing", "full"], ["--checkpointing", "none"], ["--replicate", "2"], ["--no-sync"]):
         train.main([*argv, *extra])
         printed.append(capsys.readouterr().out)
     assert len(set(printed)) == 4 and "1 x H200" not in printed[2]
