@@ -1,0 +1,71 @@
+"""A checkpoint's tensors, read from its safetensors files into a model: of a sharded one each process's part alone."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Copy a checkpoint's tensors into `state`, of a sharded tensor this process's part. Raises ValueError when one is
+    missing, has another shape, or differs from one that the model's config ties it to."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+    renamings, found = get_model_conversion_mapping(model) or [], {}
+    for path in checkpoint_files(directory):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                # The file may have other names than the model: transformers has renamed some since (the head of
+                # GPT-NeoX), and a checkpoint of the trunk alone lacks a prefix.
+                renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+                if name in state or renamed not in found:
+                    found[name if name in state else renamed] = path, name
+    tied = model.all_tied_weights_keys
+    for name, source in tied.items():
+        if name in found:
+            found.setdefault(source, found[name])
+    if missing := sorted(state.keys() - found.keys() - tied.keys()):
+        raise ValueError(f"{len(missing)} are missing, {missing[0]} among them")
+    for name, tensor in state.items():
+        if name not in tied:
+            local, part = stored_part(tensor, *found[name])
+            local.copy_(part)
+    for name in tied.keys() & found.keys():
+        local, part = stored_part(state[name], *found[name])
+        if not torch.equal(local, part.to(local)):
+            raise ValueError(f"its config ties {name} to {tied[name]}, the file holds two different tensors: set "
+                             "tie_word_embeddings to false in config.json")
+
+
+def stored_part(tensor: torch.Tensor, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what this process holds of `tensor`, the same part of a tensor in a safetensors file). Raises ValueError."""
+    with safe_open(path, "pt") as file:
+        stored = file.get_slice(name)
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{name} is stored as {stored.get_dtype()}: quantised checkpoints can't be trained")
+        if list(tensor.shape) != stored.get_shape():
+            raise ValueError(f"{name} is {stored.get_shape()} in the file, {list(tensor.shape)} in the model")
+        if not isinstance(tensor, DTensor):
+            return tensor, file.get_tensor(name)
+        _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local()
+        if not local.numel():
+            return local, local
+        return local, stored[tuple(slice(start, start + size) for start, size in zip(first, local.shape))]
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint, as transformers picks them; others in the folder are not read."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            return [directory / name for name in names]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index.name} names no file by tensor ({type(error).__name__}: {error})") from error
+    raise ValueError("neither model.safetensors nor model.safetensors.index.json is there")
