@@ -70,9 +70,9 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
     import_files(str(given.get("imports", "")))
     name = given.get("loss", TrainConfig.loss)
     settings = getattr(LOSSES.get(name), "settings", {})
-    if preset == "tuned" and name in LOSSES and preset not in settings:
+    if preset.startswith("tuned") and name in LOSSES and preset not in settings:
         known = [name for name, loss in LOSSES.items() if preset in getattr(loss, "settings", {})]
-        raise InputError(f"--preset tuned: no tuned settings of {name} are known here, but of {', '.join(known)}")
+        raise InputError(f"--preset {preset}: no such settings of {name} are known here, but of {', '.join(known)}")
     settings = settings.get("", {}) | settings.get(preset, {})
     if unknown := settings.keys() - TrainConfig.__dataclass_fields__.keys():
         raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")

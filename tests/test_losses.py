@@ -55,6 +55,21 @@ def test_label_smoothing_by_hand():
     assert loss_P[0].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_dpo_over_positions_by_hand():
+    """Pair 1: log-ratios 0.5, 0.5 against -0.5 and nothing: margins 0.1 * 1.0 and 0.1 * 0.5. Pair 2: 0 and nothing
+    against -0.5 and 0. Weights count; gradients are those of finite differences."""
+    loss, batch, config = bind_options(dpo, "over=positions", "--loss-options"), Batch().double(), TrainConfig(beta=0.1)
+    logps_N = LOGPS.double().requires_grad_()
+    loss_P, _ = loss(batch.ratio(logps_N), logps_N, batch, config)
+    expected = [-(log_sigmoid(0.1) + log_sigmoid(0.05)) / 2, -(log_sigmoid(0.05) + log_sigmoid(0.0)) / 2]
+    np.testing.assert_allclose(loss_P.tolist(), expected, rtol=1e-9)
+    assert torch.autograd.gradcheck(lambda logps_N: loss(None, logps_N, batch, config)[0], (logps_N,))
+    batch.weights_N = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 1.0], dtype=torch.float64)
+    batch.scale_S = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    first = loss(None, logps_N, batch, config)[0][0].item()
+    assert first == pytest.approx(-(log_sigmoid(0.1 * (2 * 0.5 + 0.5 * 0.5)) + log_sigmoid(0.0)) / 2)
+
+
 def test_uniform_twdpo_is_dpo_in_values_and_gradients():
     results = []
     for name, norm in (("twdpo", LOSSES["twdpo"].norm), ("dpo", "none")):

@@ -58,12 +58,19 @@ def test_tis_by_hand():
     assert weights("tis", {"k": 2.0, "mu": 0.5}, positive=SCORES, negative=ZEROS)[0] == pytest.approx(2 * e(0.5))
     ranks = weights("tis", {"transform": "rank"}, positive=SCORES, negative=ZEROS)
     assert ranks == pytest.approx([1.3, 0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 0.9, 1.1, 0.7])
+    scaled = weights("tis", {"transform": "scale"}, positive=SCORES, negative=ZEROS)
+    assert scaled == pytest.approx([1.2, 0.8, 1.1, 0.8, 0.7, 1.02, 1.3, 0.96, 1.02, 0.7])
+    half = weights("tis", {"transform": "binary", "top": 0.5}, positive=SCORES, negative=ZEROS)
+    assert half == [1, 0, 0, 1, 0, 1, 1, 0, 1, 0]
+    assert set(weights("tis", {"transform": "binary"}, positive=SCORES, negative=ZEROS)) == {1}
 
 
 def test_sepo_by_hand():
     """The highest of a chosen answer, the lowest of a rejected one; never none."""
     selected = weights("sepo", {"k": 0.5}, positive=SCORES, negative=ZEROS)
     assert selected == [1, 0, 0, 1, 0, 1, 1, 0, 1, 0]
+    later = weights("sepo", {"k": 0.5, "first": False}, positive=SCORES, negative=ZEROS)
+    assert later == [0, 0, 1, 0, 1, 1, 0, 0, 1, 0]
     weights_N, scale_S = normalize(torch.tensor(selected), Batch().seq_lens_S, "selected_mean")
     assert weights_N.tolist() == [1, 0, 0, 1, 0, 1, 0.5, 0, 0.5, 0] and scale_S.tolist() == [1, 1, 1, 1]
 
@@ -136,7 +143,10 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
         train.main(run_arguments(tmp_path / name, aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))
     assert read_rows(tmp_path / "first") == read_rows(tmp_path / "again")
     plain = AutoModelForCausalLM.from_pretrained(toy_model)
-    (examples, aux), (_, again) = seen
+    for load in ("load_policy", "settle_packing"):  # what is cached whole needs no model
+        monkeypatch.setattr(f"twdpo.auxiliary.{load}", None)
+    train.main(run_arguments(tmp_path / "third", aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))
+    (examples, aux), (_, again), _ = seen
     for example in examples[:4]:
         for response, ours, cached in zip((example.chosen, example.rejected), aux["contrast"][example.pair.key],
                                           again["contrast"][example.pair.key]):
@@ -182,7 +192,7 @@ def test_averages_are_not_divided_by_the_length_again(tmp_path, run_arguments, t
     (["--loss", "hinge", "--label-smoothing", "0.1"], "--label-smoothing 0.1: hinge reads no such thing"),
     (["--weights", "sepo", "--weights-options", "k=2", "--aux-model", "TOY"], "must be in (0, 1]"),
     (["--length-by", "mass"], "--length-by mass: twdpo reads no such thing"),
-    (["--loss", "ipo", "--preset", "tuned"], "no tuned settings of ipo are known here, but of dpo, simpo"),
+    (["--loss", "ipo", "--preset", "tuned"], "no such settings of ipo are known here, but of dpo, simpo"),
     (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
     (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),
     (["--loss", "simpo", "--loss-options", "gamma_ratio=nan"], "gamma_ratio must be finite"),

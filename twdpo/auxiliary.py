@@ -1,6 +1,7 @@
 """Log-probs of the responses under the models of --aux-model: one cached pass of each, before training."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from twdpo.model import (
     pick_dtype,
     settle_packing,
 )
-from twdpo.reference import reference_directory, reference_logps
+from twdpo.reference import cached_logps, reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import Logps
 
@@ -68,28 +69,33 @@ def auxiliary_logps(config: TrainConfig, needs: tuple[str, ...], folders: list[P
     batches = evaluation_batches(len(examples), config.batch_size)
     fingerprints = [process.on_main(lambda folder=folder: fingerprint_model(folder)) for folder in folders]
 
-    def run(model, fingerprint: str, packs: bool) -> dict[int, Logps]:
-        # Not the reference's folder: its log-probs are of the rows of epoch 0, to the last bit.
-        directory = reference_directory(cache, hash_json(["aux", fingerprint]), dtype, process.device, packs, False)
-        logps = reference_logps(model, process, examples, batches, RowOptions(packs, budget), directory)
-        return {examples[place].pair.key: value for place, value in logps.items()}
-
     def load(folder: Path) -> Policy:
         return load_policy(folder, dtype, process, replicate=config.replicate)
+
+    def run(name: str, fingerprint: str, load_models: Callable[[], list[Policy]]) -> dict[int, Logps]:
+        def directory(packs: bool) -> Path:
+            # Not the reference's folder: its log-probs are of the rows of epoch 0, to the last bit.
+            return reference_directory(cache, hash_json(["aux", fingerprint]), dtype, process.device, packs, False)
+        for packs in {"on": [True], "off": [False]}.get(config.packing, [True, False]):
+            if cached := cached_logps(process, examples, directory(packs)):
+                process.print(f"{name} log-probs: all {len(examples)} pairs cached in {directory(packs)}")
+                return {example.pair.key: logps for example, logps in zip(examples, cached)}
+        models = load_models()
+        packs = all(settle_packing(model, config.packing, examples, process) for model in models)
+        model = models[0] if len(models) == 1 else Contrast(*models)
+        logps = reference_logps(model, process, examples, batches, RowOptions(packs, budget), directory(packs))
+        return {examples[place].pair.key: value for place, value in logps.items()}
+
     logps = {}
     if "contrast" in needs:
-        models = [load(folder) for folder in folders]
-        packs = all(settle_packing(model, config.packing, examples, process) for model in models)
-        logps["contrast"] = run(Contrast(*models), hash_json(["contrast", CONTRAST, *fingerprints]), packs)
-        del models
+        logps["contrast"] = run("contrast", hash_json(["contrast", CONTRAST, *fingerprints]),
+                                lambda: [load(folder) for folder in folders])
+        gc.collect()  # FSDP2's modules refer to themselves in circles
     if "aux" in needs:
         for name, folder, fingerprint in zip(("positive", "negative"), folders, fingerprints):
             process.print(f"{name} model of --aux-model: {folder}")
-            model = load(folder)
-            logps[name] = run(model, fingerprint, settle_packing(model, config.packing, examples, process))
-            del model
+            logps[name] = run(name, fingerprint, lambda folder=folder: [load(folder)])
             gc.collect()
-    gc.collect()  # FSDP2's modules refer to themselves in circles
     return logps
 
 

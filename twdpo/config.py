@@ -36,8 +36,10 @@ class SharedConfig:
     skip_bad_rows: bool = flag(False, "model and data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
     empty_answers: str = flag("refuse", "model and data", "an answer of white space alone: 'refuse' (a bad row) or "
                               "'space' (it becomes one space, as in the authors' code)")
-    preset: str = flag("", "model and data", "settings to start from: paper, authors, toy, or tuned (as SimPO's "
-                       "authors tuned the loss on Llama-3-8B-Instruct); empty: toy for --data toy, else paper")
+    preset: str = flag("", "model and data", "settings to start from: paper, authors, toy, or tuned, tuned-base, "
+                       "tuned-v0.2 (as SimPO's authors tuned dpo and simpo on Llama-3-8B-Instruct, on "
+                       "Llama-3-Base-8B-SFT, and simpo on the former's second set of pairs); empty: toy for --data "
+                       "toy, else paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
                        free=True)
     cache_dir: str = flag("", "model and data", "folder for attention and reference log-probs; empty: "
@@ -261,7 +263,10 @@ PRESETS: dict[str, dict[str, object]] = {
         "renormalize": False,
         "multiplier": "judged",
     },
-    "tuned": {},  # and what the loss itself says of its baseline (its attribute `settings`)
+    # And what the loss itself says of its baseline (its attribute `settings`).
+    "tuned": {},
+    "tuned-base": {},
+    "tuned-v0.2": {},
     "toy": {
         "judge_prompt": "short",
         "lr": 1e-3,

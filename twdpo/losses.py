@@ -56,16 +56,30 @@ def smoothed(margin_P: torch.Tensor, smoothing: float) -> torch.Tensor:
     return -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
 
 
-def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
+        over: Literal["sums", "positions"] = "sums") -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290 Eq. 7; with weights paper Eq. 5).
 
-    -log sigmoid(beta (R_w - R_l)), labels flipped with probability --label-smoothing. One reference pass.
+    -log sigmoid(beta (R_w - R_l)), labels flipped with probability --label-smoothing. `positions`: the same of each
+    position's two tokens in the place of the sums, mean over the longer answer's positions, as in cDPO's code (whose
+    mean counts prompt and padding too). One reference pass.
     """
-    return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), config.label_smoothing), {}
+    if over == "sums":
+        return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), config.label_smoothing), {}
+    lens = batch.seq_lens_S.tolist()
+    scale_N = torch.repeat_interleave(batch.scale_S, batch.seq_lens_S.to(batch.scale_S.device), output_size=sum(lens))
+    terms = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
+    loss_P = []
+    for chosen_T, rejected_T in zip(terms[0::2], terms[1::2]):
+        longer = max(len(chosen_T), len(rejected_T))
+        chosen_T, rejected_T = (F.pad(side_T, (0, longer - len(side_T))) for side_T in (chosen_T, rejected_T))
+        loss_P.append(smoothed(config.beta * (chosen_T - rejected_T), config.label_smoothing).mean())
+    return torch.stack(loss_P), {}
 
 
-# What SimPO's authors found for DPO and Llama-3-8B-Instruct (their README).
-dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128}}
+# What SimPO's authors found for DPO, by model (their README): Llama-3-8B-Instruct, Llama-3-Base-8B-SFT.
+dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128},
+                "tuned-base": {"beta": 0.01, "lr": 5e-7, "batch_size": 128}}
 
 
 def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
@@ -135,8 +149,12 @@ def simpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, gamma_
 
 
 simpo.needs = ()
-simpo.settings = {"": {"beta": 2.0}, "tuned": {"beta": 2.5, "lr": 1e-6, "batch_size": 128,
-                                               "loss_options": "gamma_ratio=0.55"}}
+simpo.settings = {  # the same README; "tuned-v0.2" is of Llama-3-8B-Instruct on its second set of pairs
+    "": {"beta": 2.0},
+    "tuned": {"beta": 2.5, "lr": 1e-6, "batch_size": 128, "loss_options": "gamma_ratio=0.55"},
+    "tuned-base": {"beta": 2.0, "lr": 6e-7, "batch_size": 128, "loss_options": "gamma_ratio=0.5"},
+    "tuned-v0.2": {"beta": 10.0, "lr": 1e-6, "batch_size": 128, "loss_options": "gamma_ratio=0.3"},
+}
 
 
 def rdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, alpha: float = 0.1) -> Loss:

@@ -72,6 +72,13 @@ def reference_logps(policy, process: Process, examples: list[Example], batches: 
     return {pair: stored[key] for pair, key in keys.items()}
 
 
+def cached_logps(process: Process, examples: list[Example], directory: Path) -> list[Logps] | None:
+    """Log-probs of all examples from the cache, None unless it holds every one. All ranks."""
+    keys = [example_key(example) for example in examples]
+    stored = process.broadcast(read_cache(directory, set(keys)) if process.is_main else None)
+    return [stored[key] for key in keys] if all(key in stored for key in keys) else None
+
+
 def write_cache(directory: Path, logps: dict[int, Logps]) -> None:
     """One file of the cache, written atomically; its name holds a hash of its keys."""
     keys = sorted(logps)

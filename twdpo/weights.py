@@ -108,22 +108,30 @@ def ld(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
 ld.norm = "none"
 
 
-def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank"] = "exp", low: float = -0.5,
-        high: float = 1.5, mu: float = 1.0, k: float = 1.0) -> torch.Tensor:
+def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "scale", "binary"] = "exp",
+        low: float = -0.5, high: float = 1.5, mu: float = 1.0, k: float = 1.0, top: float = 1.0) -> torch.Tensor:
     """Token-level importance (TIS-DPO, Liu et al. 2024, arXiv 2410.04350).
 
-    k exp(mu d), d the log-ratio of the positive to the negative model clamped to [low, high], mu negated on rejected
-    answers (`exp`: the paper); or the rank of d in its answer, from 0.7 to 1.3, descending on rejected ones (`rank`:
-    its code). Needs two auxiliary models, one forward each, once.
+    d is the log-ratio of the positive to the negative model, negated on rejected answers where not said otherwise.
+    `exp` (the paper): k exp(mu clamp(d, low, high)), clamped before it is negated. Of its code: `rank`, the rank of d
+    in its answer, from 0.7 to 1.3 (its README); `scale`, d from -1.5 to 1.5 as 0.7 to 1.3; `binary`, 1 for the share
+    `top` of the largest d, else 0 (its settings file: top=1, so that all are 1). (Its `origin` and `threshold` give
+    weights below 0, which are refused here.) Needs two auxiliary models, one forward each, once.
     """
     if not low < high:
         raise InputError(f"--weights-options low={low},high={high}: low must be less than high")
+    if not 0 < top <= 1:
+        raise InputError(f"--weights-options top={top}: the share of the largest must be in (0, 1]")
     weights = []
     for positive, negative in aux_logps(batch, context, "positive", "negative"):
         for sign, higher, lower in zip((1.0, -1.0), positive, negative):
             score_N = torch.from_numpy(higher - lower)
             if transform == "exp":
                 weights.append(k * torch.exp(sign * mu * score_N.clamp(low, high)))
+            elif transform == "scale":
+                weights.append(1 + 0.2 * (sign * score_N).clamp(-1.5, 1.5))
+            elif transform == "binary":
+                weights.append(largest_share(sign * score_N, top))
             else:
                 rank_N = (sign * score_N).argsort(stable=True).argsort()
                 share_N = rank_N / (len(rank_N) - 1) if len(rank_N) > 1 else torch.full((len(rank_N),), 0.5)
@@ -135,12 +143,14 @@ tis.norm = "none"
 tis.needs = ("aux",)
 
 
-def sepo(batch, context: WeightContext, *, k: float = 0.3) -> torch.Tensor:
+def sepo(batch, context: WeightContext, *, k: float = 0.3, first: bool = True) -> torch.Tensor:
     """Selected tokens (SePO, Yang et al. 2024, arXiv 2408.13518).
 
     1 for the share k of a chosen answer's tokens that the oracle raises most over its reference, and for the share of a
-    rejected answer's that it raises least; else 0. At least one token is selected. Their loss is that of an average
-    over these without a reference. Needs two auxiliary models (oracle, its reference), one forward each, once.
+    rejected answer's that it raises least; else 0. At least one token is selected. first=off: never an answer's first
+    token, which their code does not score. Their loss is that of an average over these without a reference: --loss
+    simpo, its beta being their gamma, its gamma_ratio their lambda / gamma. Needs two auxiliary models (oracle, its
+    reference), one forward each, once.
     """
     if not 0 < k <= 1:
         raise InputError(f"--weights-options k={k}: the share of selected tokens must be in (0, 1]")
@@ -148,9 +158,15 @@ def sepo(batch, context: WeightContext, *, k: float = 0.3) -> torch.Tensor:
     for positive, negative in aux_logps(batch, context, "positive", "negative"):
         for sign, oracle, reference in zip((1.0, -1.0), positive, negative):
             score_N = torch.from_numpy(sign * (oracle - reference))
-            chosen = score_N.argsort(descending=True, stable=True)[:max(1, int(k * len(score_N)))]
-            weights.append(torch.zeros(len(score_N)).index_fill(0, chosen, 1.0))
+            skip = int(not first and len(score_N) > 1)
+            weights.append(torch.cat([torch.zeros(skip), largest_share(score_N[skip:], k)]))
     return torch.cat(weights)
+
+
+def largest_share(score_N: torch.Tensor, share: float) -> torch.Tensor:
+    """1 for this share of the tokens, at least one, those of the largest scores (the first of equal ones); else 0."""
+    selected = score_N.argsort(descending=True, stable=True)[:max(1, int(share * len(score_N)))]
+    return torch.zeros(len(score_N)).index_fill(0, selected, 1.0)
 
 
 sepo.norm = "selected_mean"
