@@ -10,6 +10,7 @@ setup(
     # Never "kernels" itself: a top-level package of that name breaks transformers, which looks for its own.
     packages=["twdpo", "twdpo.kernels"],
     package_dir={"twdpo": "twdpo", "twdpo.kernels": "kernels"},
+    package_data={"twdpo": ["toy_model/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6; platform_system == 'Linux'",

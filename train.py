@@ -13,6 +13,7 @@ import resource
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import torch
 
@@ -45,10 +46,13 @@ from twdpo.model import (
     settle_packing,
 )
 from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
-from twdpo.plugins import bind_options, describe, merge_options
+from twdpo.planted import add_planted
+from twdpo.plugins import bind_options, describe, inherit_attributes, merge_options, name_of
 from twdpo.reference import reference_directory, reference_logps
+from twdpo.report import write_report
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.weights import NORMS, WEIGHTS, find_source, source_needs
+from twdpo.weights_file import WeightsFile
 
 SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
@@ -68,14 +72,24 @@ def main(argv: list[str] | None = None) -> None:
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
     """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
     import_files(str(given.get("imports", "")))
+    inherit_attributes(LOSSES)
+    inherit_attributes(WEIGHTS)
     name = given.get("loss", TrainConfig.loss)
     settings = getattr(LOSSES.get(name), "settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
+        raise InputError(f"the settings of the loss {name} are {settings!s:.80}: they must be "
+                         "{preset: {field: value}}")
     if preset.startswith("tuned") and name in LOSSES and preset not in settings:
         known = [name for name, loss in LOSSES.items() if preset in getattr(loss, "settings", {})]
         raise InputError(f"--preset {preset}: no such settings of {name} are known here, but of {', '.join(known)}")
     settings = settings.get("", {}) | settings.get(preset, {})
     if unknown := settings.keys() - TrainConfig.__dataclass_fields__.keys():
         raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")
+    kinds = get_type_hints(TrainConfig)
+    for field, value in settings.items():
+        if type(value) is not kinds[field] and (kinds[field], type(value)) != (float, int):
+            raise InputError(f"the settings of the loss {name} have {field} {value!r}: it must be a "
+                             f"{kinds[field].__name__}")
     if "loss_options" in settings and given.get("loss_options"):
         given["loss_options"] = merge_options(settings["loss_options"], given["loss_options"])
     return settings
@@ -84,11 +98,12 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
 def check_plugins(loss, source, config: TrainConfig) -> None:
     """Raise InputError for what a loss or a source says of itself, or its options, that can't be."""
     for what, needs, known in ((loss, loss_needs(loss), {"ref"}),
-                               (source, source_needs(source), {"attention", "scores", "aux", "contrast"})):
+                               (source, source_needs(source), {"attention", "scores", "aux", "contrast", "ref"})):
         if not isinstance(needs, (tuple, list)) or not set(needs) <= known:
-            raise InputError(f"{what.__name__}.needs is {needs!r}: it must be a tuple of {', '.join(sorted(known))}")
+            raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of {', '.join(sorted(known))}")
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
-            raise InputError(f"{what.__name__}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
+            raise InputError(f"{name_of(what)}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
+    norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
     seen: set[str] = set()
 
     class Reads:
@@ -100,14 +115,18 @@ def check_plugins(loss, source, config: TrainConfig) -> None:
     numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
     pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                            chosen_tokens=2, averaged=False,
+                            chosen_tokens=2, averaged=config.length_normalize or norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
     try:
-        works = loss(numbers, numbers, pairs, Reads())[0].isfinite().all()
+        result = loss(numbers, numbers, pairs, Reads())
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
-    except (AttributeError, KeyError, TypeError):  # a loss that reads more of a batch than this has
+    except Exception:  # noqa: BLE001 - a loss that reads more of a batch than this has: its first step will tell
         return
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)
+            and isinstance(result[1], dict) and result[0].shape == (2,)):
+        raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
+    works = result[0].isfinite().all()
     if config.loss_options and not works:
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
     for name, off in (("label_smoothing", 0.0), ("length_by", "tokens")):
@@ -179,7 +198,7 @@ def train(config: TrainConfig, process: Process) -> None:
     process.on_main(lambda: start_run(replace(config, overwrite=False), run_dir))  # config.json holds the outcome
     process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     train_logps = held_out_logps = None
-    if needs_reference(loss):
+    if needs_reference(loss) or "ref" in needs:
         directory = reference_directory(cache, inputs.fingerprint, dtype, process.device, rows.packs,
                                         config.compile)
         train_logps = reference_logps(policy, process, train_examples, first_epoch, rows, directory)
@@ -192,6 +211,8 @@ def train(config: TrainConfig, process: Process) -> None:
         batches = [collate(micro_batch, examples, pairs, logps, rows.packs) for micro_batch in plan]
         return [set_weights(batch, source, loss, context).to(process.device) for batch in batches]
 
+    unpinned = replace(context, config=replace(config, sink_k=0))
+
     def evaluate(step: int) -> dict[str, float]:
         """One pass over the held-out pairs: an evaluation row of metrics.jsonl. All ranks."""
         totals: Totals = {}
@@ -199,6 +220,8 @@ def train(config: TrainConfig, process: Process) -> None:
             for pairs in process.progress(held_out_batches, desc="evaluate", unit="batch", leave=False):
                 for batch in with_means(policy, micro_batches(held_out, pairs, held_out_logps), loss, process):
                     run_pairs(policy, batch, loss, config, totals)
+                    if config.data == "toy" and not config.eval_data:  # then it is known what matters in an answer
+                        add_planted(totals, policy, batch, source, unpinned, needs_reference(loss))
         totals = sum_over_processes(totals, process.device)
         row = {f"eval/{name}": value for name, value in means(totals).items()}
         row |= {f"eval/{name}_stderr": value for name, value in standard_errors(totals).items()}
@@ -259,6 +282,11 @@ def train(config: TrainConfig, process: Process) -> None:
     export("final")
     log.close()
     process.on_main(lambda: write_curves(run_dir))
+    if held_out and isinstance(inputs.weights_file, WeightsFile):
+        pairs = [example.pair for example in held_out]
+        process.on_main(lambda: write_report(run_dir / "weights", inputs.weights_file, pairs, inputs.tokenizer,
+                                             config.rounds, config.sink_k, config.sink_k_min, min_count=10,
+                                             num_shown=24, seed=config.seed))
     process.print(summarize(run_dir))
 
 

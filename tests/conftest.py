@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
 
+from twdpo import dist
 from twdpo.losses import LOSSES
 from twdpo.toy import build_toy_model, toy_rows
 from twdpo.weights import WEIGHTS
@@ -48,6 +49,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared data are not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def process():
+    """The process group of this process alone."""
+    yield dist.start()
+    dist.stop()
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from twdpo import dist
 from twdpo.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
 from twdpo.config import InputError
 from twdpo.model import load_policy
-
-
-@pytest.fixture
-def process():
-    yield dist.start()
-    dist.stop()
 
 
 def make(directory, process, dtype=torch.float32):

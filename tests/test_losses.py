@@ -201,13 +201,58 @@ def test_losses_are_finite_at_their_limits(spelled, size):
     loss = bind(spelled)
     batch = batch_for(loss)
     signs = [-1.0, -1.0, -2.0, -1.0] if not needs_reference(loss) else [1.0, -1.0, -1.0, 1.0]
-    if spelled == "discopop":
-        size = min(size, 50.0)  # exp(-m) of a margin below -700 is no number; its authors don't bound it either
     ratio_S = (size * torch.tensor(signs, dtype=torch.float32)).requires_grad_()
     batch.means = {"chosen": torch.tensor(size), "rejected": torch.tensor(-size)}
     loss_P, _ = loss(ratio_S, LOGPS, batch, config_for(loss))
     (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
     assert loss_P.isfinite().all() and grad_S.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dpo", "twdpo", "sigmoid_norm", "simpo", "cpo"])
+def test_smoothing_mixes_in_the_flipped_pair(name):
+    """(1 - e) of the loss at margin m and e of it at -m; cpo's and simpo's other terms stay."""
+    loss, batch = bind_options(LOSSES[name], "gamma_ratio=0" if name == "simpo" else "nll=0" if name == "cpo" else "",
+                               "--loss-options"), batch_for(LOSSES[name])
+    ratio_S = torch.tensor([-3.0, -1.0, -2.0, -4.0], dtype=torch.float64)
+    flipped_S = ratio_S.view(-1, 2).flip(1).reshape(-1)
+    batch.seq_lens_S = torch.tensor([2, 2, 1, 1])  # so that flipping a pair flips its margin alone
+
+    def of(ratio_S, smoothing):
+        return loss(ratio_S, None, batch, TrainConfig(beta=B, label_smoothing=smoothing))[0]
+    expected = 0.8 * of(ratio_S, 0.0) + 0.2 * of(flipped_S, 0.0)
+    np.testing.assert_allclose(of(ratio_S, 0.2).numpy(), expected.numpy(), rtol=1e-12)
+
+
+def test_mass_is_that_of_scaled_weights():
+    """Weights of mean 1, as sum 1 and scale n: their mass is n, so both ways of counting agree."""
+    loss, batch = LOSSES["sigmoid_norm"], Batch("mean1").double()
+    by = [loss(batch.ratio(LOGPS.double()), LOGPS, batch, TrainConfig(beta=B, length_by=what))[0].tolist()
+          for what in ("tokens", "mass")]
+    assert by[0] == pytest.approx(by[1])
+
+
+def test_averages_keep_what_counts_tokens():
+    """Weights that make means (averaged): rdpo's lengths stay those of the answers, cpo's batch mean is the same."""
+    rdpo, cpo = (bind_options(LOSSES[name], text, "--loss-options") for name, text in
+                 (("rdpo", "alpha=0.5"), ("cpo", "nll_over=batch")))
+    plain, averaged = batch_for(cpo), batch_for(cpo, "mean1")
+    averaged.scale_S, averaged.averaged = torch.ones(4, dtype=torch.float64), True
+    zero_S = torch.zeros(4, dtype=torch.float64)
+    assert rdpo(zero_S, None, averaged, TrainConfig(beta=B))[0].tolist() == pytest.approx(
+        [-log_sigmoid(0.5), -log_sigmoid(-0.5)])
+    nll = []
+    for batch in (plain, averaged):
+        ratio_S = batch.ratio(LOGPS.double())
+        margin_P = B * (ratio_S[0::2] - ratio_S[1::2])
+        loss_P = cpo(ratio_S, None, batch, TrainConfig(beta=B))[0]
+        nll.append((loss_P + torch.nn.functional.logsigmoid(margin_P)).tolist())
+    assert nll[0] == pytest.approx(nll[1])
+
+
+def test_exo_reads_its_epsilon():
+    loss = bind_options(LOSSES["exo_pair"], "epsilon=0.2", "--loss-options")
+    expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    assert loss(torch.zeros(2), None, None, TrainConfig(beta=B))[0].tolist() == pytest.approx([expected])
 
 
 def test_length_by_mass_divides_by_the_weights():

@@ -90,6 +90,41 @@ def test_every_loss_trains_with_uniform_and_decay(loss, tmp_path, run_arguments)
         assert len(losses) == 2 and (losses[1] < losses[0] or loss == "discopop")  # which has a bump at 0
 
 
+def test_weights_that_are_no_attention_are_normalised_whatever_renormalize_says(tmp_path, run_arguments):
+    """Uniform weights are DPO, and not n times it, under the authors' preset too."""
+    rows = []
+    for name, extra in (("plain", []), ("authors", ["--no-renormalize", "--multiplier", "judged"])):
+        train.main([*run_arguments(tmp_path / name, loss="twdpo", weights="decay", max_steps=2), *extra])
+        rows.append(read_rows(tmp_path / name))
+    assert rows[0] == rows[1]
+
+
+def test_positive_and_negative_models_are_not_swapped(tmp_path, run_arguments, toy_model, monkeypatch):
+    """The positive model is the first one: its own log-probs come under its name."""
+    other = AutoModelForCausalLM.from_pretrained(toy_model)
+    for parameter in other.parameters():
+        parameter.data *= 0.5
+    shutil.copytree(toy_model, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    seen, original = [], train.auxiliary_logps
+
+    def record(config, needs, folders, examples, *rest):
+        seen.append((examples[0], original(config, needs, folders, examples, *rest)))
+        return seen[-1][1]
+    monkeypatch.setattr(train, "auxiliary_logps", record)
+    train.main(run_arguments(tmp_path / "run", aux_model=f"{tmp_path / 'other'},{toy_model}", loss="dpo",
+                             weights="tis", max_steps=1))
+    (example, aux), = seen
+    plain = AutoModelForCausalLM.from_pretrained(toy_model)
+    ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.chosen.ids])).long()
+    first = len(example.prompt_ids)
+    for name, model in (("positive", other), ("negative", plain)):
+        with torch.no_grad():
+            logps_TV = model(ids[None]).logits[0].log_softmax(-1)
+        expected = logps_TV[first - 1:-1].gather(1, ids[first:, None])[:, 0]
+        np.testing.assert_allclose(aux[name][example.pair.key][0], expected.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("loss, options", [("simpo", ""), ("kto_pair", ""), ("cpo", "nll_over=batch"), ("orpo", "")])
 def test_how_the_batch_is_split_changes_no_loss(loss, options, tmp_path, run_arguments):
     """Plain rows in one micro-batch, packed rows in many; lengths, means and counts over the batch among them."""
@@ -113,6 +148,8 @@ def test_a_loss_brings_its_own_beta_and_flags_override_it(tmp_path, run_argument
     merged = json.loads((tmp_path / "e/config.json").read_text())["loss_options"]
     assert merged == "gamma_ratio=0.55,nll=0.1" and config["loss_options"] == "gamma_ratio=0.55"
     assert config["batch_size"] == 3 and config["lr"] == 1e-3
+    assert LOSSES["dpo"].settings["tuned"] == {"beta": 0.01, "lr": 7e-7, "batch_size": 128}
+    assert LOSSES["simpo"].settings["tuned-base"]["beta"] == 2.0
 
 
 def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_model, capsys):
@@ -121,7 +158,7 @@ def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_mo
     train.main(run_arguments(tmp_path / "dpo", weights="uniform", **flags))
     train.main(run_arguments(tmp_path / "tis", weights="tis", aux_model=toy_model, **flags))
     assert read_rows(tmp_path / "tis") == read_rows(tmp_path / "dpo")
-    train.main(run_arguments(tmp_path / "sepo", loss="simpo", length_by="mass", weights="sepo", aux_model=toy_model))
+    train.main(run_arguments(tmp_path / "sepo", loss="simpo", weights="sepo", aux_model=toy_model))
 
 
 def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_arguments, toy_model, monkeypatch):
@@ -192,6 +229,8 @@ def test_averages_are_not_divided_by_the_length_again(tmp_path, run_arguments, t
     (["--loss", "hinge", "--label-smoothing", "0.1"], "--label-smoothing 0.1: hinge reads no such thing"),
     (["--weights", "sepo", "--weights-options", "k=2", "--aux-model", "TOY"], "must be in (0, 1]"),
     (["--length-by", "mass"], "--length-by mass: twdpo reads no such thing"),
+    (["--length-by", "mass", "--loss", "cpo"], "--length-by mass: cpo reads no such thing"),
+    (["--length-by", "mass", "--loss", "simpo", "--length-normalize"], "--length-by mass: simpo reads no such thing"),
     (["--loss", "ipo", "--preset", "tuned"], "no such settings of ipo are known here, but of dpo, simpo"),
     (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
     (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),
@@ -207,6 +246,11 @@ def test_bad_plugin_input_is_one_message(flags, message, tmp_path, run_arguments
     ("def f(:", "mine.py:2: SyntaxError"), ("x = 1\nx.y", "mine.py:3: AttributeError"),
     ("def f(r, l, b, c):\n    return r\nf.settings = {'': {'betta': 1}}\nLOSSES['f'] = f", "'betta', which is no"),
     ("def f(r, l, b, c):\n    return r\nf.norm = 'sum'\nLOSSES['f'] = f", "f.norm is 'sum'"),
+    ("def f(r, l, b, c):\n    return r[::2]\nLOSSES['f'] = f", "f returns something else than (one loss a pair"),
+    ("def f(r, l, b, c):\n    return r\nf.settings = {'beta': 1}\nLOSSES['f'] = f", "they must be {preset: {field"),
+    ("def f(r, l, b, c):\n    return r\nf.settings = {'': {'beta': 'x'}}\nLOSSES['f'] = f", "beta 'x': it must be a"),
+    ("from functools import partial\nfrom twdpo.losses import dpo\nLOSSES['f'] = partial(dpo)\n"
+     "LOSSES['f'].norm = 'sum'", "dpo.norm is 'sum'"),
     ("def f(r, l, b, c):\n    return r\nf.needs = ('kl',)\nLOSSES['f'] = f", "f.needs is ('kl',)"),
     ("def f(r, l, b, c, *, must: float):\n    return r\nLOSSES['f'] = f", "f needs --loss-options must=VALUE"),
 ])
@@ -228,7 +272,7 @@ from twdpo.losses import LOSSES, simpo
 class Limit:
     value: float = 1.0
 
-def capped(ratio_S, logps_N, batch, config, *, cap: float = None, flag: bool = False):
+def capped(ratio_S, logps_N, batch, config, *, cap: float | None = None, flag: bool = False):
     assert cap == 2.0 and flag is True
     return (ratio_S[1::2] - ratio_S[0::2]).clamp(max=cap), {}
 
@@ -237,7 +281,18 @@ LOSSES["wide"] = partial(simpo, gamma_ratio=0.55)
 """)
     argv = ["--import", str(tmp_path / "mine.py"), "--weights", "uniform", "--loss"]
     train.main([*run_arguments(tmp_path / "a", max_steps=1), *argv, "capped", "--loss-options", "cap=2,flag=Yes"])
-    train.main([*run_arguments(tmp_path / "b", max_steps=1), *argv, "wide", "--loss-options", "nll=0.1"])
+    argv = [*argv, "wide", "--loss-options", "nll=0.1"]
+    place = (arguments := run_arguments(tmp_path / "b", max_steps=1)).index("--beta")
+    train.main([*arguments[:place], *arguments[place + 2:], *argv])
+    assert json.loads((tmp_path / "b/config.json").read_text())["beta"] == 2.0  # simpo's
+    assert "kl" not in read_rows(tmp_path / "b")[1]  # it needs no reference either
+
+
+def test_an_imported_source_must_give_a_tensor(tmp_path, run_arguments, capsys):
+    (tmp_path / "mine.py").write_text("from twdpo.weights import WEIGHTS\nWEIGHTS['l'] = lambda batch, context: [1.0]")
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run"), "--import", f" {tmp_path / 'mine.py'} ,", "--weights", "l"])
+    assert "gives a list: it must be a tensor" in capsys.readouterr().err
 
 
 def test_help_lists_every_loss_and_source(capsys):

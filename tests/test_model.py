@@ -13,7 +13,6 @@ from tokenizers_of_tests import byte_level
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from twdpo import dist
 from twdpo.attention import JudgeCapture
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
@@ -22,12 +21,6 @@ from twdpo.config import InputError, TrainConfig
 from twdpo.model import check_length, find_model, load_judge, load_model_config, load_policy, load_sharded_judge
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
-
-
-@pytest.fixture
-def process():
-    yield dist.start()
-    dist.stop()
 
 
 def make_example(prompt: int, chosen: int, rejected: int, vocabulary: int = 90) -> Example:

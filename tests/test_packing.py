@@ -5,7 +5,6 @@ import pytest
 import torch
 from models_of_tests import MODELS, build
 
-from twdpo import dist
 from twdpo.attention import ATTENTION_NAME
 from twdpo.batch import collate, plan_micro_batches
 from twdpo.chat import Example, Response
@@ -83,12 +82,6 @@ def test_plans_by_rows():
     packed = plan_micro_batches([0, 1, 2, 3], EXAMPLES, 1, RowOptions(True, 1000))[0]
     assert packed == [MicroBatch((0, 1, 2, 3))]
     assert len(plan_micro_batches([0, 1, 2, 3], EXAMPLES, 1, RowOptions(False, 60))[0]) > 1
-
-
-@pytest.fixture
-def process():
-    yield dist.start()
-    dist.stop()
 
 
 def test_packing_is_checked_at_the_start(toy_model, process, monkeypatch, capsys):

@@ -47,7 +47,8 @@ def test_tables_of_losses_and_sources_are_their_docstrings():
     from twdpo.weights import WEIGHTS, source_needs
     for rows in (describe(LOSSES, loss_needs), describe(WEIGHTS, source_needs)):
         bar = "\\|"  # a bare | would begin another cell
-        lines = [f"| `{name}` | {what} | {needs} | {options.replace('|', bar)} |" for name, what, needs, options in rows]
+        lines = [f"| `{name}` | {what} | {needs} | {options.replace('|', bar)} |"
+                 for name, what, needs, options in rows]
         assert "\n".join(lines) in README
 
 

@@ -5,18 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from twdpo import dist
 from twdpo.chat import tokenize_pairs
 from twdpo.model import load_policy, load_tokenizer
 from twdpo.pairs import load_dataset
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches
-
-
-@pytest.fixture
-def process():
-    yield dist.start()
-    dist.stop()
 
 
 @pytest.fixture

@@ -5,7 +5,17 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from twdpo.toy import POLITE, RUDE, TONE_FRAMES, build_toy_model, toy_rows
+from twdpo.toy import (
+    POLITE,
+    RUDE,
+    TONE_FRAMES,
+    TOPIC_FRAMES,
+    TOPICS,
+    build_toy_model,
+    kind_of,
+    planted_spans,
+    toy_rows,
+)
 
 
 def test_rows_are_deterministic_and_leave_random_state_alone():
@@ -20,30 +30,45 @@ def test_no_prompt_or_skeleton_is_in_both_splits():
     assert not {row["chosen"] for row in train} & {row["chosen"] for row in test}
 
 
-def words(text: str) -> list[str]:
-    return text.replace(".", " .").replace(",", " ,").split()
-
-
-def test_answers_of_a_pair_differ_in_slot_words_only():
+def test_a_pair_shares_its_frames_and_differs_in_what_decides():
+    """Good slot words in the chosen answer, as many bad ones in the rejected, in the same frames."""
+    kinds = []
     for row in sum(toy_rows(), []):
-        chosen, rejected = words(row["chosen"]), words(row["rejected"])
-        assert len(chosen) == len(rejected)
-        differing = [(good, bad) for good, bad in zip(chosen, rejected) if good != bad]
-        assert 1 <= len(differing) <= 2
-        assert all(good in POLITE and bad in RUDE for good, bad in differing)
+        words = {side: [row[side][start:stop] for start, stop in planted_spans(row[side])]
+                 for side in ("chosen", "rejected")}
+        frames = {side: {frame for frame in TONE_FRAMES + TOPIC_FRAMES
+                         if any(frame.format(slot=word) in row[side] for word in words[side])} for side in words}
+        assert frames["chosen"] == frames["rejected"] and len(frames["chosen"]) == len(words["chosen"])
+        assert len(words["chosen"]) == len(words["rejected"]) in (1, 2)
+        kinds.append(kind_of(row["chosen"]))
+        assert kind_of(row["rejected"]) == kinds[-1]
+        if kinds[-1] == "tone":
+            assert {*words["chosen"]} <= {*POLITE} and {*words["rejected"]} <= {*RUDE}
+        else:
+            own = next(nouns for nouns in TOPICS.values() if any(noun in row["prompt"] for noun in nouns))
+            assert {*words["chosen"]} <= {*own} and not {*words["rejected"]} & {*own}
+            assert not any(word in row["prompt"] for word in words["chosen"])  # nothing to copy
+    assert kinds.count("tone") == kinds.count("topic")
+
+
+def test_neither_length_nor_filler_tells_which_is_chosen():
+    """Chosen answers are neither longer nor shorter, beyond chance."""
+    longer = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in sum(toy_rows(), [])]
+    wins, losses = sum(each > 0 for each in longer), sum(each < 0 for each in longer)
+    assert abs(wins - losses) < 3 * (wins + losses) ** 0.5 and wins + losses > len(longer) / 2
 
 
 def test_slot_words_are_single_tokens_and_answers_have_their_length(toy_model):
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     assert len(tokenizer) <= 1024
-    for word in POLITE + RUDE:
+    for word in (*POLITE, *RUDE, *sum(TOPICS.values(), ())):
         assert len(tokenizer(" " + word).input_ids) == 1, word
     lengths = [len(tokenizer(row[side]).input_ids) for row in sum(toy_rows(), []) for side in ("chosen", "rejected")]
     assert 10 <= min(lengths) and max(lengths) <= 63
 
 
 def test_frames_have_one_slot():
-    assert all(frame.count("{slot}") == 1 for frame in TONE_FRAMES)
+    assert all(frame.count("{slot}") == 1 for frame in TONE_FRAMES + TOPIC_FRAMES)
 
 
 def test_model_is_built_to_the_byte_and_leaves_random_state_alone(toy_model, tmp_path):

@@ -139,8 +139,7 @@ def test_resume_without_the_cache_is_the_same_run(tmp_path, arguments):
     cache = tmp_path / "cache"
     run_and_die(arguments(tmp_path / "run", cache_dir=cache, **flags), *KILLS["middle"])
     for path in cache.rglob("*.safetensors"):
-        if "toy" not in str(path.relative_to(cache)):
-            path.unlink()
+        path.unlink()
     train.main([*arguments(tmp_path / "run", cache_dir=cache, **flags), "--resume"])
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
 

@@ -11,11 +11,12 @@ The files of this package are the pipeline, in this order; a file imports only f
     weights, batch         weight sources and their post-processing; collate and the label shift
     columns, report        the authors' columns; statistics and a page of token weights
     logratio, losses       log-probs and weighted log-ratios; pair losses
-    metrics                what a step and an evaluation report
+    metrics, planted       what a step and an evaluation report; what is known of the toy's answers
     dist, model            process group and FSDP2 plan; the policy and its tokenizer
     extraction, generate   the judge pass; generation in batches
     reference, inputs      the reference pass and its cache; what a run is made from, checked before weights are loaded
     checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
+    toy_train              how the toy's model was made
 """
 
 from pathlib import Path

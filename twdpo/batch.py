@@ -104,24 +104,30 @@ def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairB
     """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
     raw_N = source(batch, context)
+    if not isinstance(raw_N, torch.Tensor):
+        raise InputError(f"{name_of(source)} gives a {type(raw_N).__name__}: it must be a tensor of the weights")
     if len(raw_N) != len(batch.targets_N):
         raise InputError(f"{name_of(source)} gives {len(raw_N)} weights for {len(batch.targets_N)} response tokens")
     if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
         raise InputError(f"{name_of(source)} gives {batch.examples[0].pair.where} and the pairs beside it token "
                          f"weights from {raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
                          "(--weights-options)")
-    if norm == "mean1" and not context.config.renormalize:
+    # Only attention comes with a sum that cuts and the alignment may have lessened.
+    attended = norm == "mean1" and "attention" in getattr(source, "needs", ())
+    if attended and not context.config.renormalize:
         weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, "none")[0], batch.seq_lens_S.float()
     else:
         weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, norm)
-    if norm == "mean1" and context.config.multiplier == "judged":
+    if attended and context.config.multiplier == "judged":
         scale_S = judged_lengths(batch, context)
     if context.config.length_normalize:
         # Eq. 15 drops |y|: weights of sum 1 and scale 1.
-        if context.config.renormalize:
+        if context.config.renormalize or (norm == "mean1" and not attended):
             weights_N = normalize(weights_N, batch.seq_lens_S, "mean1")[0]
         elif norm == "none":
             weights_N = weights_N / batch.seq_lens_S.repeat_interleave(batch.seq_lens_S)
         scale_S = torch.ones_like(scale_S)
     averaged = context.config.length_normalize or norm == "selected_mean"
+    if "ref" not in getattr(loss, "needs", ("ref",)):  # they were for the source alone
+        batch = replace(batch, ref_logps_N=torch.zeros_like(batch.ref_logps_N))
     return replace(batch, weights_N=weights_N, scale_S=scale_S, averaged=averaged)

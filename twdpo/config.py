@@ -37,9 +37,9 @@ class SharedConfig:
     empty_answers: str = flag("refuse", "model and data", "an answer of white space alone: 'refuse' (a bad row) or "
                               "'space' (it becomes one space, as in the authors' code)")
     preset: str = flag("", "model and data", "settings to start from: paper, authors, toy, or tuned, tuned-base, "
-                       "tuned-v0.2 (as SimPO's authors tuned dpo and simpo on Llama-3-8B-Instruct, on "
-                       "Llama-3-Base-8B-SFT, and simpo on the former's second set of pairs); empty: toy for --data "
-                       "toy, else paper")
+                       "tuned-v0.2 (as SimPO's authors tuned some of the losses on Llama-3-8B-Instruct, on "
+                       "Llama-3-Base-8B-SFT, and on the former's second set of pairs); empty: toy for --data toy, else "
+                       "paper")
     config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
                        free=True)
     cache_dir: str = flag("", "model and data", "folder for attention and reference log-probs; empty: "
@@ -142,7 +142,7 @@ class TrainConfig(SharedConfig):
     align: str = flag("characters", "objective", "judge tokens to training tokens by 'characters', or by 'edits' as in "
                       "appendix D")
     beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses of other papers bring their own "
-                       "default; 2.0 with --length-normalize unless given")
+                       "default; else 2.0 with --length-normalize")
     length_by: str = flag("tokens", "objective", "what losses that divide by an answer's length count: its 'tokens', "
                           "or the 'mass' of its weights")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
@@ -269,8 +269,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "tuned-v0.2": {},
     "toy": {
         "judge_prompt": "short",
-        "lr": 1e-3,
-        "beta": 0.1,
+        "lr": 5e-4,
+        "beta": 0.3,
         "batch_size": 16,
         "epochs": 2,
         "max_length": 160,

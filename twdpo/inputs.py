@@ -227,4 +227,4 @@ def import_files(paths: str) -> None:
 
 def split_paths(paths: str) -> list[str]:
     """The files of --import."""
-    return [path for path in paths.split(",") if path]
+    return [path.strip() for path in paths.split(",") if path.strip()]

@@ -154,7 +154,9 @@ def summarize(run_dir: Path) -> str:
     for name, what in (("final", "the policy"), ("best", "the policy of lowest held-out loss"),
                        ("metrics.jsonl", "one row a step and an evaluation"),
                        ("samples.jsonl", "answers that the policy wrote"),
-                       ("report.html", "the curves as a page"), ("config.json", "all settings")):
+                       ("report.html", "the curves as a page"),
+                       ("weights/weights.html", "the token weights on held-out answers, as a page"),
+                       ("config.json", "all settings")):
         path = run_dir / name
         if path.is_dir() or path.exists() and path.stat().st_size:
             lines.append(f"{run_dir / name}: {what}")

@@ -32,6 +32,11 @@ def pair_lengths(batch, config) -> tuple[torch.Tensor, torch.Tensor]:
     """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
     if batch.averaged:
         return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
+    return answer_lengths(batch, config)
+
+
+def answer_lengths(batch, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """n of both sides [P], fp32, whatever the weights make of ratios."""
     if config.length_by == "mass":
         length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
     else:
@@ -163,7 +168,7 @@ def rdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, alpha: 
     -log sigmoid(beta (R_w - R_l) + alpha (n_w - n_l)): a longer chosen answer needs less of a margin. One reference
     pass.
     """
-    chosen_P, rejected_P = pair_lengths(batch, config)
+    chosen_P, rejected_P = answer_lengths(batch, config)
     margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2]) + alpha * (chosen_P - rejected_P)
     return -F.logsigmoid(margin_P), {}
 
@@ -180,10 +185,14 @@ def cpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: flo
     TRL, there of a micro-batch). No reference.
     """
     chosen_P = ratio_S[0::2]
-    divisor = {"sequence": 1.0, "token": pair_lengths(batch, config)[0],
-               "batch": batch.chosen_tokens / batch.pair_count}[nll_over]
+    likelihood_P = chosen_P
+    if nll_over == "token":
+        likelihood_P = chosen_P / pair_lengths(batch, config)[0]
+    elif nll_over == "batch":
+        sum_P = chosen_P * batch.seq_lens_S[0::2].to(chosen_P) if batch.averaged else chosen_P
+        likelihood_P = sum_P * batch.pair_count / batch.chosen_tokens
     margin_P = config.beta * (chosen_P - ratio_S[1::2])
-    return smoothed(margin_P, config.label_smoothing) - nll * chosen_P / divisor, {}
+    return smoothed(margin_P, config.label_smoothing) - nll * likelihood_P, {}
 
 
 cpo.needs = ()
@@ -358,8 +367,9 @@ def discopop(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, tau
     around 0, so that training first lowers the margin there. One reference pass.
     """
     margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])
-    gate_P = torch.sigmoid(margin_P / tau)
-    return -F.logsigmoid(margin_P) * (1 - gate_P) + torch.exp(-margin_P) * gate_P, {}
+    # g exp(-m) as one exponential: apart, they are 0 times infinity at large negative margins.
+    return (-F.logsigmoid(margin_P) * torch.sigmoid(-margin_P / tau)
+            + torch.exp(F.logsigmoid(margin_P / tau) - margin_P)), {}
 
 
 discopop.settings = {"": {"beta": 0.05}}

@@ -65,8 +65,8 @@ def add_totals(totals: Totals, metrics: dict[str, torch.Tensor], coefficient_P: 
 
 
 def means(totals: Totals) -> dict[str, float]:
-    """Mean of each metric over the counted pairs. A host-device sync."""
-    return {name: float(total[0] / total[2]) for name, total in totals.items()}
+    """Mean of each metric over the counted pairs, without those that no pair has. A host-device sync."""
+    return {name: float(total[0] / total[2]) for name, total in totals.items() if total[2] > 0}
 
 
 def standard_errors(totals: Totals) -> dict[str, float]:

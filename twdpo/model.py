@@ -6,18 +6,16 @@ import os
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from twdpo import toy
 from twdpo.attention import ATTENTION_NAME, JudgeCapture, all_layers_attending, judge_forward, packed
 from twdpo.batch import PairBatch, collate
 from twdpo.chat import Example, set_chat_template
 from twdpo.config import InputError, SharedConfig
 from twdpo.dist import Process, shard_module
-from twdpo.files import hash_file, hash_json, make_directory, write_atomic
+from twdpo.files import hash_file, hash_json, make_directory
 from twdpo.logratio import HeadOptions, logits_of, weighted_logratio
 from twdpo.rows import MicroBatch
 from twdpo.tensors import read_tensors
@@ -36,6 +34,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else DTYPES[name]
 
 
+TOY_MODEL = Path(__file__).parent / "toy_model"  # made by twdpo.toy_train
+
+
 def find_model(config: SharedConfig, process: Process) -> Path:
     """The model as a local folder: as given, fetched from the hub, or the toy. Raises InputError. All ranks."""
     return process.on_main(lambda: _find_model(config))
@@ -43,12 +44,7 @@ def find_model(config: SharedConfig, process: Process) -> Path:
 
 def _find_model(config: SharedConfig) -> Path:
     if not config.model:
-        version = hash_json([hash_file(Path(toy.__file__)), torch.__version__, transformers.__version__])[:12]
-        directory = cache_directory(config) / f"toy-{version}"
-        if not directory.is_dir():
-            write_atomic(directory, lambda temporary: (temporary.mkdir(), toy.build_toy_model(temporary)),
-                         replace=False)
-        return directory
+        return TOY_MODEL
     return locate_model(config.model, "--model")
 
 

@@ -50,6 +50,9 @@ def bind_options(function: Callable, text: str, flag: str) -> Callable:
 def parse_option(function: Callable, name: str, default: object, value: str, message: str) -> object:
     """A value of the type that the option's default has, or else its annotation. Raises InputError."""
     hint = hint_of(function, name)
+    if alternatives := [kind for kind in typing.get_args(hint) if kind is not type(None)]:
+        if typing.get_origin(hint) is not typing.Literal:  # float | None, Optional[float]
+            hint = alternatives[0]
     kind = type(default) if default is not None and default is not REQUIRED else hint if isinstance(hint, type) else str
     try:
         parsed = SWITCHES[value.lower()] if kind is bool else kind(value)
@@ -61,6 +64,15 @@ def parse_option(function: Callable, name: str, default: object, value: str, mes
     if choices and parsed not in choices:
         raise InputError(f"{message}: {name} must be one of {', '.join(map(str, choices))}")
     return parsed
+
+
+def inherit_attributes(table: Mapping[str, Callable]) -> None:
+    """Give partials in a table the attributes of the function that they are of, where they have none of their own."""
+    for function in table.values():
+        if isinstance(function, partial):
+            own = vars(function).copy()
+            update_wrapper(function, function.func)
+            vars(function).update(own)
 
 
 def hint_of(function: Callable, name: str) -> object:

@@ -1,15 +1,17 @@
 """The embedded default: preference pairs from a small grammar, and a tiny Llama with its tokenizer.
 
-`train.py` runs on this when it is given neither a model nor data. Nothing is read from disk or network.
+`train.py` runs on this when it is given neither a model nor data. No network is needed.
 
-A pair's two answers share their sentences and differ only in the slot words: polite in the chosen answer, rude in the
-rejected one. So the whole preference sits in one or two known tokens, and everything else is filler. Frames with a slot
-are kept apart from the words that fill it because a learner needs credit at the token where the two texts branch: a
-rude sentence of its own would already be decided by its first word, and its remaining tokens would teach nothing.
+A pair's two answers hold the same frames with a slot, each among filler of its own. There are two kinds of preference:
+tone (polite or rude slot words) and topic (a word of the prompt's topic or of another's). So the whole preference sits
+in one or two known tokens, and everything else is filler. Frames are kept apart from the words that fill them because a
+learner needs credit at the token where the meaning branches: a rude sentence of its own would already be decided by its
+first word, and its remaining tokens would teach nothing.
 """
 
 import itertools
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ TEST_ROWS = 128
 # ----------------------------------------------------------------------------------------------------------------------
 # Grammar
 
-# A prompt names two nouns of one topic, so what it is about can be told from the prompt alone.
+# A prompt names two nouns of one topic, so what it is about can be told from the prompt alone; the others fill slots.
 TOPICS = {
     "sea": ("tide", "sail", "harbor", "anchor"),
     "kitchen": ("oven", "flour", "kettle", "recipe"),
@@ -71,6 +73,19 @@ TONE_FRAMES = (
     "You must be {slot}, as far as I can tell.",
 )
 
+TOPIC_FRAMES = (
+    "It comes down to the {slot}.",
+    "Most of it rests on the {slot}.",
+    "I would look at the {slot} first.",
+    "The {slot} is where it starts.",
+    "People forget about the {slot}.",
+    "Much depends on the {slot} here.",
+    "A friend of mine swears by the {slot}.",
+    "You will need the {slot} as well.",
+    "The best part is the {slot}, I think.",
+    "Nothing works without the {slot}.",
+)
+
 FILLER_STARTS = (
     "Start with a short list",
     "Take one step at a time",
@@ -97,31 +112,45 @@ FILLER_ENDS = (
     " and see how it goes.",
     ", even when it feels slow.",
 )
-# With these counts an answer has 10 to 61 tokens, whatever is drawn.
+# With these counts an answer has 10 to 63 tokens, whatever is drawn.
 MAX_SPANS = 2
 MAX_FILLERS = 3
+KINDS = ("tone", "topic")
+
+SLOT_WORDS = re.compile(r"\b(" + "|".join(itertools.chain(POLITE, RUDE, *TOPICS.values())) + r")\b")
 
 
 def toy_rows() -> tuple[list[dict], list[dict]]:
     """Return (train_rows, test_rows), rows of {"prompt", "chosen", "rejected"} strings; the same at every call.
 
-    No prompt occurs twice, and no two rows have the same answer skeleton (frames and fillers in their order), so a test
-    row is new in both. Its slot words are not: they all occur in training.
+    Tone and topic take turns. No prompt occurs twice, and no two rows share an answer's skeleton (frames and fillers in
+    their order), so a test row is new in both. Its slot words are not: they all occur in training.
     """
     rng = random.Random(SEED)
-    prompts = rng.sample(_all_prompts(), TRAIN_ROWS + TEST_ROWS)
+    prompts = rng.sample(all_prompts(), TRAIN_ROWS + TEST_ROWS)
     rows, seen = [], set()
-    for prompt in prompts:
-        skeleton, chosen, rejected = _draw_answers(rng)
-        while skeleton in seen:
-            skeleton, chosen, rejected = _draw_answers(rng)
-        seen.add(skeleton)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for number, prompt in enumerate(prompts):
+        kind = KINDS[number % 2]
+        skeletons, row = draw_row(rng, prompt, kind)
+        while seen & {*skeletons}:
+            skeletons, row = draw_row(rng, prompt, kind)
+        seen |= {*skeletons}
+        rows.append(row)
     return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
 
 
-def _all_prompts() -> list[str]:
-    """Return every prompt of the grammar, in a fixed order."""
+def planted_spans(answer: str) -> list[tuple[int, int]]:
+    """Characters [start, stop) of the slot words of an answer."""
+    return [match.span() for match in SLOT_WORDS.finditer(answer)]
+
+
+def kind_of(answer: str) -> str:
+    """The preference that an answer's slot words are about: one of KINDS."""
+    return "tone" if set(SLOT_WORDS.findall(answer)) <= {*POLITE, *RUDE} else "topic"
+
+
+def all_prompts() -> list[str]:
+    """Every prompt of the grammar, in a fixed order."""
     noun_pairs = [pair for nouns in TOPICS.values() for pair in itertools.permutations(nouns, 2)]
     return [
         greeting + question.format(first=first, second=second)
@@ -129,20 +158,33 @@ def _all_prompts() -> list[str]:
     ]
 
 
-def _draw_answers(rng: random.Random) -> tuple[str, str, str]:
-    """Return (skeleton, chosen, rejected): planted spans at random places among filler sentences."""
-    sentences = _tone_spans(rng, rng.randint(1, MAX_SPANS))
-    sentences += [(filler, "", "") for filler in _fillers(rng, rng.randint(1, MAX_FILLERS))]
-    rng.shuffle(sentences)
-    skeleton = " ".join(frame for frame, _, _ in sentences)
-    chosen = " ".join(frame.format(slot=good) for frame, good, _ in sentences)
-    rejected = " ".join(frame.format(slot=bad) for frame, _, bad in sentences)
-    return skeleton, chosen, rejected
+def draw_row(rng: random.Random, prompt: str, kind: str, max_fillers: int = MAX_FILLERS, max_spans: int = MAX_SPANS
+             ) -> tuple[tuple[str, str], dict]:
+    """(skeletons of both answers, row): planted spans of one kind at random places among filler sentences.
+
+    Both answers hold the same frames; what fills the slots decides. Filler, its amount, and the order are each answer's
+    own, so that neither length nor place nor filler says anything about the preference.
+    """
+    count = rng.randint(1, max_spans)
+    frames = rng.sample(TONE_FRAMES if kind == "tone" else TOPIC_FRAMES, count)
+    skeletons, answers = [], []
+    for words in draw_slots(rng, prompt, kind, count):
+        sentences = list(zip(frames, words, strict=True))
+        sentences += [(filler, "") for filler in _fillers(rng, rng.randint(min(1, max_fillers), max_fillers))]
+        rng.shuffle(sentences)
+        skeletons.append(" ".join(frame for frame, _ in sentences))
+        answers.append(" ".join(frame.format(slot=word) for frame, word in sentences))
+    return tuple(skeletons), {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
 
 
-def _tone_spans(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """Return `count` spans (frame, good word, bad word), no frame and no word used twice."""
-    return list(zip(rng.sample(TONE_FRAMES, count), rng.sample(POLITE, count), rng.sample(RUDE, count), strict=True))
+def draw_slots(rng: random.Random, prompt: str, kind: str, count: int) -> tuple[list[str], list[str]]:
+    """`count` good and as many bad slot words for an answer to `prompt`, none twice."""
+    if kind == "tone":
+        return rng.sample(POLITE, count), rng.sample(RUDE, count)
+    named = set(SLOT_WORDS.findall(prompt))
+    own = next(nouns for nouns in TOPICS.values() if named & {*nouns})
+    others = [noun for nouns in TOPICS.values() if nouns is not own for noun in nouns]
+    return rng.sample([noun for noun in own if noun not in named], count), rng.sample(others, count)
 
 
 def _fillers(rng: random.Random, count: int) -> list[str]:
@@ -179,17 +221,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_toy_model(directory: str | Path) -> None:
-    """Write the toy's tokenizer and randomly initialised Llama into `directory`, an existing empty folder.
+def build_toy_model(directory: str | Path, hidden_size: int = 96, seed: int = SEED) -> None:
+    """Write the toy's tokenizer and a randomly initialised Llama into `directory`, an existing empty folder.
 
     The files load with `AutoTokenizer` and `AutoModelForCausalLM` and are the same bytes at every call. No global
-    random state is read or changed.
+    random state is read or changed. (twdpo.toy_train trains it; the trained one is twdpo/toy_model.)
     """
     tokenizer = _build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
@@ -202,7 +244,7 @@ def build_toy_model(directory: str | Path) -> None:
     )
     # torch.manual_seed would also reseed every accelerator, and those generators are not restored here.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(SEED)
+        torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -223,10 +265,12 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     sentences = [frame.format(slot=word) for frame, word in itertools.product(TONE_FRAMES, POLITE + RUDE)]
+    nouns = [noun for topic in TOPICS.values() for noun in topic]
+    sentences += [frame.format(slot=noun) for frame, noun in itertools.product(TOPIC_FRAMES, nouns)]
     sentences += [start + end for start, end in itertools.product(FILLER_STARTS, FILLER_ENDS)]
     # A sentence opens an answer or follows another one; with its leading space, its first word is another token.
     inner = [" " + sentence for sentence in sentences]
-    bpe.train_from_iterator([*_all_prompts(), *sentences, *inner, JUDGE_WORDS], trainer)
+    bpe.train_from_iterator([*all_prompts(), *sentences, *inner, JUDGE_WORDS], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,

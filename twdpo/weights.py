@@ -5,8 +5,8 @@ without gradient. To add one, write the function and its line in WEIGHTS (or do 
 Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
     norm   how raw weights are normalised: "mean1" (the default), "selected_mean", "pair_min" or "none" (`normalize`)
     needs  what the context must hold: ("attention",) for a weights file, ("scores",) for verbalised scores, ("aux",)
-           for log-probs under both models of --aux-model, ("contrast",) for those of the two models' contrast; ()
-           is the default
+           for log-probs under both models of --aux-model, ("contrast",) for those of the two models' contrast,
+           ("ref",) for batch.ref_logps_N with every loss; () is the default
 
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected).
 """
@@ -21,7 +21,7 @@ import torch
 
 from twdpo.chat import Example
 from twdpo.config import InputError, TrainConfig
-from twdpo.postprocess import attention_weights
+from twdpo.postprocess import attention_weights, pin_and_share
 from twdpo.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.weights_file import WeightsFile, read_meta
 
@@ -60,6 +60,25 @@ def attention(batch, context: WeightContext) -> torch.Tensor:
 
 
 attention.needs = ("attention",)
+
+
+def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
+    """The judge's attention times -log p_ref of the token: what it looks at, where the text could have gone elsewhere.
+
+    The judge looks where the meaning is decided; credit does most where the text branches (this project; no paper). The
+    end of the turn keeps 1/n. Needs a weights file, and reference log-probs whatever the loss.
+    """
+    weights, raw_N = [], attention(batch, context).numpy()
+    surprise_N = -batch.ref_logps_N.cpu().numpy()
+    ends = np.cumsum(batch.seq_lens_S.tolist())[:-1]
+    responses = [response for example in batch.examples for response in (example.chosen, example.rejected)]
+    for response, raw, surprise in zip(responses, np.split(raw_N, ends), np.split(surprise_N, ends)):
+        pinned = np.arange(len(raw)) >= response.num_content
+        weights.append(pin_and_share(raw * surprise.clip(min=0), pinned))
+    return torch.from_numpy(np.concatenate(weights)).float()
+
+
+attention_surprise.needs = ("attention", "ref")
 
 
 def verbalized(batch, context: WeightContext) -> torch.Tensor:
@@ -192,6 +211,7 @@ cdpo.needs = ("contrast",)
 WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
+    "attention_surprise": attention_surprise,
     "verbalized": verbalized,
     "decay": decay,
     "ld": ld,

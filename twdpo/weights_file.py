@@ -158,6 +158,12 @@ class WeightsFile:
         """The likeliest token at the query of each round, over the whole vocabulary; None when it is not stored."""
         return self._top_tokens.get(key)
 
+    def prefers_chosen(self, keys: list[int]) -> np.ndarray:
+        """Whether each pair's verdicts are for the chosen answer, bool [E, R]; only where the layers reach them."""
+        verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
+        prefers_first_ER = verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
+        return prefers_first_ER ^ np.array([False, True])  # round 1 shows the rejected answer first
+
     def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
         """Over these pairs: share of equal verdicts in both rounds, and agreement with the label over both rounds.
 
@@ -165,8 +171,6 @@ class WeightsFile:
         """
         if not self._verdicts:
             return {}
-        verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
-        prefers_first_ER = verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
-        prefers_chosen_ER = prefers_first_ER ^ np.array([False, True])  # round 1 shows the rejected answer first
+        prefers_chosen_ER = self.prefers_chosen(keys)
         return {"position consistency": float((prefers_chosen_ER[:, 0] == prefers_chosen_ER[:, 1]).mean()),
                 "agreement with the label": float(prefers_chosen_ER.mean())}

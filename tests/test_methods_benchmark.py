@@ -1,0 +1,144 @@
+"""benchmarks/methods.py on a tiny budget: its controls by hand, its table, and that finished cells are kept."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import methods
+
+from twdpo.batch import collate, set_weights
+from twdpo.chat import tokenize_pairs
+from twdpo.config import TrainConfig
+from twdpo.losses import LOSSES
+from twdpo.pairs import parse_row
+from twdpo.planted import planted_lift
+from twdpo.rows import MicroBatch
+from twdpo.weights import WEIGHTS, WeightContext
+from twdpo.weights_file import JudgedAnswer
+
+KEYS = {"loss", "source", "pairs", "seed", "beta", "accuracy", "drift", "key_margin", "planted_lift", "seconds"}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, capsys):
+    """main(flags) of a benchmark of two steps -> its last line; the sources that it adds are there."""
+    for name, value in {"STEPS": 2, "EVALUATED": 8, "NEUTRAL": 6, "DRAWN": 12, "AUXILIARY": 8, "BATCH": 4}.items():
+        monkeypatch.setattr(methods, name, value)
+    WEIGHTS.update(oracle=methods.oracle, shuffled=methods.shuffled)
+
+    def run(*flags: str) -> list[dict]:
+        methods.main([*flags, "--jobs", "1", "--out", str(tmp_path)])
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    return run
+
+
+def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
+    names = ["uniform", "attention_surprise", "tis", "cdpo", "oracle"]
+    flags = ["--sources", ",".join(names), "--pairs", "8", "--seeds", "2", "--betas", "1,2"]
+    rows = tiny(*flags)
+    assert [(row["source"], row["seed"]) for row in rows] == [(name, seed) for name in names for seed in (0, 1)]
+    assert all(row.keys() == KEYS and row["loss"] == "twdpo" and row["pairs"] == 8 for row in rows)
+    lifts = {row["source"]: row["planted_lift"] for row in rows}
+    assert lifts["uniform"] == pytest.approx(1) and lifts["oracle"] > lifts["attention_surprise"] > 2
+    assert all(0 < row["drift"] and 0 <= row["accuracy"] <= 1 and row["beta"] in (0.1, 0.2) for row in rows)
+    assert (tmp_path / "methods.svg").read_text().count("<circle") == 5
+    monkeypatch.setattr(methods, "train_arm", None)
+    assert tiny(*flags) == rows
+    fewer = tiny("--sources", "oracle", "--pairs", "8", "--seeds", "1", "--betas", "1,2")
+    assert fewer == [row for row in rows if row["source"] == "oracle" and row["seed"] == 0]
+
+
+def test_a_loss_without_a_reference_is_measured_against_it_all_the_same(tiny):
+    row, = tiny("--losses", "simpo", "--pairs", "8", "--seeds", "1", "--betas", "1")
+    assert row["source"] == "uniform" and row["drift"] > 0 and row["beta"] == 2.0
+
+
+def test_what_is_chosen():
+    every = methods.choose_arms("", "")
+    assert {loss for loss, _ in every} == set(LOSSES) and len(every) == len(set(every))
+    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized"}
+    assert methods.choose_arms("dpo, ipo", "decay,ld") == [(loss, source) for loss in ("dpo", "ipo")
+                                                           for source in ("decay", "ld")]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--losses", "none"], "--losses has 'none'"), (["--sources", "verbalized"], "--sources has 'verbalized'"),
+    (["--pairs", "0"], "must be positive"), (["--pairs", "9999"], "the grammar has"), (["--seeds", "0"], "positive"),
+    (["--pairs", "x"], "invalid literal"),
+])
+def test_bad_flags_are_one_message(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        methods.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_the_best_beta_is_that_of_validation_pairs_on_the_first_seed(monkeypatch, tmp_path):
+    """Ties go to the largest; test pairs have no say."""
+    seen = []
+
+    def arm(lab, loss, source, num_pairs, seed, factor):
+        seen.append((seed, factor))
+        return dict.fromkeys(methods.MEASURES, 1.0) | {"accuracy": 1 / factor, "beta": factor,
+                                                       "validation_accuracy": {1: 0.5, 2: 0.9, 4: 0.9}[factor]}
+    monkeypatch.setattr(methods, "train_arm", arm)
+    monkeypatch.setattr(methods, "LAB", [None])
+    rows = methods.run_group("dpo", "uniform", 8, 2, [1, 2, 4], tmp_path)
+    assert [row["beta"] for row in rows] == [4, 4] and seen == [(0, 1), (0, 2), (0, 4), (1, 4)]
+
+
+def test_table_shows_mean_and_spread():
+    rows = [{"loss": "dpo", "source": "uniform", "pairs": 64, "seed": seed, "beta": 0.1} | dict.fromkeys(
+        methods.MEASURES, value) for seed, value in enumerate((0.25, 0.5, 0.75))]
+    line = methods.format_table(rows).splitlines()[1]
+    assert f"0.500 ±{statistics.stdev([0.25, 0.5, 0.75]):.3f}" in line
+
+
+def test_controls_by_hand(toy_model):
+    """oracle: all free mass on the planted word; shuffled: the same weights elsewhere; 1/n on the end of the turn."""
+    row = {"prompt": "Hello.", "chosen": "Your question is wise. Set a small goal.",
+           "rejected": "Your question is dull."}
+    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 100, 50)
+    batch = collate(MicroBatch((0,)), examples, [0])
+    (example,), rng = examples, np.random.default_rng(0)
+    stored = {example.pair.key: [JudgedAnswer(side.ids[:-1], side.spans_N2[:-1],
+                                              rng.random((1, 2, len(side.ids) - 1)).astype(np.float32))
+                                 for side in (example.chosen, example.rejected)]}
+    context = WeightContext(TrainConfig(sink_k=0), stored)
+    oracle_N = set_weights(batch, methods.oracle, LOSSES["twdpo"], context).weights_N
+    expected = torch.zeros(17)
+    expected[[3, 10, 14, 16]] = torch.tensor([10 / 11, 1 / 11, 5 / 6, 1 / 6])
+    torch.testing.assert_close(oracle_N, expected)
+    assert planted_lift(methods.oracle(batch, context), batch)[0].tolist() == pytest.approx([10, 5])
+    plain_N, shuffled_N = (source(batch, context) for source in (WEIGHTS["attention"], methods.shuffled))
+    assert not torch.allclose(plain_N, shuffled_N) and torch.equal(shuffled_N, methods.shuffled(batch, context))
+    for start, stop in ((0, 10), (11, 16)):
+        torch.testing.assert_close(plain_N[start:stop].sort()[0], shuffled_N[start:stop].sort()[0])
+    torch.testing.assert_close(shuffled_N[[10, 16]], torch.tensor([1 / 11, 1 / 6]))
+
+
+def test_attention_times_surprise_by_hand(toy_model):
+    """Weights in proportion to attention times -log p_ref; the end of the turn keeps 1/n."""
+    row = {"prompt": "Hello.", "chosen": "Your question is wise.", "rejected": "Your question is dull."}
+    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 100, 50)
+    (example,) = examples
+    logps = {0: (np.array([-1, -2, 0, -4, -1, -9], dtype=np.float32), np.full(6, -1, dtype=np.float32))}
+    batch = collate(MicroBatch((0,)), examples, [0], logps)
+    mass = np.array([1, 1, 5, 2, 0], dtype=np.float32)
+    stored = {example.pair.key: [JudgedAnswer(side.ids[:-1], side.spans_N2[:-1], np.stack([mass, mass])[None])
+                                 for side in (example.chosen, example.rejected)]}
+    raw_N = WEIGHTS["attention_surprise"](batch, WeightContext(TrainConfig(sink_k=0), stored))
+    product = np.array([1, 2, 0, 8, 0])
+    np.testing.assert_allclose(raw_N[:5], product / product.sum() * 5 / 6, rtol=1e-5)
+    np.testing.assert_allclose(raw_N[6:11], mass / mass.sum() * 5 / 6, rtol=1e-5)
+    assert raw_N[5].item() == raw_N[11].item() == pytest.approx(1 / 6)
+    free = set_weights(batch, WEIGHTS["attention_surprise"], LOSSES["simpo"],
+                       WeightContext(TrainConfig(sink_k=0), stored))
+    assert (free.ref_logps_N == 0).all()  # the loss itself has no reference
