@@ -7,7 +7,7 @@
 Losses are trained with uniform weights, sources with `twdpo` (mean 1, so that sources differ in where their mass lies
 and not in how much it is); give both --losses and --sources and each goes with each. Every arm starts from the toy's
 model and takes the same steps on the same pairs, half of them about tone and half about topic. Its beta is the one of
---betas (times the loss's own default, 0.1 where it has none) with the best accuracy on validation pairs, chosen for
+--betas (times the loss's own default, 0.3 where it has none) with the best accuracy on validation pairs, chosen for
 each number of pairs on the first seed; a seed draws the training pairs and their order.
 
 Figures, on held-out pairs but for the lift:
@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sources", default="", help="names in WEIGHTS, or oracle, shuffled; empty: see above")
     parser.add_argument("--pairs", default="64,256,1024", help="numbers of training pairs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
-    parser.add_argument("--betas", default="1,3,10", help="factors of the loss's beta to try (default: %(default)s)")
+    parser.add_argument("--betas", default="0.3,1,3", help="factors of the loss's beta to try (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/methods",
                         help="folder of the finished cells, the table and the plot (default: runs/methods)")
