@@ -46,7 +46,7 @@ from twdpo.model import (
     settle_packing,
 )
 from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
-from twdpo.planted import add_planted
+from twdpo.planted import add_planted, source_lift
 from twdpo.plugins import bind_options, describe, inherit_attributes, merge_options, name_of
 from twdpo.reference import reference_directory, reference_logps
 from twdpo.report import write_report
@@ -211,7 +211,7 @@ def train(config: TrainConfig, process: Process) -> None:
         batches = [collate(micro_batch, examples, pairs, logps, rows.packs) for micro_batch in plan]
         return [set_weights(batch, source, loss, context).to(process.device) for batch in batches]
 
-    unpinned = replace(context, config=replace(config, sink_k=0))
+    is_planted = config.data == "toy" and not config.eval_data  # it is known which words decide
 
     def evaluate(step: int) -> dict[str, float]:
         """One pass over the held-out pairs: an evaluation row of metrics.jsonl. All ranks."""
@@ -220,11 +220,13 @@ def train(config: TrainConfig, process: Process) -> None:
             for pairs in process.progress(held_out_batches, desc="evaluate", unit="batch", leave=False):
                 for batch in with_means(policy, micro_batches(held_out, pairs, held_out_logps), loss, process):
                     run_pairs(policy, batch, loss, config, totals)
-                    if config.data == "toy" and not config.eval_data:  # then it is known what matters in an answer
-                        add_planted(totals, policy, batch, source, unpinned, needs_reference(loss))
+                    if is_planted:
+                        add_planted(totals, policy, batch, needs_reference(loss))
         totals = sum_over_processes(totals, process.device)
         row = {f"eval/{name}": value for name, value in means(totals).items()}
         row |= {f"eval/{name}_stderr": value for name, value in standard_errors(totals).items()}
+        if is_planted:
+            row["eval/planted_lift"], _ = source_lift(source, held_out, context, held_out_logps)
         return {"step": step} | row | {"eval/pairs": len(held_out)}
 
     def sample(step: int) -> None:

@@ -21,279 +21,33 @@ Two sources here are controls: `oracle` weighs the planted words alone, `shuffle
 each answer. tis, sepo and cdpo compare the toy's model after a few steps on chosen answers with it after as many on
 rejected ones, of other pairs. `verbalized` is left out: the toy can't write scores. The last line is JSON.
 """
-# ruff: noqa: E402 - train.py is no part of the installed package: its folder must be known first
-
 import argparse
 import atexit
-import functools
 import html
 import json
 import multiprocessing
-import random
 import shutil
 import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # train.py
-
+import methods_lab
 from loss_kernel import finish, machine
-from train import learning_rate, train_step
+from methods_lab import Lab, arm_config, train_arm
 from twdpo import dist
-from twdpo.auxiliary import Contrast
-from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
-from twdpo.chat import Example, tokenize_pairs
-from twdpo.config import PRESETS, ExtractConfig, TrainConfig
-from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
 from twdpo.files import hash_json, write_atomic, write_json
-from twdpo.log import StageClock
-from twdpo.losses import LOSSES, needs_reference
-from twdpo.metrics import pair_metrics
-from twdpo.model import TOY_MODEL, Policy, fingerprint_model, load_policy, load_tokenizer
-from twdpo.pairs import parse_row
-from twdpo.planted import filler_drift, overlaps_planted, planted_tokens, source_lift
-from twdpo.postprocess import pin_and_share
-from twdpo.reference import reference_logps
-from twdpo.rows import RowOptions, evaluation_batches, global_batch
-from twdpo.toy import KINDS, all_prompts, draw_row
-from twdpo.weights import WEIGHTS, WeightContext, attention, source_needs
-from twdpo.weights_file import WeightsFile
+from twdpo.losses import LOSSES
+from twdpo.model import TOY_MODEL, fingerprint_model
+from twdpo.toy import all_prompts
+from twdpo.weights import WEIGHTS
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1  # raise it when figures change: finished cells of another version are run again
-STEPS, BATCH, LR = 60, 16, 5e-4
-EVALUATED = 256  # pairs, of validation and of test each
-NEUTRAL = 128  # answers without filler
-DRAWN = 1024  # training pairs of a seed, of which an arm takes the first
-AUXILIARY = 512  # pairs that the auxiliary models are trained on
-ROWS = RowOptions(False, 4096)
 MEASURES = ("accuracy", "drift", "key_margin", "planted_lift", "seconds")
-
-
-def oracle(batch, context: WeightContext) -> torch.Tensor:
-    """The planted words alone (a control of benchmarks/methods.py); the end of the turn keeps 1/n."""
-    planted = planted_tokens(batch).numpy()
-    return per_answer(batch, lambda place, content: planted[place])
-
-
-def shuffled(batch, context: WeightContext) -> torch.Tensor:
-    """The judge's attention, permuted within each answer (a control of benchmarks/methods.py)."""
-    weights = attention(batch, context).numpy()
-    keys = iter(hash_json([example.pair.key, side]) for example in batch.examples for side in (0, 1))
-
-    def permute(place: slice, content: np.ndarray) -> np.ndarray:
-        mass = weights[place].copy()
-        mass[content] = np.random.default_rng(int(next(keys)[:15], 16)).permutation(mass[content])
-        return mass
-    return per_answer(batch, permute)
-
-
-shuffled.needs = ("attention",)
-WEIGHTS |= {"oracle": oracle, "shuffled": shuffled}
-
-
-def per_answer(batch, mass_of) -> torch.Tensor:
-    """Weights of sum 1, answer by answer, in proportion to mass_of(place in the batch, content tokens); 1/n on the end
-    of the turn."""
-    parts, start = [], 0
-    for response in (side for example in batch.examples for side in (example.chosen, example.rejected)):
-        content = np.arange(len(response.ids)) < response.num_content
-        parts.append(pin_and_share(mass_of(slice(start, start + len(content)), content).astype(float), ~content))
-        start += len(content)
-    return torch.from_numpy(np.concatenate(parts)).float()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What every arm of a process shares
-
-class Quiet(dist.Process):
-    """A process that says nothing: several run side by side."""
-
-    def print(self, *values) -> None:
-        pass
-
-    def progress(self, items=None, **options):
-        return tqdm(items, **options | {"disable": True})
-
-
-@dataclass
-class Pool:
-    """Pairs in tokens, with the reference's log-probs by their index."""
-
-    examples: list[Example]
-    logps: dict[int, tuple[np.ndarray, np.ndarray]]
-
-
-class Lab:
-    """The toy's model, and pools of pairs with what sources need of them; made when first asked for."""
-
-    def __init__(self, num_pairs: int):
-        """num_pairs: of the largest training set."""
-        started = dist.start()
-        self.process = Quiet(started.rank, started.world_size, torch.device("cpu"))
-        self.num_pairs = num_pairs
-        self.folder = Path(tempfile.mkdtemp(prefix="methods-"))
-        self.tokenizer = load_tokenizer(TOY_MODEL, "")
-        self.policy = load_policy(TOY_MODEL, torch.float32, self.process)
-        self.start = {name: value.clone() for name, value in self.policy.state_dict().items()}
-        prompts = list(all_prompts())
-        random.Random(0).shuffle(prompts)
-        held_out = 2 * EVALUATED + NEUTRAL + AUXILIARY
-        self.held_out_prompts, self.prompts = prompts[:held_out], prompts[held_out:]
-        parts = [self.held_out_prompts[place:place + EVALUATED] for place in (0, EVALUATED, 2 * EVALUATED)]
-        self.validation, self.test = self.pool(parts[0], 1_000_001), self.pool(parts[1], 1_000_002)
-        self.neutral = self.pool(parts[2][:NEUTRAL], 1_000_003, max_fillers=0, max_spans=1)
-
-    def pool(self, prompts: list[str], seed: int, **limits: int) -> Pool:
-        """One pair a prompt, kinds in turn. limits: of fillers and spans (twdpo.toy.draw_row)."""
-        rng = random.Random(seed)
-        pairs = [parse_row(f"methods:{number}", draw_row(rng, prompt, KINDS[number % 2], **limits)[1])
-                 for number, prompt in enumerate(prompts)]
-        examples, _, _ = tokenize_pairs(self.tokenizer, pairs, PRESETS["toy"]["max_length"],
-                                        PRESETS["toy"]["max_prompt_length"])
-        self.policy.load_state_dict(self.start)  # a policy that an arm has trained is lost
-        return Pool(examples, self.logps(self.policy, examples, f"reference-{seed}"))
-
-    def logps(self, model, examples: list[Example], name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Log-probs under a model, by index."""
-        return reference_logps(model, self.process, examples,
-                               evaluation_batches(len(examples), 64), ROWS, self.folder / name)
-
-    @functools.cache  # noqa: B019 - lives as long as its process
-    def training(self, seed: int) -> Pool:
-        prompts = random.Random(seed).sample(self.prompts, self.num_pairs)
-        return self.pool(prompts, seed)
-
-    @functools.cache  # noqa: B019
-    def attention(self, seed: int) -> WeightsFile:
-        """The judge's attention on a seed's training pairs."""
-        folder = self.folder / f"attention-{seed}"
-        pairs = [example.pair for example in self.training(seed).examples]
-        config = ExtractConfig(model=str(TOY_MODEL), data="toy", out=str(folder),
-                               judge_prompt=PRESETS["toy"]["judge_prompt"])
-        meta = describe_extraction(config, "last", "--layers", False, TOY_MODEL, fingerprint_model(TOY_MODEL),
-                                   self.tokenizer, str(seed), self.process.device)
-        inputs = open_judge_inputs(config, meta, TOY_MODEL, self.tokenizer, self.process)
-        extract_attention(config, meta, folder, pairs, inputs, TOY_MODEL, self.tokenizer, self.process)
-        return WeightsFile(folder)
-
-    @functools.cached_property
-    def auxiliary(self) -> tuple[Policy, Policy]:
-        """The toy's model after a few steps of next-token training on chosen answers, and on rejected ones."""
-        pool = self.pool(self.held_out_prompts[-AUXILIARY:], 1_000_004)
-        models = []
-        for side in (0, 1):
-            model = load_policy(TOY_MODEL, torch.float32, self.process)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-            for step in range(STEPS):
-                pairs = global_batch(step, AUXILIARY, BATCH, 0)
-                for micro_batch in plan_micro_batches(pairs, pool.examples, 1, RowOptions(False, 1 << 20))[0]:
-                    batch = collate(micro_batch, pool.examples, pairs)
-                    _, logps_N = model(batch)
-                    sides = torch.cat([part for number, part in enumerate(logps_N.split(batch.seq_lens_S.tolist()))
-                                       if number % 2 == side])
-                    (-sides.mean()).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            models.append(model)
-        return tuple(models)
-
-    @functools.cache  # noqa: B019
-    def auxiliary_logps(self, seed: int, name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Log-probs of a seed's training pairs under "positive", "negative" or "contrast", by the pair's key."""
-        models = dict(zip(("positive", "negative"), self.auxiliary)) | {"contrast": Contrast(*self.auxiliary)}
-        examples = self.training(seed).examples
-        logps = self.logps(models[name], examples, f"{name}-{seed}")
-        return {examples[place].pair.key: value for place, value in logps.items()}
-
-    def context(self, seed: int, needs: tuple[str, ...], config: TrainConfig) -> WeightContext:
-        """What a source may read of a seed's training pairs."""
-        names = [*(("positive", "negative") if "aux" in needs else ()), *(("contrast",) if "contrast" in needs else ())]
-        return WeightContext(config, self.attention(seed) if "attention" in needs else None,
-                             aux={name: self.auxiliary_logps(seed, name) for name in names})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One arm
-
-def arm_config(loss_name: str, factor: float) -> TrainConfig:
-    """The settings of an arm: the toy's, the loss's own, and beta times `factor`."""
-    settings = {"beta": PRESETS["toy"]["beta"]} | getattr(LOSSES[loss_name], "settings", {}).get("", {})
-    settings["beta"] *= factor
-    return TrainConfig(data="toy", loss=loss_name, lr=LR, batch_size=BATCH, **settings)
-
-
-def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: int, factor: float
-              ) -> dict[str, float]:
-    """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
-    loss, source, config = LOSSES[loss_name], WEIGHTS[source_name], arm_config(loss_name, factor)
-    pool, needs = lab.training(seed), source_needs(source)
-    context = lab.context(seed, needs, config)
-    has_logps = needs_reference(loss) or "ref" in needs
-    lab.policy.load_state_dict(lab.start)
-    optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    seconds = []
-    for step in range(STEPS):
-        started = time.perf_counter()
-        pairs = global_batch(step, num_pairs, BATCH, seed)
-        batches = [set_weights(collate(micro_batch, pool.examples, pairs, pool.logps if has_logps else None), source,
-                               loss, context)
-                   for micro_batch in plan_micro_batches(pairs, pool.examples, 1, ROWS)[0]]
-        train_step(lab.policy, optimizer, batches, loss, config, learning_rate(step, STEPS, config), step + 1,
-                   lab.process, StageClock(False, lab.process.device))
-        seconds.append(time.perf_counter() - started)
-    lift_S, _ = source_lift(source, pool.examples[:num_pairs], replace(context, config=replace(config, sink_k=0)),
-                            pool.logps)
-    return evaluate(lab, lab.test) | {
-        "key_margin": key_margin(lab), "planted_lift": float(lift_S.mean()), "seconds": statistics.median(seconds),
-        "validation_accuracy": evaluate(lab, lab.validation)["accuracy"], "beta": config.beta}
-
-
-@torch.no_grad()
-def evaluate(lab: Lab, pool: Pool) -> dict[str, float]:
-    """accuracy and drift of the policy as it is, means over the pairs."""
-    accuracies, drifts = [], []
-    for batch in evaluation_rows(pool):
-        ratio_S, logps_N = lab.policy(batch)
-        metrics = pair_metrics(torch.zeros(len(batch.examples)), {}, ratio_S, logps_N, batch, 1.0)
-        accuracies += metrics["reward_accuracy"].tolist()
-        drifts += filler_drift(logps_N, batch.ref_logps_N, batch).tolist()
-    return {"accuracy": statistics.fmean(accuracies), "drift": statistics.fmean(drifts)}
-
-
-@torch.no_grad()
-def key_margin(lab: Lab) -> float:
-    """By how much the policy raises the good slot word over the bad one (nats), in answers that differ in it alone."""
-    margins = []
-    for batch in evaluation_rows(lab.neutral):
-        _, logps_N = lab.policy(batch)
-        gains = (logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())
-        for example, chosen_N, rejected_N in zip(batch.examples, gains[0::2], gains[1::2]):
-            slot = int(np.argmax(overlaps_planted(example.pair.chosen, example.chosen.spans_N2)))
-            margins.append(float(chosen_N[slot] - rejected_N[slot]))
-    return statistics.fmean(margins)
-
-
-def evaluation_rows(pool: Pool) -> Iterator[PairBatch]:
-    """All pairs of a pool, with reference log-probs and uniform weights."""
-    for pairs in evaluation_batches(len(pool.examples), 64):
-        for micro_batch in plan_micro_batches(pairs, pool.examples, 1, ROWS)[0]:
-            yield collate(micro_batch, pool.examples, pairs, pool.logps)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All arms
-
 LAB: list[Lab] = []  # of this process
 
 
@@ -314,7 +68,8 @@ def close_lab() -> None:
 def run_group(loss_name: str, source_name: str, num_pairs: int, seeds: int, factors: list[float], out: Path
               ) -> list[dict]:
     """Rows of all seeds with the beta that is best for the first; finished cells are read, not run."""
-    key = hash_json([VERSION, fingerprint_model(TOY_MODEL), STEPS, BATCH, LR, torch.__version__])[:12]
+    key = hash_json([VERSION, fingerprint_model(TOY_MODEL), methods_lab.STEPS, methods_lab.BATCH, methods_lab.LR,
+                     torch.__version__])[:12]
 
     def cell(seed: int, factor: float) -> dict:
         path = out / f"{loss_name}-{source_name}-{num_pairs}-{seed}-{factor:g}-{key}.json"
@@ -381,6 +136,21 @@ def format_table(rows: list[dict]) -> str:
         lines.append(f"{row['loss']:13} {row['source']:19} {row['pairs']:5} {row['beta']:6.3g} "
                      + " ".join(f"{cell:>13}" for cell in cells)
                      + f" {row['planted_lift']:6.2f} {row['seconds']:8.3f}")
+    return "\n".join(lines)
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """One line an arm: the lift, then accuracy, drift and key margin by number of pairs, mean ± standard deviation."""
+    summary = summarize(rows)
+    sizes = sorted({row["pairs"] for row in summary})
+    shown = (("accuracy", "accuracy"), ("drift", "drift"), ("key margin", "key_margin"))
+    heads = [f"{title}, {size:,} pairs" if size == sizes[0] else f"{size:,}" for title, _ in shown for size in sizes]
+    lines = ["| loss | weights | lift | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]
+    for loss, source in dict.fromkeys((row["loss"], row["source"]) for row in summary):
+        arm = {row["pairs"]: row for row in summary if (row["loss"], row["source"]) == (loss, source)}
+        cells = [f"{arm[size][name]:.3f} ± {arm[size][name + '_sd']:.3f}" for _, name in shown for size in sizes]
+        lift = statistics.fmean(row["planted_lift"] for row in arm.values())
+        lines.append(f"| `{loss}` | `{source}` | {lift:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -452,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = choose_arms(flags.losses, flags.sources)
         if min(sizes) < 1 or min(factors) <= 0 or flags.seeds < 1 or flags.jobs < 1:
             raise ValueError("--pairs, --betas, --seeds and --jobs must be positive")
-        limit = len(all_prompts()) - 2 * EVALUATED - NEUTRAL - AUXILIARY
+        limit = len(all_prompts()) - methods_lab.num_held_out()
         if max(sizes) > limit:
             raise ValueError(f"--pairs {max(sizes)}: the grammar has {limit} prompts for training pairs")
     except ValueError as error:
@@ -464,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: dict[tuple, list[dict]] = {}
     context = multiprocessing.get_context("spawn")
     # Always drawn for as many, so that a cell does not depend on what else was asked for.
-    num_pairs = max(DRAWN, *sizes)
+    num_pairs = max(methods_lab.DRAWN, *sizes)
     bar = tqdm(total=len(groups), desc="methods", unit="arm", mininterval=5)
     if flags.jobs == 1:
         open_lab(num_pairs)
@@ -483,8 +253,10 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
     ordered = [row for size in sizes for loss, source in arms for row in rows[loss, source, size]]
     print(format_table(ordered))
-    write_atomic(flags.out / "methods.svg", lambda temporary: temporary.write_text(draw_plot(ordered), "utf-8"))
-    report = {"machine": machine(torch.device("cpu")), "steps": STEPS, "batch_size": BATCH, "lr": LR, "rows": ordered}
+    for name, text in (("methods.md", markdown_table(ordered) + "\n"), ("methods.svg", draw_plot(ordered))):
+        write_atomic(flags.out / name, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
+    report = {"machine": machine(torch.device("cpu")), "steps": methods_lab.STEPS,
+              "batch_size": methods_lab.BATCH, "lr": methods_lab.LR, "rows": ordered}
     finish(flags.out / "methods.json", report)
 
 

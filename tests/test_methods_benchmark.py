@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import methods
-
+import methods_lab
 from twdpo.batch import collate, set_weights
 from twdpo.chat import tokenize_pairs
-from twdpo.config import TrainConfig
+from twdpo.config import PRESETS, TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.pairs import parse_row
-from twdpo.planted import planted_lift
+from twdpo.planted import planted_lift, planted_tokens
 from twdpo.rows import MicroBatch
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import JudgedAnswer
@@ -31,8 +31,8 @@ KEYS = {"loss", "source", "pairs", "seed", "beta", "accuracy", "drift", "key_mar
 def tiny(monkeypatch, tmp_path, capsys):
     """main(flags) of a benchmark of two steps -> its last line; the sources that it adds are there."""
     for name, value in {"STEPS": 2, "EVALUATED": 8, "NEUTRAL": 6, "DRAWN": 12, "AUXILIARY": 8, "BATCH": 4}.items():
-        monkeypatch.setattr(methods, name, value)
-    WEIGHTS.update(oracle=methods.oracle, shuffled=methods.shuffled)
+        monkeypatch.setattr(methods_lab, name, value)
+    WEIGHTS.update(oracle=methods_lab.oracle, shuffled=methods_lab.shuffled)
 
     def run(*flags: str) -> list[dict]:
         methods.main([*flags, "--jobs", "1", "--out", str(tmp_path)])
@@ -48,12 +48,38 @@ def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, m
     assert all(row.keys() == KEYS and row["loss"] == "twdpo" and row["pairs"] == 8 for row in rows)
     lifts = {row["source"]: row["planted_lift"] for row in rows}
     assert lifts["uniform"] == pytest.approx(1) and lifts["oracle"] > lifts["attention_surprise"] > 2
-    assert all(0 < row["drift"] and 0 <= row["accuracy"] <= 1 and row["beta"] in (0.1, 0.2) for row in rows)
+    betas = [pytest.approx(factor * PRESETS["toy"]["beta"]) for factor in (1, 2)]
+    assert all(0 < row["drift"] and 0 <= row["accuracy"] <= 1 and row["beta"] in betas for row in rows)
+    for first, second in zip(rows[0::2], rows[1::2]):  # another seed, other pairs
+        assert first["drift"] != second["drift"]
     assert (tmp_path / "methods.svg").read_text().count("<circle") == 5
     monkeypatch.setattr(methods, "train_arm", None)
     assert tiny(*flags) == rows
     fewer = tiny("--sources", "oracle", "--pairs", "8", "--seeds", "1", "--betas", "1,2")
     assert fewer == [row for row in rows if row["source"] == "oracle" and row["seed"] == 0]
+
+
+def test_figures_are_of_the_pairs_that_they_say(tiny, tmp_path, monkeypatch):
+    """Beta is chosen on validation pairs, accuracy is of test pairs."""
+    monkeypatch.setattr(methods_lab, "evaluate", lambda lab, pool: {
+        "accuracy": 0.25 if pool is lab.validation else 0.75 if pool is lab.test else None, "drift": 1.0})
+    row, = tiny("--sources", "uniform", "--pairs", "8", "--seeds", "1", "--betas", "1")
+    cell, = (tmp_path / "cells").glob("*.json")
+    assert row["accuracy"] == 0.75 and json.loads(cell.read_text())["validation_accuracy"] == 0.25
+
+
+def test_key_margin_is_what_the_slot_gains(tiny, monkeypatch):
+    """One nat for every good slot word, half a nat off every bad one: 1.5, wherever they stand."""
+    lab = methods_lab.Lab(4)
+    try:
+        def policy(batch):
+            planted_N = planted_tokens(batch)
+            sides_N = torch.arange(len(batch.seq_lens_S)).remainder(2).repeat_interleave(batch.seq_lens_S)
+            return None, batch.ref_logps_N + planted_N * torch.where(sides_N == 0, 1.0, -0.5)
+        lab.policy = policy
+        assert methods_lab.key_margin(lab) == pytest.approx(1.5, abs=1e-5)
+    finally:
+        methods_lab.dist.stop()
 
 
 def test_a_loss_without_a_reference_is_measured_against_it_all_the_same(tiny):
@@ -97,6 +123,8 @@ def test_the_best_beta_is_that_of_validation_pairs_on_the_first_seed(monkeypatch
 def test_table_shows_mean_and_spread():
     rows = [{"loss": "dpo", "source": "uniform", "pairs": 64, "seed": seed, "beta": 0.1} | dict.fromkeys(
         methods.MEASURES, value) for seed, value in enumerate((0.25, 0.5, 0.75))]
+    *_, last = methods.markdown_table(rows).splitlines()
+    assert last == "| `dpo` | `uniform` | 0.5 | 0.500 ± 0.250 | 0.500 ± 0.250 | 0.500 ± 0.250 |"
     line = methods.format_table(rows).splitlines()[1]
     assert f"0.500 ±{statistics.stdev([0.25, 0.5, 0.75]):.3f}" in line
 
@@ -112,13 +140,13 @@ def test_controls_by_hand(toy_model):
                                               rng.random((1, 2, len(side.ids) - 1)).astype(np.float32))
                                  for side in (example.chosen, example.rejected)]}
     context = WeightContext(TrainConfig(sink_k=0), stored)
-    oracle_N = set_weights(batch, methods.oracle, LOSSES["twdpo"], context).weights_N
+    oracle_N = set_weights(batch, methods_lab.oracle, LOSSES["twdpo"], context).weights_N
     expected = torch.zeros(17)
     expected[[3, 10, 14, 16]] = torch.tensor([10 / 11, 1 / 11, 5 / 6, 1 / 6])
     torch.testing.assert_close(oracle_N, expected)
-    assert planted_lift(methods.oracle(batch, context), batch)[0].tolist() == pytest.approx([10, 5])
-    plain_N, shuffled_N = (source(batch, context) for source in (WEIGHTS["attention"], methods.shuffled))
-    assert not torch.allclose(plain_N, shuffled_N) and torch.equal(shuffled_N, methods.shuffled(batch, context))
+    assert planted_lift(methods_lab.oracle(batch, context), batch)[0].tolist() == pytest.approx([10, 5])
+    plain_N, shuffled_N = (source(batch, context) for source in (WEIGHTS["attention"], methods_lab.shuffled))
+    assert not torch.allclose(plain_N, shuffled_N) and torch.equal(shuffled_N, methods_lab.shuffled(batch, context))
     for start, stop in ((0, 10), (11, 16)):
         torch.testing.assert_close(plain_N[start:stop].sort()[0], shuffled_N[start:stop].sort()[0])
     torch.testing.assert_close(shuffled_N[[10, 16]], torch.tensor([1 / 11, 1 / 6]))

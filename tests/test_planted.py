@@ -10,9 +10,19 @@ from transformers import AutoTokenizer
 import train
 from twdpo.batch import collate
 from twdpo.chat import tokenize_pairs
+from twdpo.config import TrainConfig
+from twdpo.metrics import means
 from twdpo.pairs import parse_row
-from twdpo.planted import content_tokens, filler_drift, planted_lift, planted_tokens
+from twdpo.planted import (
+    add_planted,
+    content_tokens,
+    filler_drift,
+    planted_lift,
+    planted_tokens,
+    source_lift,
+)
 from twdpo.rows import MicroBatch
+from twdpo.weights import WEIGHTS, WeightContext
 
 ROW = {"prompt": "Hello.", "chosen": "Your question is wise. Set a small goal.", "rejected": "Your question is dull."}
 
@@ -43,6 +53,35 @@ def test_lift_by_hand(batch):
     assert planted_lift(raw_N, batch)[0].tolist() == pytest.approx([1, 2.5])
 
 
+def test_answers_that_lost_their_planted_word_are_left_out(toy_model):
+    """Cut to three tokens, before the word; the rejected answer is its word alone."""
+    row = ROW | {"rejected": "wise"}
+    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 9, 6)
+    (example,) = examples
+    assert example.chosen.num_content == 3
+    lift, share = source_lift(WEIGHTS["uniform"], examples, WeightContext(TrainConfig()))
+    assert lift == pytest.approx(1) and share == pytest.approx(1)
+
+
+def test_accuracy_is_told_apart_by_kind(toy_model):
+    """A tone pair that is right, a topic pair that is wrong; one without filler adds no drift."""
+    rows = [ROW, {"prompt": "Tell me of the tide.", "chosen": "Much depends on the sail here.",
+                  "rejected": "Much depends on the oven here."}, ROW | {"chosen": "wise", "rejected": "dull"}]
+    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model),
+                                    [parse_row(str(number), row) for number, row in enumerate(rows)], 100, 50)
+    batch = collate(MicroBatch((0, 1, 2)), examples, [0, 1, 2])
+    batch.coefficient_P[2] = 1.0
+    gains = torch.zeros(len(batch.targets_N))
+    starts = [0, *batch.seq_lens_S.cumsum(0).tolist()]
+    gains[starts[0]], gains[starts[3]] = 0.3, 0.6  # the tone pair's chosen answer, the topic pair's rejected one
+    totals: dict = {}
+    add_planted(totals, lambda batch: (torch.zeros(6), gains), batch, True)
+    figures = means(totals)
+    assert figures["reward_accuracy_tone"] == 0.75 and figures["reward_accuracy_topic"] == 0  # the third is a tie
+    drift = (0.3 / 13 + 0.6 / 12) / 2
+    assert figures["filler_drift"] == pytest.approx(drift, rel=1e-5)
+
+
 def test_drift_is_that_of_filler_alone(batch):
     """Nine and four filler tokens moved by 0.1 and 0.4, either way; planted words and the end of the turn by more."""
     logps_N = torch.full((17,), -0.1)
@@ -59,8 +98,20 @@ def test_evaluations_of_the_toy_know_its_kinds(tmp_path, run_cache):
     assert (last["eval/reward_accuracy_tone"] + last["eval/reward_accuracy_topic"]) / 2 == pytest.approx(
         last["eval/reward_accuracy"])  # 64 pairs each
     assert first["eval/filler_drift"] == 0 < last["eval/filler_drift"]
-    assert last["eval/planted_lift"] > 2 and (tmp_path / "run/weights/weights.html").exists()
+    assert last["eval/planted_lift"] == first["eval/planted_lift"] > 2
+    assert (tmp_path / "run/weights/weights.html").exists()
     train.main([*flags, "--output-dir", str(tmp_path / "plain"), "--weights", "uniform", "--loss", "simpo"])
     *_, last = (row for row in read_rows(tmp_path / "plain") if "eval/pairs" in row)
     assert math.isclose(last["eval/planted_lift"], 1, rel_tol=1e-6) and "eval/filler_drift" not in last
     assert not (tmp_path / "plain/weights").exists()
+
+
+def test_the_lift_is_that_before_the_first_token_is_reset_whatever_the_loss(tmp_path, run_cache):
+    """Of a loss without a reference too, whose batches hold no reference log-probs."""
+    lifts = {}
+    for name, extra in (("plain", []), ("unpinned", ["--sink-k", "0"]), ("free", ["--loss", "simpo"])):
+        train.main(["--cache-dir", str(run_cache), "--max-steps", "1", "--save-every", "0", "--eval-every", "0",
+                    "--weights", "attention_surprise", "--output-dir", str(tmp_path / name), *extra])
+        *_, last = (row for row in read_rows(tmp_path / name) if "eval/pairs" in row)
+        lifts[name] = last["eval/planted_lift"]
+    assert lifts["plain"] == lifts["unpinned"] == lifts["free"] > 2

@@ -3,6 +3,8 @@
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected), P pairs.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -12,6 +14,7 @@ from twdpo.logratio import segment_sum
 from twdpo.metrics import Totals, add_totals, pair_metrics
 from twdpo.rows import MicroBatch
 from twdpo.toy import KINDS, kind_of, planted_spans
+from twdpo.weights import WeightContext
 
 
 def planted_tokens(batch) -> torch.Tensor:
@@ -44,7 +47,7 @@ def planted_lift(raw_N: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor
     """(lift [S], share [S]) of raw weights: share is their mass on planted tokens over that on all content tokens, lift
     is share over the planted tokens' share of the content tokens, so that uniform weights have lift 1.
 
-    The end of the turn does not count. Uniform for an answer without any mass.
+    The end of the turn does not count. Uniform for an answer without any mass; NaN for one without planted tokens.
     """
     content_N, planted_N = content_tokens(batch).double(), planted_tokens(batch).double()
     lens = batch.seq_lens_S
@@ -54,26 +57,31 @@ def planted_lift(raw_N: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor
     return share_S / plain_S, share_S
 
 
-def source_lift(source, examples: list[Example], context, ref_logps=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`planted_lift` of a weight source on these examples. context: without pins (sink_k 0). ref_logps: reference
-    log-probs by index, for sources that need them."""
+def source_lift(source, examples: list[Example], context: WeightContext, ref_logps=None) -> tuple[float, float]:
+    """Means of `planted_lift` over the answers that hold planted tokens, before the first token is reset (sink_k).
+
+    ref_logps: reference log-probs by index, for sources that need them.
+    """
     pairs = list(range(len(examples)))
     batch = collate(MicroBatch(tuple(pairs), True), examples, pairs, ref_logps)
-    return planted_lift(source(batch, context), batch)
+    context = replace(context, config=replace(context.config, sink_k=0))
+    lift_S, share_S = planted_lift(source(batch, context), batch)
+    known_S = ~lift_S.isnan()
+    return float(lift_S[known_S].mean()), float(share_S[known_S].mean())
 
 
 def filler_drift(logps_N: torch.Tensor, ref_logps_N: torch.Tensor, batch) -> torch.Tensor:
     """Mean |log pi - log pi_ref| (nats) over the filler tokens of both answers of a pair, [P]: how far training moved
-    text that has nothing to do with the preference. The end of the turn does not count."""
+    text that has nothing to do with the preference. The end of the turn does not count. NaN without filler."""
     filler_N = (content_tokens(batch) & ~planted_tokens(batch)).to(logps_N.device)
     drift_S = segment_sum((logps_N - ref_logps_N).abs() * filler_N, batch.seq_lens_S)
     count_S = segment_sum(filler_N.to(logps_N), batch.seq_lens_S)
     return drift_S.view(-1, 2).sum(dim=1) / count_S.view(-1, 2).sum(dim=1)
 
 
-def add_planted(totals: Totals, policy, batch, source, context, has_reference: bool) -> None:
-    """Add to an evaluation's totals: accuracy by kind of preference, drift on filler (with a reference), and the lift
-    of the source's weights on planted tokens. All ranks."""
+def add_planted(totals: Totals, policy, batch, has_reference: bool) -> None:
+    """Add to an evaluation's totals: accuracy by kind of preference, and drift on filler (with a reference). All
+    ranks."""
     ratio_S, logps_N = policy(batch)
     accuracy_P = pair_metrics(torch.zeros_like(batch.coefficient_P), {}, ratio_S, logps_N, batch, 1.0, has_reference
                               )["reward_accuracy"]
@@ -81,8 +89,6 @@ def add_planted(totals: Totals, policy, batch, source, context, has_reference: b
         is_kind_P = torch.tensor([kind_of(example.pair.chosen) == kind for example in batch.examples])
         add_totals(totals, {f"reward_accuracy_{kind}": accuracy_P},
                    batch.coefficient_P * is_kind_P.to(batch.coefficient_P))
-    lift_S, _ = planted_lift(source(batch, context), batch)
-    figures = {"planted_lift": lift_S.view(-1, 2).mean(dim=1).to(batch.coefficient_P.device)}
     if has_reference:
-        figures["filler_drift"] = filler_drift(logps_N, batch.ref_logps_N, batch)
-    add_totals(totals, figures, batch.coefficient_P)
+        drift_P = filler_drift(logps_N, batch.ref_logps_N, batch)
+        add_totals(totals, {"filler_drift": drift_P}, batch.coefficient_P * ~drift_P.isnan())

@@ -228,13 +228,12 @@ def measure_gates(directory: Path, process: Process) -> dict[str, float]:
         extract_attention(config, meta, Path(temporary), dataset.held_out, inputs, directory, tokenizer, process)
         stored = WeightsFile(Path(temporary))
     right_ER = stored.prefers_chosen([pair.key for pair in dataset.held_out])
-    context = WeightContext(TrainConfig(sink_k=0), stored)
-    lift_S, share_S = source_lift(attention, examples, context)
+    lift, share = source_lift(attention, examples, WeightContext(TrainConfig(), stored))
     return {
         "verdict_accuracy_chosen_first": float(right_ER[:, 0].mean()),
         "verdict_accuracy_rejected_first": float(right_ER[:, 1].mean()),
-        "planted_lift": float(lift_S.mean()),
-        "planted_share": float(share_S.mean()),
+        "planted_lift": lift,
+        "planted_share": share,
         "topic_margin": topic_margin(model, examples),
     }
 
