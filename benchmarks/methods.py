@@ -25,6 +25,7 @@ import argparse
 import atexit
 import html
 import json
+import math
 import multiprocessing
 import shutil
 import statistics
@@ -39,7 +40,7 @@ import methods_lab
 from loss_kernel import finish, machine
 from methods_lab import Lab, arm_config, train_arm
 from twdpo import dist
-from twdpo.files import hash_json, write_atomic, write_json
+from twdpo.files import hash_json, make_directory, write_atomic, write_json
 from twdpo.losses import LOSSES
 from twdpo.model import TOY_MODEL, fingerprint_model
 from twdpo.toy import all_prompts
@@ -74,6 +75,9 @@ def run_group(loss_name: str, source_name: str, num_pairs: int, seeds: int, fact
     def cell(seed: int, factor: float) -> dict:
         path = out / f"{loss_name}-{source_name}-{num_pairs}-{seed}-{factor:g}-{key}.json"
         if not path.exists():
+            parent = multiprocessing.parent_process()
+            if parent and not parent.is_alive():  # killed: its workers would go on for ever
+                raise SystemExit(1)
             write_json(path, train_arm(LAB[0], loss_name, source_name, num_pairs, seed, factor))
         return json.loads(path.read_text(encoding="utf-8"))
     factors = factors if reads_beta(loss_name) else [1.0]
@@ -220,15 +224,14 @@ def main(argv: list[str] | None = None) -> None:
         sizes = sorted({int(text) for text in flags.pairs.split(",")})
         factors = sorted({float(text) for text in flags.betas.split(",")})
         arms = choose_arms(flags.losses, flags.sources)
-        if min(sizes) < 1 or min(factors) <= 0 or flags.seeds < 1 or flags.jobs < 1:
-            raise ValueError("--pairs, --betas, --seeds and --jobs must be positive")
+        if min(sizes) < 1 or not all(0 < factor < math.inf for factor in factors) or flags.seeds < 1 or flags.jobs < 1:
+            raise ValueError("--pairs, --betas, --seeds and --jobs must be positive, and finite")
         limit = len(all_prompts()) - methods_lab.num_held_out()
         if max(sizes) > limit:
             raise ValueError(f"--pairs {max(sizes)}: the grammar has {limit} prompts for training pairs")
+        cells = make_directory(flags.out / "cells", "--out")
     except ValueError as error:
         parser.error(str(error))
-    cells = flags.out / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
     # The largest sets first, so that no long group starts last.
     groups = [(loss, source, size) for size in reversed(sizes) for loss, source in arms]
     rows: dict[tuple, list[dict]] = {}

@@ -1,5 +1,7 @@
 """Files and folders that are whole or not there, whoever else writes them."""
 
+import os
+
 import pytest
 
 from twdpo.files import make_directory, remove_temporaries, write_atomic
@@ -34,6 +36,17 @@ def test_a_folder_is_replaced_or_stays(tmp_path):
     write_atomic(tmp_path / "race", another_process_is_faster, replace=False)
     assert (tmp_path / "race/file").read_text() == "theirs"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "race"]
+
+
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    """safetensors writes them for their owner alone."""
+    old = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", lambda path: (path.touch(), path.chmod(0o600)))
+        write_atomic(tmp_path / "folder", lambda path: (folder_of("x")(path), (path / "file").chmod(0o600)))
+    finally:
+        assert os.umask(old) == 0o027
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "file", tmp_path / "folder/file")] == [0o640, 0o640]
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):

@@ -98,7 +98,8 @@ def test_what_is_chosen():
 @pytest.mark.parametrize("flags, message", [
     (["--losses", "none"], "--losses has 'none'"), (["--sources", "verbalized"], "--sources has 'verbalized'"),
     (["--pairs", "0"], "must be positive"), (["--pairs", "9999"], "the grammar has"), (["--seeds", "0"], "positive"),
-    (["--pairs", "x"], "invalid literal"),
+    (["--pairs", "x"], "invalid literal"), (["--betas", "nan"], "must be positive, and finite"),
+    (["--out", "/proc/here"], "can't be made or written to"),
 ])
 def test_bad_flags_are_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):

@@ -65,7 +65,8 @@ def test_draws_are_new_to_the_held_out_rows():
 
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "0"], "--steps is 0: it must be >= 1"), (["--hidden-size", "20"], "--hidden-size is 20"),
-    (["--lr", "0"], "--lr is 0.0"), (["--out", "/proc/toy"], "can't be made or written to"),
+    (["--lr", "0"], "--lr is 0.0"), (["--seed", str(10 ** 20)], "--seed is"),
+    (["--out", "/proc/toy"], "can't be made or written to"),
 ])
 def test_bad_input_is_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):

@@ -24,7 +24,7 @@ from twdpo.files import hash_file, make_directory, remove, remove_temporaries, w
 from twdpo.model import DTYPES, Policy, load_model_config
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints", "final", "best")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

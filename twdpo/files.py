@@ -24,6 +24,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], replace: bool = True
     temporary, old = path.with_name(f"{name}.tmp"), path.with_name(f"{name}.old.tmp")
     try:
         write(temporary)
+        share(temporary)
         try:
             os.replace(temporary, path)
         except OSError:  # a folder that is not empty is never replaced
@@ -35,6 +36,14 @@ def write_atomic(path: Path, write: Callable[[Path], None], replace: bool = True
                 remove(old)
     finally:
         remove(temporary)
+
+
+def share(path: Path) -> None:
+    """Give files the permissions that new files have here: safetensors makes them readable by their owner alone."""
+    os.umask(mask := os.umask(0))
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def remove_temporaries(directory: Path) -> None:

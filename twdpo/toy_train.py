@@ -68,8 +68,8 @@ class ToyTrainConfig:
     def __post_init__(self):
         for name in ("steps", "texts", "pairs"):
             require(self, name, getattr(self, name) >= 1, ">= 1")
-        require(self, "seed", self.seed >= 0, ">= 0")
-        require(self, "lr", self.lr > 0, "> 0")
+        require(self, "seed", 0 <= self.seed < 2 ** 63, ">= 0 and below 2^63")
+        require(self, "lr", 0 < self.lr <= 1, "in (0, 1]")
         require(self, "hidden_size", self.hidden_size >= 8 and self.hidden_size % 8 == 0, "a multiple of 8")
 
 
@@ -136,7 +136,10 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
             if not config.probe:
                 del losses["probe"]
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            total = sum(losses.values())
+            if not total.isfinite():
+                raise InputError(f"step {step + 1}: the loss is {total.item()}; lower --lr ({config.lr})")
+            total.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             for name, loss in losses.items():
