@@ -15,6 +15,7 @@ The files of this package are the pipeline, in this order; a file imports only f
     dist, model            process group and FSDP2 plan; the policy and its tokenizer
     extraction, generate   the judge pass; generation in batches
     reference, inputs      the reference pass and its cache; what a run is made from, checked before weights are loaded
+    objective, auxiliary   the loss and source that the flags name; log-probs under auxiliary models
     checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
     toy_train              how the toy's model was made
 """
