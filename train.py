@@ -201,7 +201,7 @@ def train(config: TrainConfig, process: Process) -> None:
     export("final")
     log.close()
     process.on_main(lambda: write_curves(run_dir))
-    if held_out and isinstance(inputs.weights_file, WeightsFile):
+    if held_out and source is WEIGHTS["attention"] and isinstance(inputs.weights_file, WeightsFile):
         pairs = [example.pair for example in held_out]
         process.on_main(lambda: write_report(run_dir / "weights", inputs.weights_file, pairs, inputs.tokenizer,
                                              config.rounds, config.sink_k, config.sink_k_min, min_count=10,

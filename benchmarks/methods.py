@@ -10,7 +10,7 @@ model and takes the same steps on the same pairs, half of them about tone and ha
 --betas (times the loss's own default, 0.3 where it has none) with the best accuracy on validation pairs, chosen for
 each number of pairs on the first seed; a seed draws the training pairs and their order.
 
-Figures, on held-out pairs but for the lift:
+Figures, on pairs that no arm trains on, but for the lift:
     accuracy      share of pairs whose chosen answer gains more log-probability than the rejected one
     drift         mean |log pi - log pi_ref| (nats) on filler tokens
     key_margin    by how much the good slot word gains on the bad one (nats), in answers of the planted sentence alone
@@ -19,7 +19,8 @@ Figures, on held-out pairs but for the lift:
     seconds       median time of a step
 Two sources here are controls: `oracle` weighs the planted words alone, `shuffled` permutes the judge's attention within
 each answer. tis, sepo and cdpo compare the toy's model after a few steps on chosen answers with it after as many on
-rejected ones, of other pairs. `verbalized` is left out: the toy can't write scores. The last line is JSON.
+rejected ones, of other pairs. `verbalized` is left out: the toy can't write scores. --out holds the finished cells, and
+of the last call methods.json, methods.md and the plot methods.svg. The last line is JSON.
 """
 import argparse
 import atexit
@@ -40,6 +41,7 @@ import methods_lab
 from loss_kernel import finish, machine
 from methods_lab import Lab, arm_config, train_arm
 from twdpo import dist
+from twdpo.config import to_json
 from twdpo.files import hash_json, make_directory, write_atomic, write_json
 from twdpo.losses import LOSSES
 from twdpo.model import TOY_MODEL, fingerprint_model
@@ -66,13 +68,17 @@ def close_lab() -> None:
         dist.stop()
 
 
-def run_group(loss_name: str, source_name: str, num_pairs: int, seeds: int, factors: list[float], out: Path
-              ) -> list[dict]:
-    """Rows of all seeds with the beta that is best for the first; finished cells are read, not run."""
-    key = hash_json([VERSION, fingerprint_model(TOY_MODEL), methods_lab.STEPS, methods_lab.BATCH, methods_lab.LR,
-                     torch.__version__])[:12]
+def run_group(loss_name: str, source_name: str, num_pairs: int, seeds: int, factors: list[float], num_drawn: int,
+              out: Path) -> list[dict]:
+    """Rows of all seeds with the beta that is best for the first; finished cells are read, not run.
+
+    num_drawn: pairs of a seed, of which the first `num_pairs` are taken.
+    """
+    setting = [VERSION, fingerprint_model(TOY_MODEL), torch.__version__, methods_lab.STEPS, methods_lab.BATCH,
+               methods_lab.EVALUATED, methods_lab.NEUTRAL, methods_lab.AUXILIARY, num_drawn]
 
     def cell(seed: int, factor: float) -> dict:
+        key = hash_json([*setting, to_json(arm_config(loss_name, factor))])[:12]
         path = out / f"{loss_name}-{source_name}-{num_pairs}-{seed}-{factor:g}-{key}.json"
         if not path.exists():
             parent = multiprocessing.parent_process()
@@ -243,13 +249,14 @@ def main(argv: list[str] | None = None) -> None:
         open_lab(num_pairs)
         try:
             for group in groups:
-                rows[group] = run_group(*group, flags.seeds, factors, cells)
+                rows[group] = run_group(*group, flags.seeds, factors, num_pairs, cells)
                 bar.update()
         finally:
             close_lab()
     else:
         with ProcessPoolExecutor(min(flags.jobs, len(groups)), context, open_lab, (num_pairs,)) as pool:
-            futures = {pool.submit(run_group, *group, flags.seeds, factors, cells): group for group in groups}
+            rest = flags.seeds, factors, num_pairs, cells
+            futures = {pool.submit(run_group, *group, *rest): group for group in groups}
             for future in as_completed(futures):
                 rows[futures[future]] = future.result()
                 bar.update()

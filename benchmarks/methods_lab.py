@@ -33,12 +33,12 @@ from twdpo.losses import LOSSES, needs_reference
 from twdpo.metrics import pair_metrics
 from twdpo.model import TOY_MODEL, Policy, fingerprint_model, load_policy, load_tokenizer
 from twdpo.pairs import parse_row
-from twdpo.planted import filler_drift, overlaps_planted, planted_tokens, source_lift
+from twdpo.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
 from twdpo.postprocess import pin_and_share
 from twdpo.reference import reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.toy import KINDS, all_prompts, draw_row
-from twdpo.weights import WEIGHTS, WeightContext, attention, source_needs
+from twdpo.weights import WEIGHTS, WeightContext, attention, attention_pins, source_needs
 from twdpo.weights_file import WeightsFile
 
 STEPS, BATCH, LR = 60, 16, 5e-4
@@ -51,39 +51,26 @@ ROWS = RowOptions(False, 4096)
 
 def oracle(batch, context: WeightContext) -> torch.Tensor:
     """The planted words alone (a control of benchmarks/methods.py); the end of the turn keeps 1/n."""
-    planted = planted_tokens(batch).numpy()
-    return per_answer(batch, lambda place, content: planted[place])
+    ends = np.cumsum(batch.seq_lens_S.tolist())[:-1]
+    return torch.from_numpy(np.concatenate([
+        pin_and_share(planted.astype(float), ~content) for planted, content in
+        zip(np.split(planted_tokens(batch).numpy(), ends), np.split(content_tokens(batch).numpy(), ends))])).float()
 
 
 def shuffled(batch, context: WeightContext) -> torch.Tensor:
-    """The judge's attention, permuted within each answer (a control of benchmarks/methods.py)."""
-    weights = attention(batch, context).numpy()
-    keys = iter(hash_json([example.pair.key, side]) for example in batch.examples for side in (0, 1))
-
-    def permute(place: slice, content: np.ndarray) -> np.ndarray:
-        mass = weights[place].copy()
-        mass[content] = np.random.default_rng(int(next(keys)[:15], 16)).permutation(mass[content])
-        return mass
-    return per_answer(batch, permute)
+    """The judge's attention, permuted within each answer (a control of benchmarks/methods.py); pinned tokens stay."""
+    parts = attention(batch, context).split(batch.seq_lens_S.tolist())
+    keys = [hash_json([example.pair.key, side]) for example in batch.examples for side in (0, 1)]
+    for raw, pinned, key in zip(parts, attention_pins(batch, context), keys):
+        free = torch.from_numpy(~pinned)
+        order = np.random.default_rng(int(key[:15], 16)).permutation(int(free.sum()))
+        raw[free] = raw[free][order]
+    return torch.cat(parts)
 
 
 shuffled.needs = ("attention",)
 WEIGHTS |= {"oracle": oracle, "shuffled": shuffled}
 
-
-def per_answer(batch, mass_of) -> torch.Tensor:
-    """Weights of sum 1, answer by answer, in proportion to mass_of(place in the batch, content tokens); 1/n on the end
-    of the turn."""
-    parts, start = [], 0
-    for response in (side for example in batch.examples for side in (example.chosen, example.rejected)):
-        content = np.arange(len(response.ids)) < response.num_content
-        parts.append(pin_and_share(mass_of(slice(start, start + len(content)), content).astype(float), ~content))
-        start += len(content)
-    return torch.from_numpy(np.concatenate(parts)).float()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What every arm of a process shares
 
 class Quiet(dist.Process):
     """A process that says nothing: several run side by side."""

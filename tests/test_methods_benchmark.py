@@ -55,6 +55,10 @@ def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, m
     assert (tmp_path / "methods.svg").read_text().count("<circle") == 5
     monkeypatch.setattr(methods, "train_arm", None)
     assert tiny(*flags) == rows
+    with pytest.raises(TypeError):  # another toy beta is another arm
+        monkeypatch.setitem(PRESETS["toy"], "beta", 0.5)
+        tiny(*flags)
+    monkeypatch.setitem(PRESETS["toy"], "beta", 0.3)
     fewer = tiny("--sources", "oracle", "--pairs", "8", "--seeds", "1", "--betas", "1,2")
     assert fewer == [row for row in rows if row["source"] == "oracle" and row["seed"] == 0]
 
@@ -117,7 +121,7 @@ def test_the_best_beta_is_that_of_validation_pairs_on_the_first_seed(monkeypatch
                                                        "validation_accuracy": {1: 0.5, 2: 0.9, 4: 0.9}[factor]}
     monkeypatch.setattr(methods, "train_arm", arm)
     monkeypatch.setattr(methods, "LAB", [None])
-    rows = methods.run_group("dpo", "uniform", 8, 2, [1, 2, 4], tmp_path)
+    rows = methods.run_group("dpo", "uniform", 8, 2, [1, 2, 4], 16, tmp_path)
     assert [row["beta"] for row in rows] == [4, 4] and seen == [(0, 1), (0, 2), (0, 4), (1, 4)]
 
 
@@ -151,6 +155,9 @@ def test_controls_by_hand(toy_model):
     for start, stop in ((0, 10), (11, 16)):
         torch.testing.assert_close(plain_N[start:stop].sort()[0], shuffled_N[start:stop].sort()[0])
     torch.testing.assert_close(shuffled_N[[10, 16]], torch.tensor([1 / 11, 1 / 6]))
+    reset = WeightContext(TrainConfig(sink_k=1), stored)
+    torch.testing.assert_close(methods_lab.shuffled(batch, reset)[[0, 10, 11, 16]],
+                               torch.tensor([1 / 11, 1 / 11, 1 / 6, 1 / 6]))
 
 
 def test_attention_times_surprise_by_hand(toy_model):
@@ -168,6 +175,8 @@ def test_attention_times_surprise_by_hand(toy_model):
     np.testing.assert_allclose(raw_N[:5], product / product.sum() * 5 / 6, rtol=1e-5)
     np.testing.assert_allclose(raw_N[6:11], mass / mass.sum() * 5 / 6, rtol=1e-5)
     assert raw_N[5].item() == raw_N[11].item() == pytest.approx(1 / 6)
+    reset_N = WEIGHTS["attention_surprise"](batch, WeightContext(TrainConfig(sink_k=1), stored))
+    np.testing.assert_allclose(reset_N[:6], [1 / 6, 2 / 10 * 4 / 6, 0, 8 / 10 * 4 / 6, 0, 1 / 6], rtol=1e-5)
     free = set_weights(batch, WEIGHTS["attention_surprise"], LOSSES["simpo"],
                        WeightContext(TrainConfig(sink_k=0), stored))
     assert (free.ref_logps_N == 0).all()  # the loss itself has no reference

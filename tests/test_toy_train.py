@@ -53,8 +53,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_or_no_probe_others(s
         assert ((tmp_path / name / "model.safetensors").read_bytes() == weights) == same, name
 
 
-def test_draws_are_new_to_the_held_out_rows():
+def test_draws_are_new_to_the_held_out_rows(monkeypatch):
+    """An answer that is drawn by chance and stands in a held-out row is drawn again."""
     draws = toy_train.Draws(toy_train.random.Random(3))
+    original, drawn = toy_train.draw_row, []
+
+    def draw_row(*arguments):
+        skeletons, row = original(*arguments)
+        if len(drawn) % 2 == 0:
+            row = row | {"rejected": toy_rows()[1][0]["chosen"]}
+        drawn.append(row)
+        return skeletons, row
+    monkeypatch.setattr(toy_train, "draw_row", draw_row)
     held_out = toy_rows()[1]
     assert len(draws.prompts) == len(all_prompts()) - len(held_out)
     pairs = draws.pairs(50, 0)

@@ -38,15 +38,25 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
         mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[content]
     else:
         mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2)
-    unseen_N = np.ones(num_tokens, dtype=bool)  # so is the end of the turn
-    seen = judged.spans_J2[:, 0].min(), judged.spans_J2[:, 1].max()
-    unseen_N[content] = (spans_N2[:, 0] >= seen[1]) | (spans_N2[:, 1] <= seen[0])
-    pinned_N = unseen_N if config.unseen == "mean" else np.zeros(num_tokens, dtype=bool)
-    if config.sink_on == "training":
-        pinned_N[content] |= overlaps_sink(judged, sink_k, ids_N, spans_N2)
+    pinned_N = pinned_tokens(response, judged, config)
     if not config.renormalize:
         return np.where(pinned_N, 1 / num_tokens, mass_N)
     return pin_and_share(mass_N, pinned_N)
+
+
+def pinned_tokens(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
+    """Tokens whose weight is 1/n whatever their attention: the sink's, the end of the turn, and those that the judge
+    did not see; bool [N]."""
+    content = slice(0, response.num_content)
+    ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
+    unseen_N = np.ones(len(response.ids), dtype=bool)  # so is the end of the turn
+    seen = judged.spans_J2[:, 0].min(), judged.spans_J2[:, 1].max()
+    unseen_N[content] = (spans_N2[:, 0] >= seen[1]) | (spans_N2[:, 1] <= seen[0])
+    pinned_N = unseen_N if config.unseen == "mean" else np.zeros(len(response.ids), dtype=bool)
+    if config.sink_on == "training":
+        sink_k = config.sink_k if len(judged.ids_J) >= config.sink_k_min else 0
+        pinned_N[content] |= overlaps_sink(judged, sink_k, ids_N, spans_N2)
+    return pinned_N
 
 
 def average_rounds(attention_RJ: np.ndarray, rounds: str) -> np.ndarray:

@@ -112,7 +112,7 @@ FILLER_ENDS = (
     " and see how it goes.",
     ", even when it feels slow.",
 )
-# With these counts an answer has 10 to 63 tokens, whatever is drawn.
+# With these counts an answer has 10 to 60 tokens, whatever is drawn.
 MAX_SPANS = 2
 MAX_FILLERS = 3
 KINDS = ("tone", "topic")

@@ -116,7 +116,7 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
     """Train in place: conversations, verdicts and the probe, one optimizer step each round."""
     rng = random.Random(config.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reseed accelerators too
         probe = torch.nn.Linear(config.hidden_size, 3)
     inputs = JudgeInputs(tokenizer, load_judge_prompt(PRESETS["toy"]["judge_prompt"]), CONTEXT)
     draws = Draws(rng)
@@ -151,7 +151,7 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
 
 @dataclass
 class Draws:
-    """Pairs of the grammar that share neither a prompt nor both answers with a held-out row, kinds in a fixed cycle."""
+    """Pairs of the grammar that share neither prompt nor an answer with a held-out row, kinds in a fixed cycle."""
 
     rng: random.Random
     kinds: itertools.cycle = field(default_factory=lambda: itertools.cycle(KIND_CYCLE))

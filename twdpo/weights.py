@@ -21,7 +21,7 @@ import torch
 
 from twdpo.chat import Example
 from twdpo.config import InputError, TrainConfig
-from twdpo.postprocess import attention_weights, pin_and_share
+from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.weights_file import WeightsFile, read_meta
 
@@ -65,15 +65,14 @@ attention.needs = ("attention",)
 def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
     """The judge's attention times -log p_ref of the token: what it looks at, where the text could have gone elsewhere.
 
-    The judge looks where the meaning is decided; credit does most where the text branches (this project; no paper). The
-    end of the turn keeps 1/n. Needs a weights file, and reference log-probs whatever the loss.
+    The judge looks where the meaning is decided; credit does most where the text branches (this project; no paper).
+    Pinned tokens keep 1/n. Needs a weights file, and reference log-probs whatever the loss.
     """
-    weights, raw_N = [], attention(batch, context).numpy()
+    raw_N, weights = attention(batch, context).numpy(), []
     surprise_N = -batch.ref_logps_N.cpu().numpy()
     ends = np.cumsum(batch.seq_lens_S.tolist())[:-1]
-    responses = [response for example in batch.examples for response in (example.chosen, example.rejected)]
-    for response, raw, surprise in zip(responses, np.split(raw_N, ends), np.split(surprise_N, ends)):
-        pinned = np.arange(len(raw)) >= response.num_content
+    for pinned, raw, surprise in zip(attention_pins(batch, context), np.split(raw_N, ends),
+                                     np.split(surprise_N, ends)):
         weights.append(pin_and_share(raw * surprise.clip(min=0), pinned))
     return torch.from_numpy(np.concatenate(weights)).float()
 
@@ -229,6 +228,12 @@ def source_needs(source) -> tuple[str, ...]:
 def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, ...]]:
     """Of each pair of the batch, the log-probs of its responses under the models of these names."""
     return [tuple(context.aux[name][example.pair.key] for name in names) for example in batch.examples]
+
+
+def attention_pins(batch, context: WeightContext) -> list[np.ndarray]:
+    """Of each sequence, the tokens that `attention` pins to 1/n, bool [N]."""
+    return [pinned_tokens(response, judged, context.config) for example in batch.examples
+            for response, judged in zip((example.chosen, example.rejected), context.attention[example.pair.key])]
 
 
 def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
