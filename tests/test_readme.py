@@ -98,3 +98,32 @@ def test_no_package_is_called_kernels():
     program = ("from transformers import LlamaConfig, LlamaForCausalLM; import twdpo.kernels.weighted_logratio; "
                "LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_toys_figures_are_those_of_its_committed_gates():
+    """A row a model, as benchmarks/results/cpu/toy-*.json has it; the first is the one in the package."""
+    page = (ROOT / "twdpo/toy_model/README.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks/results/cpu"
+    for name, label in (("toy-seed-0", "seed 0 (the one here)"), ("toy-seed-1", "seed 1"),
+                        ("toy-seed-0-no-probe", "seed 0, without the probe")):
+        gates = json.loads((results / f"{name}.json").read_text())
+        assert gates["probe"] == ("no-probe" not in name) and f"seed-{gates['seed']}" in name
+        figures = [f"{gates[key]:.3f}" for key in ("verdict_accuracy_chosen_first", "verdict_accuracy_rejected_first")]
+        figures += [f"{gates[key]:.2f}" for key in ("planted_lift", "planted_share", "topic_margin")]
+        assert f"| {label} | {' | '.join(figures)} |" in page
+    assert json.loads((ROOT / "twdpo/toy_model/gates.json").read_text()) == json.loads(
+        (results / "toy-seed-0.json").read_text())
+
+
+def test_the_table_of_sources_is_that_of_the_committed_run():
+    """The lines of `twdpo` in benchmarks/results/cpu/methods.md, which is made from methods.json beside it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import methods
+    results = ROOT / "benchmarks/results/cpu"
+    rows = json.loads((results / "methods.json").read_text())["rows"]
+    table = methods.markdown_table(rows)
+    assert (results / "methods.md").read_text() == table + "\n"
+    assert (results / "methods.svg").read_text() == methods.draw_plot(rows)
+    lines = [line for line in table.splitlines() if line.startswith(("| loss", "| `twdpo`"))]
+    assert all(line in README for line in lines) and len(lines) > 8
+    assert len({row["seed"] for row in rows}) >= 3 and {row["pairs"] for row in rows} == {64, 256, 1024}

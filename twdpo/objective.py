@@ -96,5 +96,5 @@ def list_objectives() -> str:
     for title, rows in (("losses", describe(LOSSES, loss_needs)),
                         ("weight sources", describe(WEIGHTS, source_needs))):
         lines.append(f"{title} (name; options and their defaults; what it needs):")
-        lines += [f"  {name:14}{what}; {options}; {needs}" for name, what, needs, options in rows]
+        lines += [f"  {name:20}{what}; {options}; {needs}" for name, what, needs, options in rows]
     return "\n".join(lines)
