@@ -32,7 +32,7 @@ from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, build_parser, flag, require
 from twdpo.dist import Process, run_script
 from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
-from twdpo.files import make_directory, write_atomic, write_json
+from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
 from twdpo.judge import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
 from twdpo.model import fingerprint_model
 from twdpo.pairs import Pair, load_dataset, parse_row
@@ -88,6 +88,7 @@ def toy_train(config: ToyTrainConfig, process: Process) -> None:
         raise InputError(f"{process.world_size} processes were started: this is trained by one (python -m)")
     started = time.perf_counter()
     out = make_directory(Path(config.out), "--out")
+    remove_temporaries(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".", suffix=".tmp") as temporary:
         build_toy_model(temporary, config.hidden_size, config.seed)
         model = AutoModelForCausalLM.from_pretrained(temporary)
