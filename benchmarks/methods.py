@@ -166,7 +166,7 @@ def markdown_table(rows: list[dict]) -> str:
 
 def draw_plot(rows: list[dict]) -> str:
     """SVG: accuracy against drift, a panel a number of pairs; sources by name, other losses as grey dots."""
-    width, height, left, bottom, top = 460, 400, 52, 44, 34
+    width, height, left, bottom, top, names = 560, 400, 52, 44, 34, 150
     summary = summarize(rows)
     sizes = sorted({row["pairs"] for row in summary})
     low_y = min(row["accuracy"] for row in summary) - 0.02
@@ -174,22 +174,22 @@ def draw_plot(rows: list[dict]) -> str:
     parts = []
     for panel, size in enumerate(sizes):
         def x_of(drift: float, panel=panel) -> float:
-            return panel * width + left + (drift / high_x) ** 0.5 * (width - left - 16)
+            return panel * width + left + (drift / high_x) ** 0.5 * (width - left - names)
 
         def y_of(accuracy: float) -> float:
             return height - bottom - (accuracy - low_y) / (1.005 - low_y) * (height - bottom - top)
-        parts.append(f'<text x="{panel * width + left}" y="20" class="title">{size:,} pairs</text>')
+        parts.append(f'<text x="{panel * width + left}" y="20" class="title">{size:,} pairs, accuracy</text>')
         for tick in [number / 20 for number in range(21) if low_y <= number / 20]:
-            parts.append(f'<line x1="{panel * width + left}" x2="{(panel + 1) * width - 16}" y1="{y_of(tick):.1f}" '
+            parts.append(f'<line x1="{panel * width + left}" x2="{(panel + 1) * width - names}" y1="{y_of(tick):.1f}" '
                          f'y2="{y_of(tick):.1f}" class="grid"/><text x="{panel * width + left - 6}" '
                          f'y="{y_of(tick) + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
         for tick in (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4):
             if tick <= high_x:
                 parts.append(f'<text x="{x_of(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}'
                              "</text>")
-        parts.append(f'<text x="{panel * width + (left + width) / 2}" y="{height - 6}" text-anchor="middle">'
+        parts.append(f'<text x="{panel * width + (left + width - names) / 2}" y="{height - 6}" text-anchor="middle">'
                      "drift on filler (nats a token)</text>")
-        placed: list[float] = []
+        label_y, label_x = float(top), (panel + 1) * width - names + 12
         for row in sorted((row for row in summary if row["pairs"] == size), key=lambda row: -row["accuracy"]):
             is_source = row["loss"] == "twdpo"
             kind = ("control" if row["source"] in ("uniform", "oracle", "shuffled") else "source") if is_source \
@@ -199,17 +199,14 @@ def draw_plot(rows: list[dict]) -> str:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4.5 if is_source else 3}" class="{kind}"><title>'
                          f"{html.escape(name)}: accuracy {row['accuracy']:.3f} ± {row['accuracy_sd']:.3f}, drift "
                          f"{row['drift']:.3f} ± {row['drift_sd']:.3f}</title></circle>")
-            if is_source:
-                label_y = y + 4
-                while any(abs(label_y - other) < 12 for other in placed):
-                    label_y += 12
-                placed.append(label_y)
-                at_end = x > (panel + 0.62) * width
-                parts.append(f'<text x="{x + (-8 if at_end else 8):.1f}" y="{label_y:.1f}" class="{kind}" '
-                             f'text-anchor="{"end" if at_end else "start"}">{html.escape(name)}</text>')
+            if is_source:  # names stand in a column, each with a line to its dot
+                label_y = max(label_y + 14, y)
+                parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{label_x - 3}" y2="{label_y - 4:.1f}" '
+                             f'class="{kind}"/><text x="{label_x}" y="{label_y:.1f}" class="{kind}">'
+                             f"{html.escape(name)}</text>")
     style = ("text{font:12px system-ui,sans-serif;fill:#55534e}.title{font-size:14px;fill:#1b1b1f}.grid{stroke:#e3e1da}"
              "circle.source{fill:#c54a14}text.source{fill:#c54a14}circle.control{fill:#1f5fa8}text.control{fill:#1f5fa8}"
-             "circle.loss{fill:#b4b2ab}")
+             "circle.loss{fill:#b4b2ab}line.source{stroke:#c54a14;opacity:.35}line.control{stroke:#1f5fa8;opacity:.35}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(sizes)} {height}" role="img" '
             f'aria-label="accuracy against drift"><style>{style}</style><rect width="100%" height="100%" '
             f'fill="#fdfdfb"/>{"".join(parts)}</svg>\n')
