@@ -24,15 +24,20 @@ from twdpo.rows import MicroBatch
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import JudgedAnswer
 
+CONTROLS = {name: WEIGHTS.pop(name) for name in ("oracle", "shuffled")}  # other tests see the project's own sources
 KEYS = {"loss", "source", "pairs", "seed", "beta", "accuracy", "drift", "key_margin", "planted_lift", "seconds"}
+
+
+@pytest.fixture(autouse=True)
+def controls(registries):
+    WEIGHTS.update(CONTROLS)
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, capsys):
-    """main(flags) of a benchmark of two steps -> its last line; the sources that it adds are there."""
+    """main(flags) of a benchmark of two steps -> its last line."""
     for name, value in {"STEPS": 2, "EVALUATED": 8, "NEUTRAL": 6, "DRAWN": 12, "AUXILIARY": 8, "BATCH": 4}.items():
         monkeypatch.setattr(methods_lab, name, value)
-    WEIGHTS.update(oracle=methods_lab.oracle, shuffled=methods_lab.shuffled)
 
     def run(*flags: str) -> list[dict]:
         methods.main([*flags, "--jobs", "1", "--out", str(tmp_path)])
