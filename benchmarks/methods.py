@@ -1,6 +1,6 @@
 """Every loss and weight source on the toy, where it is known which words decide: one budget, one table.
 
-    python benchmarks/methods.py                                          all of them: about 45 minutes on two cores
+    python benchmarks/methods.py                                          all of them: about an hour on two cores
     python benchmarks/methods.py --losses twdpo --sources attention,oracle --pairs 64 --seeds 2
     python benchmarks/methods.py --sources attention_surprise             what is finished is kept under --out
 
