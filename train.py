@@ -72,7 +72,7 @@ def train(config: TrainConfig, process: Process) -> None:
     if config.plan:
         process.print(plan_for(config, process))
         return
-    loss, source, source_name, weights_path = find_objective(config)
+    loss, source, source_name, weights_path = find_objective(config, process)
     if process.world_size % config.replicate:
         raise InputError(f"--replicate is {config.replicate}: {process.world_size} processes can't hold as many equal "
                          "copies")

@@ -295,6 +295,22 @@ def test_an_imported_source_must_give_a_tensor(tmp_path, run_arguments, capsys):
     assert "gives a list: it must be a tensor" in capsys.readouterr().err
 
 
+def test_a_loss_that_reads_more_of_a_batch_is_run_and_says_that_it_was_not_tried(tmp_path, run_arguments, capsys):
+    (tmp_path / "mine.py").write_text("""
+from twdpo.losses import LOSSES, dpo
+
+def long(ratio_S, logps_N, batch, config):
+    assert all(len(example.prompt_ids) for example in batch.examples)
+    return dpo(ratio_S, logps_N, batch, config)
+
+LOSSES["long"] = long
+""")
+    train.main([*run_arguments(tmp_path / "run", max_steps=1), "--import", str(tmp_path / "mine.py"), "--loss", "long",
+                "--weights", "uniform"])
+    assert "long can't be tried on two made-up pairs (AttributeError" in capsys.readouterr().out
+    assert read_rows(tmp_path / "run")[1]["step"] == 1
+
+
 def test_help_lists_every_loss_and_source(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])

@@ -7,6 +7,7 @@ from typing import get_type_hints
 import torch
 
 from twdpo.config import InputError, TrainConfig
+from twdpo.dist import Process
 from twdpo.inputs import import_files
 from twdpo.losses import LOSSES, loss_needs
 from twdpo.plugins import bind_options, describe, inherit_attributes, merge_options, name_of
@@ -39,18 +40,18 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
     return settings
 
 
-def find_objective(config: TrainConfig) -> tuple[Callable, Callable, str, str]:
+def find_objective(config: TrainConfig, process: Process) -> tuple[Callable, Callable, str, str]:
     """(loss, weight source, its name in WEIGHTS, weights file or ""), options bound. Raises InputError."""
     if config.loss not in LOSSES:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
     loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
     source_name, weights_path = find_source(loss, config)
     source = bind_options(WEIGHTS[source_name], config.weights_options, "--weights-options")
-    check_plugins(loss, source, config)
+    check_plugins(loss, source, config, process)
     return loss, source, source_name, weights_path
 
 
-def check_plugins(loss, source, config: TrainConfig) -> None:
+def check_plugins(loss, source, config: TrainConfig, process: Process) -> None:
     """Raise InputError for what a loss or a source says of itself, or its options, that can't be."""
     for what, needs, known in ((loss, loss_needs(loss), {"ref"}),
                                (source, source_needs(source), {"attention", "scores", "aux", "contrast", "ref"})):
@@ -76,7 +77,9 @@ def check_plugins(loss, source, config: TrainConfig) -> None:
         result = loss(numbers, numbers, pairs, Reads())
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
-    except Exception:  # noqa: BLE001 - a loss that reads more of a batch than this has: its first step will tell
+    except Exception as error:  # noqa: BLE001 - it may read more of a batch than this has, or need longer answers
+        process.print(f"{name_of(loss)} can't be tried on two made-up pairs ({type(error).__name__}: {error}): whether "
+                      "it works shows in the first step")
         return
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)
             and isinstance(result[1], dict) and result[0].shape == (2,)):
