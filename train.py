@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import torch
 
-from twdpo.attention import packed
 from twdpo.auxiliary import auxiliary_logps, find_aux_models
 from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
 from twdpo.chat import Example
@@ -223,7 +222,7 @@ def train_step(policy, optimizer, batches: list[PairBatch], loss, config: TrainC
         with clock("forward"):
             loss_P = run_pairs(policy, batch, loss, config, totals)
         # Divided by the pairs of the global batch, so accumulation and world size change nothing.
-        with clock("backward"), packed(batch.ranges):  # layers may be computed again
+        with clock("backward"):
             ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
     totals = sum_over_processes(totals, process.device)  # all ranks
     row = means(totals)  # sync

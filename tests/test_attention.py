@@ -121,8 +121,9 @@ def test_value_heads_of_another_size():
     module = type("Module", (), {"layer_idx": 0, "config": None})
     row = pack(groups())
     query, key, value = (tensor.repeat(1, 1, 8, 1)[:, :, :len(row.input_ids_T)] for tensor in (query, key, value))
-    with attention.capturing(JudgeCapture(row, frozenset([0]))) as capture:
-        output, _ = attention.attention_forward(module, query, key, value, None)
+    capture = JudgeCapture(row, frozenset([0]))
+    output, _ = attention.attention_forward(module, query, key, value, None,
+                                            layout=attention.Layout(row.ranges, capture))
     assert output.shape == (1, len(row.input_ids_T), 4, 8)
     (first, stop), = row.ranges[0]
     probs = (query[0, :, first:stop] @ key[0, :, first:stop].transpose(1, 2) * 12 ** -0.5

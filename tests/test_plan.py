@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import train
 from twdpo import plan
-from twdpo.attention import packed
+from twdpo.attention import Layout, run_decoder
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
 from twdpo.config import InputError, TrainConfig
@@ -51,8 +51,8 @@ def live_bytes_of_a_real_decoder(model, length: int) -> float:
     row = pack([[ids, np.concatenate([ids[:length // 4], ids[:length // 4 - 1:-1]])]])
     input_ids = torch.from_numpy(row.input_ids_T).long()[None]
     positions = torch.from_numpy(row.positions_T).long()[None]
-    with LiveBytes([*model.parameters(), *model.buffers(), input_ids, positions]) as tally, packed(row.ranges):
-        hidden = model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+    with LiveBytes([*model.parameters(), *model.buffers(), input_ids, positions]) as tally:
+        hidden = run_decoder(model.get_decoder(), input_ids, positions, Layout(row.ranges))
         live = tally.live
     assert hidden.requires_grad
     return live / len(row.input_ids_T)

@@ -1,4 +1,4 @@
-"""The attention of every model here: SDPA, and beside it the row that a judge's verdict pays to each token.
+"""Attention of every model here: SDPA, and beside it the row that a judge's verdict pays to each token.
 
 All rows are causal and none needs a mask: plain rows are padded on the right, sequences of a packed row
 (twdpo.rows.PackedRow) are taken apart for the attention alone. No S x S map is ever made, unless `eager` asks for it
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from twdpo.config import InputError
-from twdpo.rows import PackedRow
+from twdpo.rows import PackedRow, Ranges
 
 ATTENTION_NAME = "twdpo"
 ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them
@@ -54,82 +54,58 @@ class JudgeCapture:
     kept: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionOptions]] = field(default_factory=dict)
 
 
-Ranges = tuple[tuple[tuple[int, int], ...], ...]  # as in PackedRow
+class Layout:
+    """What one forward is told of its rows: the decoder's keyword `layout`, which transformers hands on to every
+    layer's attention, also where a backward pass computes a layer again. (No dataclass: FSDP2 would copy it.)
 
-_capture: JudgeCapture | None = None
-_ranges: Ranges | None = None
-_seen: list[int] | None = None
-
-
-@contextmanager
-def all_layers_attending(model_config, num_layers: int | None = None) -> Iterator[None]:
-    """Raise InputError unless each of the first `num_layers` layers (None: of all) attends once inside this context.
-
-    One that does not go through transformers' AttentionInterface would get no mask, and look ahead without a word.
+    ranges: of a packed row; None: plain rows. capture: of a judge forward. attended: layers, as they attend.
     """
-    global _seen
-    _seen = seen = []
-    try:
-        yield
-    finally:
-        _seen = None
-    expected = range(model_config.get_text_config().num_hidden_layers if num_layers is None else num_layers)
-    if sorted(seen) != list(expected):
-        missing = sorted(set(expected) - set(seen)) or seen
-        raise InputError(f"{model_config.model_type}: the attention of layer {missing[0] + 1} can't be reached (the "
+
+    def __init__(self, ranges: Ranges | None = None, capture: JudgeCapture | None = None):
+        self.ranges, self.capture = ranges, capture
+        self.attended: list[int] = []
+
+
+def run_decoder(decoder, input_ids_RT: torch.Tensor, positions_RT: torch.Tensor, layout: Layout,
+                num_layers: int | None = None) -> torch.Tensor:
+    """Hidden states of the last layer, [R, T, D]. Raises InputError unless each of the first `num_layers` layers (None:
+    of all) attended once: one that does not go through transformers' AttentionInterface would get no mask, and look
+    ahead without a word."""
+    hidden_RTD = decoder(input_ids=input_ids_RT, position_ids=positions_RT, use_cache=False, layout=layout
+                         ).last_hidden_state
+    config, attended = decoder.config, layout.attended
+    expected = range(config.get_text_config().num_hidden_layers if num_layers is None else num_layers)
+    if sorted(attended) != list(expected):
+        missing = sorted(set(expected) - set(attended)) or attended
+        raise InputError(f"{config.model_type}: the attention of layer {missing[0] + 1} can't be reached (the "
                          "architecture does not use transformers' AttentionInterface); use another model")
-
-
-@contextmanager
-def capturing(capture: JudgeCapture) -> Iterator[JudgeCapture]:
-    """A forward inside this context is of `capture.row`. It does not nest."""
-    global _capture
-    assert _capture is None
-    _capture = capture
-    try:
-        with packed(capture.row.ranges):
-            yield capture
-    finally:
-        _capture = None
-
-
-@contextmanager
-def packed(ranges: Ranges | None) -> Iterator[None]:
-    """A forward inside this context is of one row of packed sequences; of plain rows when `ranges` is None.
-
-    So is a backward pass that computes activations again.
-    """
-    global _ranges
-    before, _ranges = _ranges, ranges
-    try:
-        yield
-    finally:
-        _ranges = before
+    return hidden_RTD
 
 
 @torch.compiler.disable  # what a row holds differs from row to row: a compiled layer leaves its attention alone
 def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
-                      softcap=None, s_aux=None, **kwargs):
+                      softcap=None, s_aux=None, layout: Layout | None = None, **kwargs):
     """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""
-    if _capture is not None and _capture.final_output is not None:
-        return _capture.final_output, None  # the final layer's second call, `_run_at_last_positions`
-    if _seen is not None:
-        _seen.append(module.layer_idx)
+    layout = layout or Layout()
+    capture, row_ranges = layout.capture, layout.ranges
+    if capture is not None and capture.final_output is not None:
+        return capture.final_output, None  # the final layer's second call, `_run_at_last_positions`
+    layout.attended.append(module.layer_idx)
     scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:  # made by the architecture itself; it knows nothing of packed rows
-        if _ranges is not None or softcap is not None or s_aux is not None:
+        if row_ranges is not None or softcap is not None or s_aux is not None:
             raise InputError("this architecture makes an attention mask of its own: use another model")
         return F.scaled_dot_product_attention(query_BHTD, key, value, attn_mask=attention_mask, scale=scaling,
                                               enable_gqa=key.shape[1] != query_BHTD.shape[1]).transpose(1, 2), None
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
     longest = query_BHTD.shape[2]
-    if _ranges is not None:
-        longest = max(sum(stop - first for first, stop in ranges) for ranges in _ranges)
+    if row_ranges is not None:
+        longest = max(sum(stop - first for first, stop in ranges) for ranges in row_ranges)
     refuse_what_is_not_done(module, longest, sliding_window, kwargs)
-    if _capture is not None:
-        return _judge_attention(_capture, module.layer_idx, query_BHTD, key, value, options), None
-    if _ranges is not None:
-        return packed_attention(query_BHTD, key, value, _ranges, options).transpose(1, 2), None
+    if capture is not None:
+        return _judge_attention(capture, module.layer_idx, query_BHTD, key, value, options), None
+    if row_ranges is not None:
+        return packed_attention(query_BHTD, key, value, row_ranges, options).transpose(1, 2), None
     return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
 
 
@@ -365,9 +341,8 @@ def judge_forward(decoder, capture: JudgeCapture, num_layers: int, final_layer: 
     AttentionInterface there, so its attention can't be reached.
     """
     device = next(decoder.parameters()).device
-    shortened = _run_at_last_positions(final_layer, capture) if final_layer is not None else nullcontext()
-    with capturing(capture), all_layers_attending(decoder.config, num_layers), shortened:
-        hidden_1TD = decoder(input_ids=torch.from_numpy(capture.row.input_ids_T)[None].long().to(device),
-                             position_ids=torch.from_numpy(capture.row.positions_T)[None].long().to(device),
-                             use_cache=False).last_hidden_state
+    ids_1T, positions_1T = (torch.from_numpy(part)[None].long().to(device)
+                            for part in (capture.row.input_ids_T, capture.row.positions_T))
+    with _run_at_last_positions(final_layer, capture) if final_layer is not None else nullcontext():
+        hidden_1TD = run_decoder(decoder, ids_1T, positions_1T, Layout(capture.row.ranges, capture), num_layers)
     return hidden_1TD[0, [ranges[-1][1] - 1 for ranges in capture.row.ranges]]

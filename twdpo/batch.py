@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from twdpo.attention import Ranges
 from twdpo.chat import Example
 from twdpo.config import InputError
 from twdpo.plugins import name_of
-from twdpo.rows import MicroBatch, RowOptions, pack, plan_packed_rows, plan_rows
+from twdpo.rows import MicroBatch, Ranges, RowOptions, pack, plan_packed_rows, plan_rows
 from twdpo.weights import WeightContext, judged_lengths, normalize
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from twdpo.attention import ATTENTION_NAME, JudgeCapture, all_layers_attending, judge_forward, packed
+from twdpo.attention import ATTENTION_NAME, JudgeCapture, Layout, judge_forward, run_decoder
 from twdpo.batch import PairBatch, collate
 from twdpo.chat import Example, set_chat_template
 from twdpo.config import InputError, SharedConfig
@@ -219,9 +219,7 @@ class Policy(torch.nn.Module):
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""
-        with all_layers_attending(self.model.config), packed(batch.ranges):
-            hidden_RTD = self.model.get_decoder()(input_ids=batch.input_ids_RT, position_ids=batch.positions_RT,
-                                                  use_cache=False).last_hidden_state
+        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, Layout(batch.ranges))
         return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
 
     def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from twdpo.attention import packed
+from twdpo.attention import Layout, run_decoder
 from twdpo.batch import PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
@@ -98,8 +98,8 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     positions = torch.zeros_like(ids)
     model.config.pad_token_id = None  # some models look for it among the ids
     known = [*model.parameters(), *model.buffers(), ids, positions]
-    with FlashAttention(), LiveBytes(known) as tally, packed(row.ranges):
-        hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    with FlashAttention(), LiveBytes(known) as tally:
+        hidden = run_decoder(model.get_decoder(), ids, positions, Layout(row.ranges))
         tally.peak = saved = tally.live
         for parameter in model.parameters():  # their gradients are planned for apart
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))

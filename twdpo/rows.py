@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Ranges = tuple[tuple[tuple[int, int], ...], ...]  # of a row's sequences: the [first, stop) pieces of each, in its order
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -25,11 +27,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Sequences end to end. ranges[s]: the [first, stop) pieces of the row that make up sequence s, in its order."""
+    """Sequences end to end; ranges[s] makes up sequence s."""
 
     input_ids_T: np.ndarray  # int32
     positions_T: np.ndarray  # int32, of each token in its own sequence
-    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    ranges: Ranges
 
 
 @dataclass(frozen=True)
