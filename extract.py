@@ -11,20 +11,14 @@ from pathlib import Path
 from twdpo.columns import export_columns
 from twdpo.config import ExtractConfig, InputError, TrainConfig, parse_config
 from twdpo.dist import Process, run_script
-from twdpo.extraction import (
-    check_judge_inputs,
-    describe_extraction,
-    extract_attention,
-    open_judge_inputs,
-    stored_pairs,
-)
+from twdpo.extraction import Extraction
 from twdpo.files import make_directory
-from twdpo.generate import describe_scores, extract_scores
-from twdpo.model import find_model, fingerprint_model, load_tokenizer, pick_dtype
+from twdpo.generate import Scoring
+from twdpo.model import open_model
 from twdpo.pairs import TEST_SPLITS, TRAIN_SPLITS, Dataset, Pair, load_dataset, settle_bad_rows
 from twdpo.report import write_report
-from twdpo.verbalized import ScoresFile, describe_left_out
-from twdpo.weights_file import WeightsFile, read_meta
+from twdpo.verbalized import describe_left_out
+from twdpo.weights_file import ROLLOUT, WeightsFile, read_meta
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,26 +37,21 @@ def extract(config: ExtractConfig, process: Process) -> None:
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, out, total)
-    model_dir = find_model(config, process)
-    tokenizer = load_tokenizer(model_dir, config.chat_template)
-    fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
+    model = open_model(config.model or "toy", process, config.chat_template)
     if config.verbalized:
         process.on_main(lambda: settle_bad_rows(dataset.bad_rows, config.skip_bad_rows, out, total))
-        meta = describe_scores(fingerprint, tokenizer, dataset.fingerprint, pick_dtype(config.judge_dtype,
-                                                                                       process.device))
-        extract_scores(config, meta, out, pairs, model_dir, tokenizer, process)
-        process.print(describe_left_out(ScoresFile(out), [pair.key for pair in pairs]))
+        scoring = Scoring(config, model, dataset.fingerprint, out, process)
+        scoring.run(pairs)
+        process.print(describe_left_out(scoring.open(), [pair.key for pair in pairs]))
         return
-    meta = describe_extraction(config, config.layers, "--layers", config.rollout, model_dir, fingerprint, tokenizer,
-                               dataset.fingerprint, process.device)
-    inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
-    stored = stored_pairs(out, meta, process)
-    bad = check_judge_inputs(inputs, [pair for pair in pairs if pair.key not in stored], process)
+    layers = ",".join(filter(None, [config.layers, ROLLOUT * config.rollout]))
+    extraction = Extraction(config, model, layers, dataset.fingerprint, out, process)
+    bad = extraction.check(pairs)
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, out, total))
     unfit = {row.where for row in bad}
     pairs = [pair for pair in pairs if pair.where not in unfit]
-    extract_attention(config, meta, out, pairs, inputs, model_dir, tokenizer, process)
-    process.on_main(lambda: finish(config, out, pairs, tokenizer, dataset))
+    extraction.run(pairs)
+    process.on_main(lambda: finish(config, out, pairs, model.tokenizer, dataset))
 
 
 def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, dataset: Dataset) -> None:

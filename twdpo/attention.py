@@ -21,7 +21,6 @@ from twdpo.config import InputError
 from twdpo.rows import PackedRow, Ranges
 
 ATTENTION_NAME = "twdpo"
-ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them
 WINDOW_BLOCK = 512  # queries at once where SDPA needs a window's mask
 MAP_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20, "meta": 128 << 20}  # fp32 maps at once where SDPA can't be used
 

@@ -6,15 +6,14 @@ response tokens of all sequences one after another.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from twdpo.chat import Example
-from twdpo.config import InputError
-from twdpo.plugins import name_of
 from twdpo.rows import MicroBatch, Ranges, RowOptions, pack, plan_packed_rows, plan_rows
-from twdpo.weights import WeightContext, judged_lengths, normalize
+from twdpo.weights import Logps
 
 
 @dataclass
@@ -37,6 +36,8 @@ class PairBatch:
     chosen_tokens: int  # response tokens of its chosen answers
     averaged: bool = False  # whether ratios are means over tokens already, by their weights
     means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
+    terms: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [N] each, for losses that have `terms`
+    hidden_ND: torch.Tensor | None = None  # what predicts the response tokens, without gradient, for online sources
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +53,15 @@ class PairBatch:
         return replace(self, **moved)
 
 
+class Outputs(NamedTuple):
+    """Of the policy's forward. (A tuple: FSDP2 must find its tensors.)"""
+
+    ratio_S: torch.Tensor
+    logps_N: torch.Tensor
+    batch: PairBatch  # with the weights that were used
+    terms: dict[str, torch.Tensor]  # what the op was asked for beside log-probs, [N] each
+
+
 def plan_micro_batches(pairs: list[int], examples: list[Example], world_size: int, rows: RowOptions
                        ) -> list[list[MicroBatch]]:
     """Micro-batches of every rank for one global batch of pairs, named by their index into `examples`."""
@@ -61,11 +71,11 @@ def plan_micro_batches(pairs: list[int], examples: list[Example], world_size: in
 
 
 def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
-            ref_logps: dict[int, tuple[np.ndarray, np.ndarray]] | None = None, packs: bool = False) -> PairBatch:
+            ref_logps: Mapping[int, Logps] | None = None, packs: bool = False) -> PairBatch:
     """Tensors of one micro-batch on the CPU, weights uniform.
 
-    pairs: of the global batch that it is a part of. ref_logps: reference log-probs of the response tokens by index into
-    `examples`, or None (then 0). packs: one packed row, in which both sequences of a pair share their common beginning,
+    pairs: of the global batch that it is a part of. ref_logps: reference log-probs of the response tokens by the pair's
+    key, or None (then 0). packs: one packed row, in which both sequences of a pair share their common beginning,
     instead of plain rows.
     """
     selected = [examples[pair] for pair in micro_batch.pairs]
@@ -91,42 +101,10 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
     if ref_logps is None:
         ref_logps_N = torch.zeros(len(targets_N))
     else:
-        ref_logps_N = torch.from_numpy(np.concatenate([side for pair in micro_batch.pairs for side in ref_logps[pair]]))
+        ref_logps_N = torch.from_numpy(np.concatenate([side for example in selected
+                                                       for side in ref_logps[example.pair.key]]))
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
     return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(),
                      torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
                      torch.full((len(selected),), float(micro_batch.real)), len(pairs),
                      sum(len(examples[pair].chosen.ids) for pair in pairs))
-
-
-def set_weights(batch: PairBatch, source, loss, context: WeightContext) -> PairBatch:
-    """Fill in weights_N and scale_S from a weight source, normalised as the loss (else the source) declares."""
-    norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
-    raw_N = source(batch, context)
-    if not isinstance(raw_N, torch.Tensor):
-        raise InputError(f"{name_of(source)} gives a {type(raw_N).__name__}: it must be a tensor of the weights")
-    if len(raw_N) != len(batch.targets_N):
-        raise InputError(f"{name_of(source)} gives {len(raw_N)} weights for {len(batch.targets_N)} response tokens")
-    if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
-        raise InputError(f"{name_of(source)} gives {batch.examples[0].pair.where} and the pairs beside it token "
-                         f"weights from {raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
-                         "(--weights-options)")
-    # Only attention comes with a sum that cuts and the alignment may have lessened.
-    attended = norm == "mean1" and "attention" in getattr(source, "needs", ())
-    if attended and not context.config.renormalize:
-        weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, "none")[0], batch.seq_lens_S.float()
-    else:
-        weights_N, scale_S = normalize(raw_N, batch.seq_lens_S, norm)
-    if attended and context.config.multiplier == "judged":
-        scale_S = judged_lengths(batch, context)
-    if context.config.length_normalize:
-        # Eq. 15 drops |y|: weights of sum 1 and scale 1.
-        if context.config.renormalize or (norm == "mean1" and not attended):
-            weights_N = normalize(weights_N, batch.seq_lens_S, "mean1")[0]
-        elif norm == "none":
-            weights_N = weights_N / batch.seq_lens_S.repeat_interleave(batch.seq_lens_S)
-        scale_S = torch.ones_like(scale_S)
-    averaged = context.config.length_normalize or norm == "selected_mean"
-    if "ref" not in getattr(loss, "needs", ("ref",)):  # they were for the source alone
-        batch = replace(batch, ref_logps_N=torch.zeros_like(batch.ref_logps_N))
-    return replace(batch, weights_N=weights_N, scale_S=scale_S, averaged=averaged)

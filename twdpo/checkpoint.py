@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError, TrainConfig, changed_settings, to_json
-from twdpo.dist import Process
+from twdpo.config import InputError, TrainConfig, changed_settings, key_name, to_json
+from twdpo.dist import DTYPES, Process
 from twdpo.files import hash_file, make_directory, remove, remove_temporaries, write_atomic, write_json
-from twdpo.model import DTYPES, Policy, load_model_config
+from twdpo.model import Policy, load_model_config
 
 MANIFEST = "manifest.json"
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")
@@ -71,7 +71,7 @@ def start_run(config: TrainConfig, run_dir: Path) -> None:
     for directory in (run_dir, run_dir / "checkpoints"):
         remove_temporaries(directory)
     # What was asked of this start alone would contradict the next one's flags.
-    write_json(run_dir / "config.json", to_json(replace(config, resume="", overwrite=False)))
+    write_json(run_dir / "config.json", to_json(replace(config, resume="", overwrite=False, config="")))
 
 
 def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
@@ -92,8 +92,7 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
         except ValueError as error:
             raise InputError(f"--resume: {stored_path} is not JSON ({error}); put back the settings of the run, or "
                              "start anew with --overwrite") from error
-        if config.packing == "auto" and stored.get("packing") in ("on", "off"):
-            config = replace(config, packing=stored["packing"])  # what the run's own check found
+        config = replace(config, **settled_settings(stored, config))
         if changed := changed_settings(stored, config):
             raise InputError(f"--resume: {stored_path.parent} was started with other settings (--config {stored_path} "
                              "repeats them):\n  " + "\n  ".join(changed))
@@ -103,6 +102,17 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
     if config.resume and not checkpoint:
         print(f"--resume: no complete checkpoint in {run_dir}: starting at step 0")
     return config, run_dir, checkpoint
+
+
+def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str, object]:
+    """What the stored run found for settings that `config` leaves to the run, and revisions of hub ids."""
+    settled = {}
+    for field in fields(config):
+        value, old = getattr(config, field.name), stored.get(key_name(field))
+        revised = isinstance(old, str) and old.rpartition("@")[0] == value != ""
+        if old is not None and (field.metadata.get("settled") and value == field.default or revised):
+            settled[field.name] = old
+    return settled
 
 
 def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, progress: dict[str, object],

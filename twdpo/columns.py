@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.attention import ROLLOUT
 from twdpo.chat import encode
 from twdpo.config import InputError
 from twdpo.files import hash_file, write_atomic
 from twdpo.pairs import parse_row, read_rows
 from twdpo.postprocess import average_rounds
-from twdpo.weights_file import JudgedAnswer, WeightsFile, pick_layers
+from twdpo.weights_file import ROLLOUT, JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")
 ROLLOUT_COLUMN = "attention_rollout"

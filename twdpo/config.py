@@ -18,7 +18,8 @@ class InputError(ValueError):
 
 
 def flag(default, group: str, help: str, **metadata):
-    """A field with its place and line in `--help`; `name` overrides the flag's name, `free` lets a resume change it."""
+    """A field with its place and line in `--help`; `name` overrides the flag's name, `free` lets a resume change it; of
+    one that is `settled` the default leaves it to the run, and config.json holds what the run found."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
@@ -26,8 +27,8 @@ def flag(default, group: str, help: str, **metadata):
 class SharedConfig:
     """What both entry points need: which model, which pairs, how the model judges them."""
 
-    model: str = flag("", "model and data", "model directory or hub id; the reference, the judge and the start of "
-                      "the policy; empty: the toy")
+    model: str = flag("", "model and data", "model directory, hub id (id@revision), or 'toy'; the reference, the judge "
+                      "and the start of the policy; empty: the toy")
     data: str = flag("", "model and data", "pairs: .jsonl or .json file, directory, hub id, or 'toy'; empty: the "
                      "paper's data for this model")
     eval_data: str = flag("", "model and data", "held-out pairs, same forms; empty: the data's own test split, else "
@@ -51,7 +52,8 @@ class SharedConfig:
                          "or 'first' (the first user turn)")
     strip_answers: bool = flag(False, "judge", "the judge sees answers without white space around them; off: as the "
                                "chat template prints them")
-    max_judge_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context")
+    max_judge_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context",
+                                 settled=True)
     judge_cut: str = flag("common", "judge", "how too long inputs are cut: 'common' (the question, then both answers "
                           "to one length) or 'authors' (at 2048 tokens: answers to 768, the question to the rest)")
     spans: str = flag("exact", "judge", "'exact': all of an answer's tokens; 'authors': without its last ones, by the "
@@ -63,7 +65,8 @@ class SharedConfig:
                           "layers, as a check")
     rounds: str = flag("raw", "judge", "'raw': the two rounds are averaged, then normalised (Eq. 13); 'normalized': "
                        "each is normalised first (authors' code)")
-    judge_dtype: str = flag("auto", "judge", "float32 or bfloat16; auto: bfloat16 on CUDA, float32 on CPU")
+    judge_dtype: str = flag("auto", "judge", "float32 or bfloat16; auto: bfloat16 on CUDA, float32 on CPU",
+                            settled=True)
     judge_batch_tokens: int = flag(0, "judge", "most tokens in one judge batch; 0: 8192 on CPU, 32768 "
                                    "on CUDA", free=True)
     judge_sharding: str = flag("auto", "judge", "the judge's parameters: 'off' (a whole copy on every process), 'on' "
@@ -136,7 +139,8 @@ class TrainConfig(SharedConfig):
                           "that compare two models; without the second: the policy's starting weights; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored layer that attention weights are read from, 1-based; 'last': the "
-                      "last one stored; 'all' stored, or several separated by commas: see --layer-merge; 'rollout'")
+                      "last one stored; 'all' stored, or several separated by commas: see --layer-merge; 'rollout'",
+                      settled=True)
     layer_merge: str = flag("mean", "objective", "weights of several layers: their 'mean', or their 'sum' as in the "
                             "authors' code")
     align: str = flag("characters", "objective", "judge tokens to training tokens by 'characters', or by 'edits' as in "
@@ -175,12 +179,14 @@ class TrainConfig(SharedConfig):
     seed: int = flag(42, "optimisation", "of the held-out split and the order of the pairs")
 
     dtype: str = flag("auto", "hardware", "compute dtype, float32 or bfloat16 (parameters and reductions stay fp32); "
-                      "auto: bfloat16 on CUDA, float32 on CPU")
+                      "auto: bfloat16 on CUDA, float32 on CPU",
+                      settled=True)
     micro_batch_tokens: int = flag(0, "hardware", "most tokens in one micro-batch on one process, padding counted; 0: "
                                    "4096 on CPU, on CUDA 16384 or what the memory plan says fits", free=True)
     packing: str = flag("auto", "hardware", "'on': the sequences of many pairs in one row without padding, each pair's "
                         "common beginning once; 'off': a padded row a sequence; auto: on, unless a check at the start "
-                        "finds other log-probs")
+                        "finds other log-probs",
+                        settled=True)
     checkpointing: str = flag("auto", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
                               "(each layer's input is kept and the rest computed again), 'selective' (of every second "
                               "layer); auto: none on CPU, on CUDA the least that lets --micro-batch-tokens fit by the "
@@ -358,7 +364,7 @@ def parse_config(cls, argv: list[str] | None, description: str, epilog: str = ""
             given[name] = given[name].strip()
     if not given.get("plan"):  # which needs no data
         given |= resolve_data(given.get("model", ""), given.get("data", ""))
-    preset = given.get("preset") or ("paper" if given.get("model") and given.get("data") != "toy" else "toy")
+    preset = given.get("preset") or ("toy" if "toy" in (given.get("data"), given.get("model") or "toy") else "paper")
     if preset not in PRESETS:
         raise InputError(f"--preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
     names = {field.name for field in dataclasses.fields(cls)}
@@ -372,9 +378,11 @@ def parse_config(cls, argv: list[str] | None, description: str, epilog: str = ""
 
 def resolve_data(model: str, data: str) -> dict[str, str]:
     """Fill in what one of --model and --data implies for the other; the toy when both are empty."""
-    if not model and not data:
+    if not model and data in ("", "toy"):
+        model = "toy"
+    if model == "toy" and not data:
         data = "toy"
-    if not model and data != "toy":
+    if not model:
         raise InputError(f"--data is {data!r} but no model is named: add --model DIRECTORY_OR_HUB_ID")
     if not data:
         if model not in PAPER_DATA:

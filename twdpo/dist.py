@@ -16,7 +16,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from twdpo.config import InputError
-from twdpo.metrics import Totals
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -152,13 +158,3 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     """Scale gradients down to a norm of `max_norm` (0: leave them); their norm before. A device sync. All ranks."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def sum_over_processes(totals: Totals, device: torch.device) -> Totals:
-    """Totals over all processes. All ranks."""
-    names = sorted(totals)
-    stacked = torch.stack([totals[name] for name in names]).to(device)
-    sums, peaks = stacked[:, :3].contiguous(), stacked[:, 3:].contiguous()
-    dist.all_reduce(sums)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    return dict(zip(names, torch.cat([sums, peaks], dim=1)))

@@ -5,89 +5,118 @@ layer, and the head runs at the last position of each input alone.
 """
 
 import gc
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
-from twdpo.attention import ROLLOUT, JudgeCapture, parse_heads, parse_layers, rollout_rows
-from twdpo.config import InputError, SharedConfig
-from twdpo.dist import Process
-from twdpo.files import hash_json
+from twdpo.attention import JudgeCapture, parse_heads, parse_layers, rollout_rows
+from twdpo.config import ExtractConfig, InputError, SharedConfig
+from twdpo.dist import Process, pick_dtype
+from twdpo.files import cache_directory, hash_json
 from twdpo.judge import ROUNDS, JudgedPair, JudgeInputs, load_judge_prompt, verdict_ids
 from twdpo.model import (
+    Model,
     check_length,
     context_length,
     fingerprint_tokenizer,
     load_judge,
-    load_model_config,
     load_sharded_judge,
-    pick_dtype,
     shards_judge,
 )
 from twdpo.pairs import BadRow, Pair
 from twdpo.rows import common_beginning, fill_rows, pack
-from twdpo.weights_file import shard_path, stored_keys, write_meta, write_shard
+from twdpo.weights_file import ROLLOUT, WeightsFile, shard_path, stored_keys, write_meta, write_shard
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
 PAIRS_PER_SHARD = 128
 IDLE, WORKS, FAILED = range(3)  # what a process that runs a sharded judge is up to
 
 
-def describe_extraction(config: SharedConfig, layers: str, flag: str, rollout: bool, model_dir: Path,
-                        model_fingerprint: str, tokenizer, data_fingerprint: str, device: torch.device
-                        ) -> dict[str, object]:
-    """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense.
+class Extraction:
+    """The attention that a model pays to the answers of pairs under given settings: checked, run, opened.
 
-    layers: as --layers, or as `flag` says; "" for none but the rollout.
+    meta: everything that the rows depend on, as it stands in the weights file's meta.json. folder: the weights file.
     """
-    model_config = load_model_config(model_dir)
-    text_config = model_config.get_text_config()
-    numbers = parse_layers(layers, text_config.num_hidden_layers, flag) if layers else []
-    parse_heads(config.heads, text_config.num_attention_heads)
+
+    def __init__(self, config: SharedConfig, model: Model, layers: str, data_fingerprint: str, folder: Path | None,
+                 process: Process):
+        """layers: to store, as --layers, ROLLOUT among them. folder: None for the cache's own. Raises InputError."""
+        self.config, self.model, self.process = config, model, process
+        flag = "--layers" if isinstance(config, ExtractConfig) else "--layer"
+        self.meta = describe_extraction(config, model, parse_stored_layers(layers, model.config, flag),
+                                        data_fingerprint, process.device)
+        self.folder = folder or cache_directory(config) / "weights" / hash_json(self.meta)[:24]
+        appended = config.query == "verdict"
+        if config.max_judge_length:
+            warning = check_length("--max-judge-length", config.max_judge_length, model.config)
+            process.print(warning) if warning else None
+        self.inputs = JudgeInputs(model.tokenizer, load_judge_prompt(config.judge_prompt),
+                                  self.meta["max_judge_length"] - appended, config.question, config.strip_answers,
+                                  config.judge_cut, config.spans)
+        if config.spans == "authors" and self.inputs.end_rule is None:
+            process.print("--spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
+
+    def check(self, pairs: list[Pair]) -> list[BadRow]:
+        """Those that can't be judged, of what is not stored; says what was cut or done apart. All ranks."""
+        stored = self.process.on_main(self._stored)
+        return check_judge_inputs(self.inputs, [pair for pair in pairs if pair.key not in stored], self.process)
+
+    def run(self, pairs: list[Pair]) -> None:
+        """Add the attention of all `pairs` to the weights file; what is stored already is kept. All ranks.
+
+        Processes share the work by shards.
+        """
+        todo = list_work(self.meta, self.folder, pairs, "attention", self.process)
+        if todo:
+            extract_attention(self.config, self.meta, self.folder, todo, self.inputs, self.model, self.process)
+
+    def open(self, layer: str = "last") -> WeightsFile:
+        """What is stored, of the layers that --layer names. Raises InputError."""
+        return WeightsFile(self.folder, layer)
+
+    def _stored(self) -> set[int]:
+        """Keys of the pairs whose attention under these settings is there already."""
+        if not (self.folder / "meta.json").exists():
+            return set()
+        write_meta(self.folder, self.meta)  # compares
+        return stored_keys(self.folder)
+
+
+def parse_stored_layers(text: str, model_config: PretrainedConfig, flag: str) -> list[int | str]:
+    """`last`, `all`, `1,8` (1-based), ROLLOUT -> what a weights file holds, in its order. Raises InputError."""
+    names = re.split("[,+]", text)
+    numbers = ",".join(part for part in names if part != ROLLOUT)
+    most = model_config.get_text_config().num_hidden_layers
+    layers = [layer + 1 for layer in parse_layers(numbers, most, flag)] if numbers or ROLLOUT not in names else []
+    return layers + [ROLLOUT] * (ROLLOUT in names)
+
+
+def describe_extraction(config: SharedConfig, model: Model, layers: list[int | str], data_fingerprint: str,
+                        device: torch.device) -> dict[str, object]:
+    """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense."""
+    parse_heads(config.heads, model.config.get_text_config().num_attention_heads)
     return {
         "code": EXTRACTION_VERSION,
-        "model": model_fingerprint,
-        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "model": model.fingerprint,
+        "tokenizer": fingerprint_tokenizer(model.tokenizer),
         "judge_prompt": hash_json(load_judge_prompt(config.judge_prompt)),
         "question": config.question,
         "strip_answers": config.strip_answers,
         "judge_cut": config.judge_cut,
         "spans": config.spans,
-        "max_judge_length": config.max_judge_length or context_length(model_config),
+        "max_judge_length": config.max_judge_length or context_length(model.config),
         "query": config.query,
         "attention": config.attention,
         "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
         "heads": config.heads,
-        "layers": [layer + 1 for layer in numbers] + [ROLLOUT] * rollout,
+        "layers": layers,
         "data": data_fingerprint,
     }
-
-
-def open_judge_inputs(config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process
-                      ) -> JudgeInputs:
-    """What builds judge inputs for these settings; warns of lengths past the model's context."""
-    appended = config.query == "verdict"
-    if config.max_judge_length:
-        warning = check_length("--max-judge-length", config.max_judge_length, load_model_config(model_dir))
-        process.print(warning) if warning else None
-    inputs = JudgeInputs(tokenizer, load_judge_prompt(config.judge_prompt), meta["max_judge_length"] - appended,
-                         config.question, config.strip_answers, config.judge_cut, config.spans)
-    if config.spans == "authors" and inputs.end_rule is None:
-        process.print("--spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
-    return inputs
-
-
-def stored_pairs(directory: Path, meta: dict[str, object], process: Process) -> set[int]:
-    """Keys of the pairs whose attention under these settings is in `directory` already. All ranks."""
-    def read() -> set[int]:
-        if not (directory / "meta.json").exists():
-            return set()
-        write_meta(directory, meta)  # compares
-        return stored_keys(directory)
-    return process.on_main(read)
 
 
 def check_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], process: Process) -> list[BadRow]:
@@ -125,16 +154,10 @@ def list_work(meta: dict[str, object], directory: Path, pairs: list[Pair], what:
     return todo
 
 
-def extract_attention(config: SharedConfig, meta: dict[str, object], directory: Path, pairs: list[Pair],
-                      inputs: JudgeInputs, model_dir: Path, tokenizer, process: Process) -> None:
-    """Add the attention of all `pairs` to the weights file in `directory`. All ranks.
-
-    Processes share the work by shards; what is stored already is kept.
-    """
-    todo = list_work(meta, directory, pairs, "attention", process)
-    if not todo:
-        return
-    judge = JudgePass(config, meta, model_dir, tokenizer, process)
+def extract_attention(config: SharedConfig, meta: dict[str, object], folder: Path, todo: list[tuple[int, list[Pair]]],
+                      inputs: JudgeInputs, model: Model, process: Process) -> None:
+    """The judge pass over the shards that `list_work` gave. All ranks."""
+    judge = JudgePass(config, meta, model, process)
     mine = todo[process.rank::process.world_size]
     with process.progress(total=sum(len(group) for _, group in mine), desc="judge", unit="pair") as bar:
         with ThreadPoolExecutor(1) as pool:  # the next shard is tokenised while the device works on this one
@@ -154,7 +177,7 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], directory: 
                 except InputError:
                     judge.keep_step(FAILED)
                     raise
-                write_shard(shard_path(directory, number, keys), arrays)
+                write_shard(shard_path(folder, number, keys), arrays)
     judge.finish()
     process.gather(None)  # all ranks have written before any reads
 
@@ -166,23 +189,23 @@ class AnotherFailed(InputError):  # noqa: N818 - who failed says why
 class JudgePass:
     """A loaded judge and its settings. Input 2i + r is round r of pair i."""
 
-    def __init__(self, config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process):
+    def __init__(self, config: SharedConfig, meta: dict[str, object], model: Model, process: Process):
         device, dtype = process.device, pick_dtype(config.judge_dtype, process.device)
-        text_config = load_model_config(model_dir).get_text_config()
+        text_config = model.config.get_text_config()
         self.query, self.eager = config.query, config.attention == "eager"
         self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
         self.rollout = ROLLOUT in meta["layers"]
         self.heads = parse_heads(config.heads, text_config.num_attention_heads)
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
-        self.verdicts = verdict_ids(tokenizer)
+        self.verdicts = verdict_ids(model.tokenizer)
         # Nothing after the last wanted layer is loaded or run; the verdict needs them all.
         num_layers = text_config.num_hidden_layers
         self.has_verdict = self.rollout or self.query == "verdict" or self.layers[-1] == num_layers - 1
         if not self.has_verdict:
             num_layers = self.layers[-1] + 1
-        self.process, self.sharded = process, shards_judge(config.judge_sharding, model_dir, dtype, process)
+        self.process, self.sharded = process, shards_judge(config.judge_sharding, model, dtype, process)
         load = load_sharded_judge if self.sharded else load_judge
-        self.judge = load(model_dir, dtype, device, num_layers)
+        self.judge = load(model.folder, dtype, device, num_layers)
         # Some rotary embeddings change with the longest position of a row, and remember it.
         rope = str(getattr(text_config, "rope_parameters", None))
         self.adaptive = "dynamic" in rope or "longrope" in rope

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from twdpo.config import InputError
+from twdpo.config import InputError, SharedConfig
 
 
 def write_atomic(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:
@@ -66,6 +66,12 @@ def make_directory(path: Path, flag: str) -> Path:
     except OSError as error:
         raise InputError(f"{flag} {path}: the folder can't be made or written to ({error.strerror})") from error
     return path
+
+
+def cache_directory(config: SharedConfig) -> Path:
+    """--cache-dir, else the user's cache folder; made if it is not there. Raises InputError."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twdpo"
+    return make_directory(Path(config.cache_dir).expanduser() if config.cache_dir else default, "--cache-dir")
 
 
 def remove(path: Path) -> None:

@@ -14,42 +14,55 @@ from transformers import GenerationConfig
 from twdpo.attention import ATTENTION_NAME
 from twdpo.chat import Example, encode, encode_pieces, printed_answers, special_ids, special_pattern, template_pieces
 from twdpo.config import SharedConfig
-from twdpo.dist import Process
+from twdpo.dist import Process, pick_dtype
 from twdpo.extraction import EXTRACTION_VERSION, list_work
-from twdpo.files import hash_json
-from twdpo.judge import show_question
-from twdpo.model import Policy, context_length, fingerprint_tokenizer, load_judge, pick_dtype
-from twdpo.pairs import Pair
-from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, locate_parts, matched_share, parse_parts
+from twdpo.files import cache_directory, hash_json
+from twdpo.model import Model, Policy, context_length, fingerprint_tokenizer, load_judge
+from twdpo.pairs import Pair, show_question
+from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locate_parts, matched_share, parse_parts
 from twdpo.weights_file import shard_path, write_shard
 
 
-def describe_scores(model_fingerprint: str, tokenizer, data_fingerprint: str, dtype: torch.dtype) -> dict[str, object]:
-    """meta.json of a folder of verbalised scores: everything that they depend on."""
-    return {"code": EXTRACTION_VERSION, "source": "verbalized", "model": model_fingerprint,
-            "tokenizer": fingerprint_tokenizer(tokenizer), "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
-            "judge_dtype": str(dtype).removeprefix("torch."), "data": data_fingerprint, "layers": []}
+class Scoring:
+    """The scores that a model writes for the parts of both answers of pairs: run, opened (twdpo.extraction.Extraction).
 
-
-def extract_scores(config: SharedConfig, meta: dict[str, object], directory: Path, pairs: list[Pair], model_dir: Path,
-                   tokenizer, process: Process) -> None:
-    """Let the model score the parts of both answers of all `pairs`, into the folder `directory`. All ranks.
-
-    One generation an answer, greedy, of up to `most_new_tokens`; what is stored already is kept.
+    meta: everything that they depend on, as it stands in their folder's meta.json.
     """
-    todo = list_work(meta, directory, pairs, "verbalised scores", process)
-    if not todo:
-        return
-    model = load_judge(model_dir, pick_dtype(config.judge_dtype, process.device), process.device).model
-    budget = config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
-    mine = todo[process.rank::process.world_size]
-    with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
-        for number, group in mine:
-            keys = [pair.key for pair in group]
-            with writing(model):
-                arrays = score_pairs(model, tokenizer, group, budget, bar)
-            write_shard(shard_path(directory, number, keys), arrays)
-    process.gather(None)  # all ranks have written before any reads
+
+    def __init__(self, config: SharedConfig, model: Model, data_fingerprint: str, folder: Path | None,
+                 process: Process):
+        """folder: None for the cache's own."""
+        self.config, self.model, self.process = config, model, process
+        self.dtype = pick_dtype(config.judge_dtype, process.device)
+        self.meta = {"code": EXTRACTION_VERSION, "source": "verbalized", "model": model.fingerprint,
+                     "tokenizer": fingerprint_tokenizer(model.tokenizer),
+                     "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
+                     "judge_dtype": str(self.dtype).removeprefix("torch."), "data": data_fingerprint, "layers": []}
+        self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
+
+    def run(self, pairs: list[Pair]) -> None:
+        """Let the model score all `pairs`; what is stored already is kept. All ranks.
+
+        One generation an answer, greedy, of up to `most_new_tokens`.
+        """
+        process = self.process
+        todo = list_work(self.meta, self.folder, pairs, "verbalised scores", process)
+        if not todo:
+            return
+        model = load_judge(self.model.folder, self.dtype, process.device).model
+        budget = self.config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
+        mine = todo[process.rank::process.world_size]
+        with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
+            for number, group in mine:
+                keys = [pair.key for pair in group]
+                with writing(model):
+                    arrays = score_pairs(model, self.model.tokenizer, group, budget, bar)
+                write_shard(shard_path(self.folder, number, keys), arrays)
+        process.gather(None)  # all ranks have written before any reads
+
+    def open(self) -> ScoresFile:
+        """What is stored. Raises InputError."""
+        return ScoresFile(self.folder)
 
 
 def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:

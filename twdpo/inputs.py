@@ -1,40 +1,26 @@
-"""What a run is made from, known and checked before any weights are loaded: files, pairs in tokens, token weights."""
+"""Inputs of a run, checked before any weights are loaded: model, pairs in tokens, and what loss and source need."""
 
-import importlib.util
-import sys
-import traceback
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twdpo.attention import ROLLOUT
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.columns import WeightsColumns
 from twdpo.config import InputError, TrainConfig
-from twdpo.dist import Process
-from twdpo.extraction import (
-    check_judge_inputs,
-    describe_extraction,
-    extract_attention,
-    open_judge_inputs,
-    stored_pairs,
-)
-from twdpo.files import hash_file, hash_json
-from twdpo.generate import describe_scores, extract_scores
-from twdpo.judge import JudgeInputs
-from twdpo.model import (
-    cache_directory,
-    check_length,
-    find_model,
-    fingerprint_model,
-    load_model_config,
-    load_tokenizer,
-    pick_dtype,
-)
+from twdpo.dist import Process, pick_dtype
+from twdpo.extraction import Extraction
+from twdpo.files import cache_directory, hash_file, hash_json
+from twdpo.generate import Scoring
+from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
+from twdpo.model import Model, check_length, load_tokenizer, open_model
+from twdpo.objective import Objective
 from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
+from twdpo.plugins import name_of, split_paths
 from twdpo.postprocess import alignment_shares
-from twdpo.reference import example_key
+from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.verbalized import ScoresFile, describe_left_out
-from twdpo.weights import WeightContext, check_covered
+from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
 from twdpo.weights_file import WeightsFile
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
@@ -42,109 +28,76 @@ ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before any weights are loaded: the model's folder, and every pair in tokens."""
+    """The model, and every pair in its tokens. data, eval_data: names that find them again."""
 
-    model_dir: Path
-    fingerprint: str
-    tokenizer: object
+    model: Model
     train: list[Example]
     held_out: list[Example]
-    meta: dict[str, object]  # of the extraction to come; empty when there is none
-    judge_inputs: JudgeInputs | None  # when there is one
-    weights_file: WeightsFile | WeightsColumns | None  # that --weights names, or that was extracted
+    data: str
+    eval_data: str
     data_fingerprint: str
-    scores: ScoresFile | None = None  # for sources that need them
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.train + self.held_out
+
+    def steps(self, config: TrainConfig) -> int:
+        """Optimizer steps of the run."""
+        return num_steps(len(self.train), config.batch_size, config.epochs, config.max_steps)
+
+    def first_epoch(self, config: TrainConfig) -> list[list[int]]:
+        """The global batches that the run touches first, of indices into `train`; later epochs reuse their pairs."""
+        most = math.ceil(len(self.train) / config.batch_size)
+        return [global_batch(step, len(self.train), config.batch_size, config.seed)
+                for step in range(min(self.steps(config), most))]
+
+    def used(self, config: TrainConfig) -> list[Example]:
+        """The training pairs that the run touches, and the held-out ones."""
+        return [self.train[pair] for batch in self.first_epoch(config) for pair in batch] + self.held_out
+
+    def without(self, keys: Iterable[int]) -> "Inputs":
+        """Without the pairs of these keys."""
+        keys = set(keys)
+        train, held_out = ([example for example in part if example.pair.key not in keys]
+                           for part in (self.train, self.held_out))
+        return replace(self, train=train, held_out=held_out)
 
 
-def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: tuple[str, ...], weights_path: str
-                 ) -> Inputs:
-    """Read and check all pairs, as text and then as tokens. Raises InputError before anything is loaded. All ranks.
-
-    needs: of the weight source. weights_path: what --weights names, "" when it is a source.
-    """
+def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
+    """Read and check all pairs, as text, then as tokens, then by what is needed of them. Raises InputError before
+    anything is loaded. All ranks."""
     dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, config.empty_answers)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
-    model_dir = find_model(config, process)
-    tokenizer = load_tokenizer(model_dir, config.chat_template)
-    opens = weights_path and "attention" in needs
-    weights_file = open_weights(config, weights_path, tokenizer) if opens else None
-    fingerprint = process.on_main(lambda: fingerprint_model(model_dir))
-    train, held_out, bad = prepare_examples(config, dataset, tokenizer, process)
-    meta, judge_inputs = {}, None
-    if "attention" in needs and not weights_path:
-        rollout = config.layer == ROLLOUT
-        meta = describe_extraction(config, "" if rollout else config.layer, "--layer", rollout, model_dir, fingerprint,
-                                   tokenizer, dataset.fingerprint, process.device)
-        judge_inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
-        stored = stored_pairs(weights_directory(config, meta), meta, process)
-        pairs = [example.pair for example in train + held_out if example.pair.key not in stored]
-        bad_judged = check_judge_inputs(judge_inputs, pairs, process)
-        bad, unfit = bad + bad_judged, {row.where for row in bad_judged}
-        train, held_out = ([example for example in part if example.pair.where not in unfit]
-                           for part in (train, held_out))
-    if weights_file and config.skip_bad_rows:
-        bad += [BadRow(example.pair.where, f"no attention in {weights_path}", example.pair.to_row())
-                for example in train + held_out if example.pair.key not in weights_file]
-        train, held_out = ([example for example in part if example.pair.key in weights_file]
-                           for part in (train, held_out))
+    model = open_model(config.model or "toy", process, config.chat_template)
+    train, held_out, bad = prepare_examples(config, dataset, model.tokenizer, process)
+    inputs = Inputs(model, train, held_out, dataset.data, dataset.eval_data, dataset.fingerprint)
+    for need in needs:
+        more = need.check(config, inputs)
+        unfit = {row.where for row in more}
+        inputs = inputs.without(example.pair.key for example in inputs.examples if example.pair.where in unfit)
+        bad = bad + more
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
-    if not train:
+    if not inputs.train:
         raise InputError(f"--data {config.data}: no pair is left to train on")
-    longest = max(example.longest for example in train + held_out)
-    process.print(f"{len(train)} pairs to train on, {len(held_out)} held out; longest sequence: {longest} tokens")
-    check_vocabulary(train + held_out, model_dir)
-    if warning := check_length("the longest sequence (--max-length)", longest, load_model_config(model_dir)):
+    longest = max(example.longest for example in inputs.examples)
+    process.print(f"{len(inputs.train)} pairs to train on, {len(inputs.held_out)} held out; longest sequence: "
+                  f"{longest} tokens")
+    check_vocabulary(inputs.examples, model)
+    if warning := check_length("the longest sequence (--max-length)", longest, model.config):
         process.print(warning)
-    return Inputs(model_dir, fingerprint, tokenizer, train, held_out, meta, judge_inputs, weights_file,
-                  dataset.fingerprint)
+    return inputs
 
 
-def leave_out_unscored(config: TrainConfig, inputs: Inputs, path: str, process: Process) -> Inputs:
-    """Without the pairs whose answers the model scored too little of; it scores first unless `path` names scores.
-
-    Raises InputError when none is left. All ranks.
-    """
-    everything = inputs.train + inputs.held_out
-    directory = Path(path)
-    if not path:
-        meta = describe_scores(inputs.fingerprint, inputs.tokenizer, inputs.data_fingerprint,
-                               pick_dtype(config.judge_dtype, process.device))
-        directory = cache_directory(config) / "scores" / hash_json(meta)[:24]
-        extract_scores(config, meta, directory, [example.pair for example in everything], inputs.model_dir,
-                       inputs.tokenizer, process)
-    scores = ScoresFile(directory)
-    process.print(describe_left_out(scores, [example.pair.key for example in everything]))
-    train, held_out = ([example for example in part if example.pair.key not in scores.left_out]
-                       for part in (inputs.train, inputs.held_out))
-    if not train:
-        raise InputError("no pair is left to train on: the model's scores cover too little of every answer; use those "
-                         "of another model (extract.py --verbalized, then --weights)")
-    return replace(inputs, train=train, held_out=held_out, scores=scores)
-
-
-def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | WeightsColumns:
-    """What --weights names, as a folder or as exported columns. Raises InputError."""
-    if Path(path).is_dir():
-        return WeightsFile(path, config.layer)
-    other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
-    return WeightsColumns(path, config.layer, other or tokenizer, config.empty_answers)
-
-
-def weights_directory(config: TrainConfig, meta: dict[str, object]) -> Path:
-    """Where the cache keeps the attention of an extraction."""
-    return cache_directory(config) / "weights" / hash_json(meta)[:24]
-
-
-def check_vocabulary(examples: list[Example], model_dir: Path) -> None:
+def check_vocabulary(examples: list[Example], model: Model) -> None:
     """Raise InputError when the tokenizer makes ids that the model has no embedding for."""
     largest = max(int(ids.max()) for example in examples
                   for ids in (example.prompt_ids, example.chosen.ids, example.rejected.ids) if len(ids))
-    vocabulary = load_model_config(model_dir).get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     if largest >= vocabulary:
-        raise InputError(f"{model_dir}: its tokenizer gives id {largest}, its model has {vocabulary} embeddings; they "
-                         "don't belong together")
+        raise InputError(f"{model.folder}: its tokenizer gives id {largest}, its model has {vocabulary} embeddings; "
+                         "they don't belong together")
 
 
 def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: Process):
@@ -157,74 +110,210 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: 
         examples, bad, counts = tokenize_pairs(
             tokenizer, pairs, config.max_length, config.max_prompt_length,
             lambda items, name=name: process.progress(items, desc=name, unit="pair"))
-        report_counts(counts, process)
+        for what, count in counts.items():  # what was cut or done apart
+            process.print(f"{what}: {count}") if count else None
         results.append((examples, bad))
     (train_examples, bad), (held_out, bad_held_out) = results
     return train_examples, held_out, bad + bad_held_out
 
 
-def report_counts(counts: dict[str, int], process: Process) -> None:
-    """Say what was cut or done apart."""
-    for what, count in counts.items():
-        if count:
-            process.print(f"{what}: {count}")
+# ----------------------------------------------------------------------------------------------------------------------
+# What losses and sources need
 
+class Need:
+    """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself."""
 
-def fill_weights(config: TrainConfig, inputs: Inputs, used: list[Example], process: Process) -> Inputs:
-    """Extract the attention of the pairs that are used, if the source needs it and the cache lacks it. All ranks."""
-    if not inputs.judge_inputs:
+    def __init__(self, process: Process):
+        self.process = process
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        """Rows that it can't be had for. Raises InputError. Before any weights are loaded. All ranks."""
+        return []
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        """Make it, before the policy is loaded; the inputs, without pairs that turn out to be of no use. All ranks."""
         return inputs
-    directory = weights_directory(config, inputs.meta)
-    extract_attention(config, inputs.meta, directory, [example.pair for example in used], inputs.judge_inputs,
-                      inputs.model_dir, inputs.tokenizer, process)
-    return replace(inputs, weights_file=WeightsFile(directory, config.layer))
+
+    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        """Make it with the policy as it starts. All ranks."""
+
+    def provide(self) -> dict[str, object]:
+        """Fields of WeightContext."""
+        return {}
+
+    def settings(self) -> dict[str, object]:
+        """Settings that it has settled, for config.json."""
+        return {}
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what the settings only name: a resumed run must be made from the same."""
+        return {}
 
 
-def open_context(config: TrainConfig, inputs: Inputs, used: list[Example], process: Process) -> WeightContext:
-    """What weight sources may read; it must cover the pairs that are used. Raises InputError."""
-    for stored in filter(None, (inputs.weights_file, inputs.scores)):
-        check_covered(stored, used)
-    if inputs.weights_file:
-        figures = inputs.weights_file.verdict_statistics([example.pair.key for example in used])
-        if figures:
-            process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+class Scores(Need):
+    """Verbalised scores, of the folder that --weights names or written first."""
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        path = stored_weights(config)
+        self.scores = ScoresFile(Path(path)) if path else None
+        return []
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        pairs = [example.pair for example in inputs.examples]
+        if self.scores is None:  # of all pairs: which can be used is not known before
+            scoring = Scoring(config, inputs.model, inputs.data_fingerprint, None, self.process)
+            scoring.run(pairs)
+            self.scores = scoring.open()
+        self.process.print(describe_left_out(self.scores, [pair.key for pair in pairs]))
+        inputs = inputs.without(self.scores.left_out)
+        if not inputs.train:
+            raise InputError("no pair is left to train on: the model's scores cover too little of every answer; use "
+                             "those of another model (extract.py --verbalized, then --weights)")
+        check_covered(self.scores, inputs.used(config))
+        return inputs
+
+    def provide(self) -> dict[str, object]:
+        return {"scores": self.scores}
+
+    def identity(self) -> dict[str, str]:
+        return {"the token weights": hash_json(self.scores.meta)}
+
+
+class Attention(Need):
+    """The judge's attention, of the file that --weights names or extracted first."""
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
+        self.extraction = None
+        if not path:
+            self.extraction = Extraction(config, inputs.model, config.layer, inputs.data_fingerprint, None,
+                                         self.process)
+            return self.extraction.check(pairs)
+        self.file = open_weights(config, path, inputs.model.tokenizer)
+        if not config.skip_bad_rows:
+            return []
+        return [BadRow(pair.where, f"no attention in {path}", pair.to_row()) for pair in pairs
+                if pair.key not in self.file]
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        used = inputs.used(config)
+        if self.extraction:
+            self.extraction.run([example.pair for example in used])
+            self.file = self.extraction.open(config.layer)
+        check_covered(self.file, used)
+        if figures := self.file.verdict_statistics([example.pair.key for example in used]):
+            self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
-            shares = alignment_shares(sample, inputs.weights_file, config.rounds)
-            process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
-                          + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
-    return WeightContext(config, inputs.weights_file, inputs.scores)
+            shares = alignment_shares(sample, self.file, config.rounds)
+            self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+                               + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
+        return inputs
+
+    def provide(self) -> dict[str, object]:
+        return {"attention": self.file}
+
+    def settings(self) -> dict[str, object]:
+        settled = {"layer": ",".join(self.file.layers)}
+        if self.extraction:
+            settled |= {name: self.extraction.meta[name] for name in ("judge_dtype", "max_judge_length")}
+        return settled
+
+    def identity(self) -> dict[str, str]:
+        return {"the token weights": hash_json(self.file.meta)}
 
 
-def run_identity(config: TrainConfig, inputs: Inputs, context: WeightContext, aux_models: list[Path]
-                 ) -> dict[str, str]:
+class Auxiliary(Need):
+    """Log-probs under both models of --aux-model."""
+
+    names: tuple[str, ...] = ("positive", "negative")
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        self.models = open_aux_models(config, inputs.model, inputs.examples, self.process)
+        return []
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        self.logps = auxiliary_logps(config, self.names, self.models, inputs.used(config), self.process)
+        return inputs
+
+    def provide(self) -> dict[str, object]:
+        return {"logps": self.logps}
+
+    def identity(self) -> dict[str, str]:
+        return {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+
+
+class Contrasted(Auxiliary):
+    """Log-probs under the contrast of the models of --aux-model."""
+
+    names = ("contrast",)
+
+
+class Reference(Need):
+    """Log-probs under the policy as it starts."""
+
+    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        device = self.process.device
+        folder = logps_directory(cache_directory(config), inputs.model.fingerprint, pick_dtype(config.dtype, device),
+                                 device, rows.packs, config.compile)
+        self.logps: dict[int, Logps] = {}
+        for examples, batches in ((inputs.train, inputs.first_epoch(config)),
+                                  (inputs.held_out, evaluation_batches(len(inputs.held_out), config.batch_size))):
+            self.logps |= response_logps(policy, self.process, examples, batches, rows, folder)
+
+    def provide(self) -> dict[str, object]:
+        return {"logps": {"reference": self.logps}}
+
+
+# In the order in which they are made. A new need is one entry.
+NEEDS: dict[str, type[Need]] = {
+    "scores": Scores,
+    "attention": Attention,
+    "aux": Auxiliary,
+    "contrast": Contrasted,
+    "hidden": Need,
+    "ref": Reference,
+}
+
+
+def open_needs(config: TrainConfig, objective: Objective, process: Process) -> list[Need]:
+    """What the objective needs, nothing of it made. Raises InputError for what nobody knows."""
+    if unknown := objective.needs - NEEDS.keys():
+        raise InputError(f"{name_of(objective.source)}.needs is {source_needs(objective.source)!r}: {min(unknown)!r} is"
+                         f" none of {', '.join(NEEDS)}")
+    kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
+    if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
+        raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
+    return [kind(process) for kind in kinds]
+
+
+def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
+    """What weight sources may read, of needs that are made."""
+    fields: dict[str, object] = {"logps": {}}
+    for need in needs:
+        provided = need.provide()
+        fields |= provided | {"logps": fields["logps"] | provided.get("logps", {})}
+    return WeightContext(config, **fields)
+
+
+def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need]) -> dict[str, str]:
     """Fingerprints of what the settings only name: a resumed run must be made from the same."""
     pairs = [[example_key(example) for example in part] for part in (inputs.train, inputs.held_out)]
-    identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.fingerprint,
+    identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.model.fingerprint,
                 "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
-    if aux_models:
-        identity["the models of --aux-model"] = hash_json([fingerprint_model(folder) for folder in aux_models])
-    for stored in filter(None, (context.attention, context.scores)):
-        identity["the token weights"] = hash_json(stored.meta)
+    for need in needs:
+        identity |= need.identity()
     return identity
 
 
-def import_files(paths: str) -> None:
-    """Run the files of --import, which add to LOSSES or WEIGHTS. Raises InputError for one that is not there."""
-    for path in split_paths(paths):
-        if not Path(path).is_file():
-            raise InputError(f"--import {path}: no such file")
-        name = f"twdpo_import_{Path(path).stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # noqa: BLE001 - whatever the user's file does
-            frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-            line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else "?"
-            raise InputError(f"--import {path}:{line}: {type(error).__name__}: {error}") from error
+def stored_weights(config: TrainConfig) -> str:
+    """The folder or file that --weights names; "" when it names a source."""
+    return "" if config.weights in WEIGHTS else config.weights
 
 
-def split_paths(paths: str) -> list[str]:
-    """The files of --import."""
-    return [path.strip() for path in paths.split(",") if path.strip()]
+def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | WeightsColumns:
+    """What --weights names, as a folder or as exported columns. Raises InputError."""
+    if Path(path).is_dir():
+        return WeightsFile(path, config.layer)
+    other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
+    return WeightsColumns(path, config.layer, other or tokenizer, config.empty_answers)

@@ -13,7 +13,7 @@ import numpy as np
 
 from twdpo.chat import Answer, encode, encode_pieces, overlapping, printed_answers, special_pattern, template_pieces
 from twdpo.config import InputError
-from twdpo.pairs import Pair
+from twdpo.pairs import Pair, show_question
 
 ROUNDS = 2
 QUESTION_FLOOR = 64  # tokens: a question is not cut below this while answers still have tokens to give
@@ -112,16 +112,6 @@ def load_judge_prompt(name: str) -> str:
             raise InputError(f"--judge-prompt {name}: {{{field}}} must stand in it once, not "
                              f"{text.count('{' + field + '}')} times")
     return text
-
-
-def show_question(pair: Pair, what: str) -> str:
-    """What the judge sees of the conversation: a single user turn as plain text, else `role: text` blocks; of `first`
-    the first user turn alone."""
-    if what == "first":
-        return next((text for role, text in pair.messages if role == "user"), pair.messages[0][1])
-    if len(pair.messages) == 1:
-        return pair.messages[0][1]
-    return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
 
 
 class JudgeInputs:

@@ -13,8 +13,7 @@ import torch
 from twdpo.config import InputError, TrainConfig, to_json
 from twdpo.dist import Process
 from twdpo.files import write_atomic
-from twdpo.judge import show_question
-from twdpo.pairs import Pair
+from twdpo.pairs import Pair, show_question
 
 
 class Log:

@@ -19,6 +19,8 @@ CHUNK_BYTES = 16 * 2**20
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
 
+TERMS = ("entropy", "top1")  # what the op can give beside log-probs
+
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 LOGPS_VERSION = 2  # raise it when log-probs change by more than rounding: cached reference log-probs are then redone

@@ -7,8 +7,10 @@ untrained policy scores 0.5 and not the sign of rounding errors.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 
 from twdpo.batch import PairBatch
 from twdpo.logratio import combine, segment_sum
@@ -46,11 +48,15 @@ def kl_estimate(logps_N: torch.Tensor, batch: PairBatch) -> torch.Tensor:
     return segment_sum(ratio_N.expm1() - ratio_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
 
 
-def token_metrics(entropy_N: torch.Tensor, top1_N: torch.Tensor, batch: PairBatch) -> dict[str, torch.Tensor]:
-    """Means over the response tokens of each pair: the policy's entropy, and how often the token is its likeliest."""
-    tokens_P = batch.seq_lens_S.to(entropy_N.device).view(-1, 2).sum(dim=1)
-    return {name: segment_sum(value_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
-            for name, value_N in (("token_entropy", entropy_N), ("token_top1", top1_N.to(entropy_N.dtype)))}
+def token_metrics(batch: PairBatch, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Means of these terms of the op over the response tokens of each pair: `token_entropy` (nats), `token_top1` (how
+    often the token is the policy's likeliest)."""
+    metrics = {}
+    for name in names:
+        value_N = batch.terms[name].detach().to(batch.weights_N.dtype)
+        tokens_P = batch.seq_lens_S.to(value_N.device).view(-1, 2).sum(dim=1)
+        metrics[f"token_{name}"] = segment_sum(value_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
+    return metrics
 
 
 def add_totals(totals: Totals, metrics: dict[str, torch.Tensor], coefficient_P: torch.Tensor) -> None:
@@ -62,6 +68,16 @@ def add_totals(totals: Totals, metrics: dict[str, torch.Tensor], coefficient_P: 
         if name in totals:
             total = torch.cat([(totals[name] + total)[:3], torch.maximum(totals[name], total)[3:]])
         totals[name] = total
+
+
+def sum_over_processes(totals: Totals, device: torch.device) -> Totals:
+    """Totals over all processes. All ranks."""
+    names = sorted(totals)
+    stacked = torch.stack([totals[name] for name in names]).to(device)
+    sums, peaks = stacked[:, :3].contiguous(), stacked[:, 3:].contiguous()
+    dist.all_reduce(sums)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return dict(zip(names, torch.cat([sums, peaks], dim=1)))
 
 
 def means(totals: Totals) -> dict[str, float]:

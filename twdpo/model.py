@@ -1,75 +1,89 @@
 """Find, fingerprint and load a model: as a plain judge, or as the sharded policy whose forward ends in log-ratios."""
 
+import copy
 import hashlib
 import json
-import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from twdpo.attention import ATTENTION_NAME, JudgeCapture, Layout, judge_forward, run_decoder
-from twdpo.batch import PairBatch, collate
+from twdpo.batch import Outputs, PairBatch, collate
 from twdpo.chat import Example, set_chat_template
-from twdpo.config import InputError, SharedConfig
+from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
-from twdpo.files import hash_file, hash_json, make_directory
+from twdpo.files import hash_file, hash_json
 from twdpo.logratio import HeadOptions, logits_of, weighted_logratio
 from twdpo.rows import MicroBatch
 from twdpo.tensors import read_tensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def cache_directory(config: SharedConfig) -> Path:
-    """--cache-dir, else the user's cache folder; made if it is not there. Raises InputError."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twdpo"
-    return make_directory(Path(config.cache_dir).expanduser() if config.cache_dir else default, "--cache-dir")
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
-    return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else DTYPES[name]
-
-
 TOY_MODEL = Path(__file__).parent / "toy_model"  # made by twdpo.toy_train
 
 
-def find_model(config: SharedConfig, process: Process) -> Path:
-    """The model as a local folder: as given, fetched from the hub, or the toy. Raises InputError. All ranks."""
-    return process.on_main(lambda: _find_model(config))
+@dataclass(frozen=True)
+class Model:
+    """A model's folder, opened once and handed on.
+
+    name: what finds it again: a folder as it was given, `toy`, or a hub id with its revision. config: not to be changed
+    (what builds a model from it takes a copy). fingerprint: sha256 over config.json and every weight file.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: object
+    fingerprint: str
 
 
-def _find_model(config: SharedConfig) -> Path:
-    if not config.model:
-        return TOY_MODEL
-    return locate_model(config.model, "--model")
+def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True
+               ) -> Model:
+    """Find a model, load its config and tokenizer, and hash its weights. Raises InputError. All ranks.
+
+    name: as `locate_model` takes it. flag: what names it, for messages.
+    """
+    folder = process.on_main(lambda: locate_model(name, flag))
+    tokenizer = load_tokenizer(folder, chat_template, needs_template)
+    fingerprint = process.on_main(lambda: fingerprint_model(folder))
+    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, fingerprint)
 
 
 def locate_model(name: str, flag: str) -> Path:
-    """A model as a local folder: as it is, or fetched from the hub. Raises InputError.
+    """A model as a local folder: as it is, fetched from the hub (`id` or `id@revision`), or `toy`. Raises InputError.
 
     flag: what names it, for messages.
     """
-    directory = Path(name)
-    if not directory.is_dir():
+    if name == "toy":
+        return TOY_MODEL
+    folder = Path(name)
+    if not folder.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        repository, _, revision = name.partition("@")
         try:
-            directory = Path(snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+            folder = Path(snapshot_download(
+                repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                 ignore_patterns=["original/*"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise InputError(f"{flag} is {name!r}: no such folder here, and the hub does not give it "
                              f"({error})") from error
-    if not (directory / "config.json").is_file():
-        raise InputError(f"{flag} {name}: no config.json in {directory}")
-    if not list(directory.glob("*.safetensors")):
-        raise InputError(f"{flag} {name}: no .safetensors file in {directory}; convert the checkpoint "
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag} {name}: no config.json in {folder}")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no .safetensors file in {folder}; convert the checkpoint "
                          "(pickled weights are never read)")
-    return directory
+    return folder
+
+
+def resolved_name(name: str, folder: Path) -> str:
+    """A hub id with the revision that was fetched (its folder's name in the hub's cache); other names as they are."""
+    if Path(name).is_dir() or folder.parent.name != "snapshots":
+        return name
+    return f"{name.partition('@')[0]}@{folder.name}"
 
 
 def load_tokenizer(directory: Path, chat_template: str, needs_template: bool = True):
@@ -187,12 +201,11 @@ def load_sharded_judge(directory: Path, dtype: torch.dtype, device: torch.device
     return judge.eval()
 
 
-def shards_judge(choice: str, directory: Path, dtype: torch.dtype, process: Process) -> bool:
+def shards_judge(choice: str, model: Model, dtype: torch.dtype, process: Process) -> bool:
     """What --judge-sharding comes to: `auto` shards a model that would take more than 80 % of one GPU."""
     if choice != "auto" or process.device.type != "cuda" or process.world_size == 1:
         return choice == "on"
-    model = build_on_meta(load_model_config(directory), dtype)
-    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    size = sum(parameter.numel() for parameter in build_on_meta(model.config, dtype).parameters()) * dtype.itemsize
     return size > 0.8 * torch.cuda.get_device_properties(process.device).total_memory
 
 
@@ -207,15 +220,22 @@ class Policy(torch.nn.Module):
         self.model = model
         self.options = head_options(model.config)
 
-    def forward(self, batch: PairBatch, stats: bool = False) -> tuple[torch.Tensor, ...]:
-        """(ratio_S, logps_N) of a batch, with `stats` also (entropy_N, top1_N).
+    def forward(self, batch: PairBatch, weigh: Callable[[PairBatch], PairBatch] | None = None,
+                terms: tuple[str, ...] = ()) -> Outputs:
+        """Log-probs and weighted log-ratios of a batch. Only response tokens reach the head.
 
-        Only response tokens reach the head.
+        weigh: gives the batch the weights of an online source, which reads batch.hidden_ND. terms: of the fused op
+        (twdpo.logratio.TERMS).
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
         hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
-        return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
-                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
+        if weigh is not None:
+            batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
+        ratio_S, logps_N, *stats = weighted_logratio(
+            hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
+            batch.scale_S, getattr(head, "bias", None), self.options, bool(terms))
+        found = {name: value for name, value in zip(("entropy", "top1"), stats) if name in terms}
+        return Outputs(ratio_S, logps_N, batch, found)
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""
@@ -249,8 +269,9 @@ def settle_packing(policy: Policy, packing: str, examples: list[Example], proces
         return False
     few = sorted(examples, key=lambda example: example.longest)[:4]
     micro_batch = MicroBatch(tuple(range(len(few))))
-    packed_N, plain_N = (policy(collate(micro_batch, few, list(micro_batch.pairs), packs=packs).to(process.device))[1]
-                         for packs in (True, False))
+    packed_N, plain_N = (
+        policy(collate(micro_batch, few, list(micro_batch.pairs), packs=packs).to(process.device)).logps_N
+        for packs in (True, False))
     difference = max(process.gather(((packed_N - plain_N).norm() / plain_N.norm()).item()))  # sync, all ranks
     exact = next(policy.model.parameters()).dtype == torch.float32 and packed_N.device.type == "cpu"
     if difference <= (1e-4 if exact else 2e-2):
@@ -305,6 +326,7 @@ def build_on_meta(model_config, dtype: torch.dtype):
 
     dtype: of the parameters; from_config would take the checkpoint's.
     """
+    model_config = copy.deepcopy(model_config)  # which a model keeps, and writes into
     disable_dropout(model_config)
     if getattr(model_config, "quantization_config", None):
         raise InputError(f"{model_config.model_type}: its config holds a quantization_config; use the checkpoint "

@@ -1,17 +1,101 @@
-"""What a run optimises: the loss and the weight source that its flags name, bound to their options and checked."""
+"""The objective of a run: loss and weight source that its flags name, bound to their options, checked, and applied.
+
+Legend: P pairs, S sequences (2i chosen, 2i+1 rejected), N response tokens.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import get_type_hints
 
 import torch
 
+from twdpo.batch import Outputs, PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
-from twdpo.inputs import import_files
+from twdpo.logratio import TERMS
 from twdpo.losses import LOSSES, loss_needs
-from twdpo.plugins import bind_options, describe, inherit_attributes, merge_options, name_of
-from twdpo.weights import NORMS, WEIGHTS, find_source, source_needs
+from twdpo.plugins import bind_options, describe, import_files, inherit_attributes, merge_options, name_of
+from twdpo.weights import NORMS, WEIGHTS, WeightContext, find_source, judged_lengths, normalize, source_needs
+
+TOKEN_STATS = ("entropy", "top1")  # terms of --token-stats
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised.
+
+    needs: what loss and source read beside the policy (twdpo.inputs.NEEDS). norm: of the weights (twdpo.weights).
+    terms: of the fused op, which the loss reads as batch.terms. statistics: the loss's, or None.
+    """
+
+    loss: Callable
+    source: Callable
+    source_name: str
+    needs: frozenset[str]
+    norm: str
+    terms: tuple[str, ...]
+    statistics: Callable | None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss reads reference log-probs."""
+        return "ref" in loss_needs(self.loss)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether weights are made inside the policy's forward, from its hidden states."""
+        return "hidden" in self.needs
+
+    def weigh(self, batch: PairBatch, context: WeightContext) -> PairBatch:
+        """The batch with weights_N and scale_S of the source, normalised as `norm` says. Raises InputError."""
+        config, lens, norm = context.config, batch.seq_lens_S, self.norm
+        raw_N = self.source(batch, context)
+        self._check_weights(raw_N, batch)
+        # Only attention comes with a sum that cuts and the alignment may have lessened.
+        attended = norm == "mean1" and "attention" in source_needs(self.source)
+        if attended and not config.renormalize:
+            weights_N, scale_S = normalize(raw_N, lens, "none")[0], lens.float()
+        else:
+            weights_N, scale_S = normalize(raw_N, lens, norm)
+        if attended and config.multiplier == "judged":
+            scale_S = judged_lengths(batch, context)
+        if config.length_normalize:
+            # Eq. 15 drops |y|: weights of sum 1 and scale 1.
+            if config.renormalize or (norm == "mean1" and not attended):
+                weights_N = normalize(weights_N, lens, "mean1")[0]
+            elif norm == "none":
+                weights_N = weights_N / lens.repeat_interleave(lens).to(weights_N)
+            scale_S = torch.ones_like(scale_S)
+        if not self.has_reference:  # reference log-probs were for the source alone
+            batch = replace(batch, ref_logps_N=torch.zeros_like(batch.ref_logps_N))
+        device = batch.ref_logps_N.device
+        return replace(batch, weights_N=weights_N.to(device), scale_S=scale_S.to(device, non_blocking=True),
+                       averaged=config.length_normalize or norm == "selected_mean")
+
+    def _check_weights(self, raw_N, batch: PairBatch) -> None:
+        """Raise InputError for what a source must not give."""
+        name = name_of(self.source)
+        if not isinstance(raw_N, torch.Tensor):
+            raise InputError(f"{name} gives a {type(raw_N).__name__}: it must be a tensor of the weights")
+        if len(raw_N) != len(batch.targets_N):
+            raise InputError(f"{name} gives {len(raw_N)} weights for {len(batch.targets_N)} response tokens")
+        if not (raw_N.isfinite().all() and (raw_N >= 0).all()):  # sync, of an online source on a GPU
+            raise InputError(f"{name} gives {batch.examples[0].pair.where} and the pairs beside it token weights from "
+                             f"{raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
+                             "(--weights-options)")
+
+
+def forward(policy, batch: PairBatch, objective: Objective, context: WeightContext, config: TrainConfig) -> Outputs:
+    """The policy on a micro-batch, with all that the objective asks of it: training and evaluation call it here alone.
+
+    The outputs' batch holds the weights that were used and the terms. All ranks.
+    """
+    weigh = partial(objective.weigh, context=context) if objective.is_online else None
+    wanted = objective.terms + TOKEN_STATS * config.token_stats
+    outputs = policy(batch, weigh, tuple(dict.fromkeys(wanted)))
+    return outputs._replace(batch=replace(outputs.batch, terms=outputs.terms))
 
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
@@ -40,41 +124,48 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
     return settings
 
 
-def find_objective(config: TrainConfig, process: Process) -> tuple[Callable, Callable, str, str]:
-    """(loss, weight source, its name in WEIGHTS, weights file or ""), options bound. Raises InputError."""
+def find_objective(config: TrainConfig, process: Process) -> Objective:
+    """Loss and source, options bound, checked. Raises InputError."""
     if config.loss not in LOSSES:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
     loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
-    source_name, weights_path = find_source(loss, config)
-    source = bind_options(WEIGHTS[source_name], config.weights_options, "--weights-options")
-    check_plugins(loss, source, config, process)
-    return loss, source, source_name, weights_path
+    name, _ = find_source(loss, config)
+    source = bind_options(WEIGHTS[name], config.weights_options, "--weights-options")
+    objective = bind_objective(loss, source, name)
+    try_loss(objective, config, process)
+    return objective
 
 
-def check_plugins(loss, source, config: TrainConfig, process: Process) -> None:
-    """Raise InputError for what a loss or a source says of itself, or its options, that can't be."""
-    for what, needs, known in ((loss, loss_needs(loss), {"ref"}),
-                               (source, source_needs(source), {"attention", "scores", "aux", "contrast", "ref"})):
-        if not isinstance(needs, (tuple, list)) or not set(needs) <= known:
-            raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of {', '.join(sorted(known))}")
+def bind_objective(loss: Callable, source: Callable, source_name: str) -> Objective:
+    """The objective of a loss and a source whose options are bound. Raises InputError for what they say of themselves
+    (that a source's needs are known, twdpo.inputs.open_needs checks)."""
+    for what, needs in ((loss, loss_needs(loss)), (source, source_needs(source))):
+        if not isinstance(needs, (tuple, list)):
+            raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of names")
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{name_of(what)}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
+    if not set(loss_needs(loss)) <= {"ref"}:
+        raise InputError(f"{name_of(loss)}.needs is {loss_needs(loss)!r}: a loss can need ref alone (what the op can "
+                         f"give beside log-probs it names in `terms`, of {', '.join(TERMS)})")
+    terms = getattr(loss, "terms", ())
+    if not isinstance(terms, (tuple, list)) or not set(terms) <= set(TERMS):
+        raise InputError(f"{name_of(loss)}.terms is {terms!r}: it must be a tuple of {', '.join(TERMS)}")
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
-    seen: set[str] = set()
+    return Objective(loss, source, source_name, frozenset([*loss_needs(loss), *source_needs(source)]), norm,
+                     tuple(terms), getattr(loss, "statistics", None))
 
-    class Reads:
-        """The config, noting which of its fields the loss reads."""
 
-        def __getattr__(self, name: str):
-            seen.add(name)
-            return getattr(config, name)
+def try_loss(objective: Objective, config: TrainConfig, process: Process) -> None:
+    """Raise InputError for a loss that gives something else than losses, or with these options no finite ones."""
+    loss = objective.loss
     numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
     pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                            chosen_tokens=2, averaged=config.length_normalize or norm == "selected_mean",
-                            means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
+                            chosen_tokens=2, averaged=config.length_normalize or objective.norm == "selected_mean",
+                            means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
+                            terms=dict.fromkeys(objective.terms, torch.ones(4)))
     try:
-        result = loss(numbers, numbers, pairs, Reads())
+        result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
     except Exception as error:  # noqa: BLE001 - it may read more of a batch than this has, or need longer answers
@@ -84,13 +175,8 @@ def check_plugins(loss, source, config: TrainConfig, process: Process) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)
             and isinstance(result[1], dict) and result[0].shape == (2,)):
         raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
-    works = result[0].isfinite().all()
-    if config.loss_options and not works:
+    if config.loss_options and not result[0].isfinite().all():
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
-    for name, off in (("label_smoothing", 0.0), ("length_by", "tokens")):
-        if getattr(config, name) != off and name not in seen:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: {config.loss} reads no such thing; "
-                             "leave it out")
 
 
 def list_objectives() -> str:

@@ -6,6 +6,7 @@ conversations; {prompt: messages, chosen: [assistant], rejected: [assistant]}. O
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,16 @@ class Pair:
                                      for side in ("chosen", "rejected")}
 
 
+def show_question(pair: Pair, what: str) -> str:
+    """What the judge sees of the conversation: a single user turn as plain text, else `role: text` blocks; of `first`
+    the first user turn alone."""
+    if what == "first":
+        return next((text for role, text in pair.messages if role == "user"), pair.messages[0][1])
+    if len(pair.messages) == 1:
+        return pair.messages[0][1]
+    return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used, and why."""
@@ -50,11 +61,16 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pairs to train on, held-out pairs that the data brings along, and the rows that can't be used."""
+    """Pairs to train on, held-out pairs that the data brings along, and the rows that can't be used.
+
+    data, eval_data: names that find them again, a hub id with its revision.
+    """
 
     train: list[Pair]
     held_out: list[Pair]
     bad_rows: list[BadRow]
+    data: str
+    eval_data: str
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,7 +95,7 @@ def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_an
     elif with_held_out and has_test_split(data):
         held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
         bad = bad + bad_held_out
-    return Dataset(train, held_out, bad)
+    return Dataset(train, held_out, bad, resolved_name(data), resolved_name(eval_data))
 
 
 def has_test_split(data: str) -> bool:
@@ -129,17 +145,29 @@ def read_jsonl(path: Path) -> tuple[list[tuple[str, object]], list[BadRow]]:
 
 
 def load_hub_splits(data: str):
-    """A local directory or file, or a hub id, by the `datasets` library: a mapping from split name to rows."""
+    """A local directory or file, or a hub id (`id`, `id@revision`), by the `datasets` library: rows by split name."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"{data} is no .jsonl or .json file; directories and hub ids need the datasets library: "
                          "pip install 'twdpo[hub]'") from error
     try:
-        loaded = datasets.load_dataset(data)
+        repository, _, revision = (data, "", "") if Path(data).exists() else data.partition("@")
+        loaded = datasets.load_dataset(repository, revision=revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{data}: it can't be loaded as a data set ({error})") from error
     return loaded
+
+
+def resolved_name(data: str) -> str:
+    """A hub id with the revision that was loaded, where the library says it; other names as they are."""
+    if data in ("", "toy") or Path(data).exists():
+        return data
+    for split in load_hub_splits(data).values():
+        for address in split.info.download_checksums or {}:  # hf://datasets/ID@REVISION/FILE
+            if match := re.search(r"@([0-9a-f]{40})/", address):
+                return f"{data.partition('@')[0]}@{match[1]}"
+    return data
 
 
 def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str

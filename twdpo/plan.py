@@ -18,7 +18,7 @@ from twdpo.attention import Layout, run_decoder
 from twdpo.batch import PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
-from twdpo.model import build_on_meta, decoder_layers, find_model, load_model_config
+from twdpo.model import build_on_meta, decoder_layers, load_model_config, locate_model
 from twdpo.rows import pack
 
 GIB = 2**30
@@ -254,7 +254,7 @@ def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], confi
 
 def plan_for(config: TrainConfig, process: Process) -> str:
     """What --plan prints: the memory of this run on a few machines, and on this one's GPUs. Raises InputError."""
-    model_config = find_model_config(config, process)
+    model_config = find_model_config(config)
     machines, size = dict(MACHINES), process.world_size
     if process.device.type == "cuda":
         memory = torch.cuda.get_device_properties(process.device).total_memory / GIB
@@ -276,10 +276,10 @@ def plan_for(config: TrainConfig, process: Process) -> str:
     return describe_plan(cost, machines, config)
 
 
-def find_model_config(config: TrainConfig, process: Process):
+def find_model_config(config: TrainConfig):
     """The config of --model: of a folder, from the hub, or known here. Raises InputError."""
-    if not config.model:
-        return load_model_config(find_model(config, process))
+    if config.model in ("", "toy"):
+        return load_model_config(locate_model("toy", "--model"))
     try:
         return AutoConfig.from_pretrained(config.model)
     except Exception as error:  # noqa: BLE001 - a config may say anything

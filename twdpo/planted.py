@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from twdpo.batch import collate
+from twdpo.batch import Outputs, collate
 from twdpo.chat import Example, Response
 from twdpo.logratio import segment_sum
 from twdpo.metrics import Totals, add_totals, pair_metrics
@@ -57,13 +57,10 @@ def planted_lift(raw_N: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor
     return share_S / plain_S, share_S
 
 
-def source_lift(source, examples: list[Example], context: WeightContext, ref_logps=None) -> tuple[float, float]:
-    """Means of `planted_lift` over the answers that hold planted tokens, before the first token is reset (sink_k).
-
-    ref_logps: reference log-probs by index, for sources that need them.
-    """
+def source_lift(source, examples: list[Example], context: WeightContext) -> tuple[float, float]:
+    """Means of `planted_lift` over the answers that hold planted tokens, before the first token is reset (sink_k)."""
     pairs = list(range(len(examples)))
-    batch = collate(MicroBatch(tuple(pairs), True), examples, pairs, ref_logps)
+    batch = collate(MicroBatch(tuple(pairs), True), examples, pairs, context.logps.get("reference"))
     context = replace(context, config=replace(context.config, sink_k=0))
     lift_S, share_S = planted_lift(source(batch, context), batch)
     known_S = ~lift_S.isnan()
@@ -79,16 +76,19 @@ def filler_drift(logps_N: torch.Tensor, ref_logps_N: torch.Tensor, batch) -> tor
     return drift_S.view(-1, 2).sum(dim=1) / count_S.view(-1, 2).sum(dim=1)
 
 
-def add_planted(totals: Totals, policy, batch, has_reference: bool) -> None:
-    """Add to an evaluation's totals: accuracy by kind of preference, and drift on filler (with a reference). All
-    ranks."""
-    ratio_S, logps_N = policy(batch)
+def add_planted(totals: Totals, outputs: Outputs, has_reference: bool, with_lift: bool = False) -> None:
+    """Add to an evaluation's totals: accuracy by kind of preference, drift on filler (with a reference), and if asked
+    for the lift of the weights that were used."""
+    ratio_S, logps_N, batch, _ = outputs
     accuracy_P = pair_metrics(torch.zeros_like(batch.coefficient_P), {}, ratio_S, logps_N, batch, 1.0, has_reference
                               )["reward_accuracy"]
     for kind in KINDS:
         is_kind_P = torch.tensor([kind_of(example.pair.chosen) == kind for example in batch.examples])
         add_totals(totals, {f"reward_accuracy_{kind}": accuracy_P},
                    batch.coefficient_P * is_kind_P.to(batch.coefficient_P))
+    if with_lift:
+        lift_P = planted_lift(batch.weights_N.cpu(), batch)[0].view(-1, 2).mean(dim=1).to(batch.coefficient_P)  # sync
+        add_totals(totals, {"planted_lift": lift_P}, batch.coefficient_P * ~lift_P.isnan())
     if has_reference:
         drift_P = filler_drift(logps_N, batch.ref_logps_N, batch)
         add_totals(totals, {"filler_drift": drift_P}, batch.coefficient_P * ~drift_P.isnan())

@@ -3,11 +3,15 @@
 An option is a keyword-only parameter with a default, which gives its type; a Literal annotation gives its choices.
 """
 
+import importlib.util
 import inspect
 import math
+import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
+from pathlib import Path
 
 from twdpo.config import InputError
 
@@ -109,3 +113,24 @@ def describe(functions: Mapping[str, Callable], needs_of: Callable[[Callable], t
     return [[name, summary(function), ", ".join(needs_of(function)) or "-",
              spell_options(function).replace("none", "-")]
             for name, function in functions.items()]
+
+
+def import_files(paths: str) -> None:
+    """Run the files of --import, which add to LOSSES or WEIGHTS. Raises InputError for one that is not there."""
+    for path in split_paths(paths):
+        if not Path(path).is_file():
+            raise InputError(f"--import {path}: no such file")
+        name = f"twdpo_import_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # noqa: BLE001 - whatever the user's file does
+            frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else "?"
+            raise InputError(f"--import {path}:{line}: {type(error).__name__}: {error}") from error
+
+
+def split_paths(paths: str) -> list[str]:
+    """The files of --import."""
+    return [path.strip() for path in paths.split(",") if path.strip()]

@@ -31,15 +31,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, build_parser, flag, require
 from twdpo.dist import Process, run_script
-from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
+from twdpo.extraction import Extraction
 from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
 from twdpo.judge import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
-from twdpo.model import fingerprint_model
+from twdpo.model import open_model
 from twdpo.pairs import Pair, load_dataset, parse_row
 from twdpo.planted import overlaps_planted, source_lift
 from twdpo.toy import CONTEXT, KINDS, MAX_FILLERS, all_prompts, build_toy_model, draw_row, kind_of, toy_rows
 from twdpo.weights import WeightContext, attention
-from twdpo.weights_file import WeightsFile
 
 OTHER, GOOD, BAD = range(3)  # the probe's classes
 IGNORED = -100  # label of padding
@@ -226,11 +225,10 @@ def measure_gates(directory: Path, process: Process) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         config = ExtractConfig(model=str(directory), data="toy", out=temporary,
                                judge_prompt=PRESETS["toy"]["judge_prompt"])
-        meta = describe_extraction(config, "last", "--layers", False, directory, fingerprint_model(directory),
-                                   tokenizer, dataset.fingerprint, process.device)
-        inputs = open_judge_inputs(config, meta, directory, tokenizer, process)
-        extract_attention(config, meta, Path(temporary), dataset.held_out, inputs, directory, tokenizer, process)
-        stored = WeightsFile(Path(temporary))
+        extraction = Extraction(config, open_model(str(directory), process), "last", dataset.fingerprint,
+                                Path(temporary), process)
+        extraction.run(dataset.held_out)
+        stored = extraction.open()
     right_ER = stored.prefers_chosen([pair.key for pair in dataset.held_out])
     lift, share = source_lift(attention, examples, WeightContext(TrainConfig(), stored))
     return {

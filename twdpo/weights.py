@@ -4,9 +4,12 @@ A source is `WEIGHTS[name](batch, context) -> raw_N`: fp32 over the response tok
 without gradient. To add one, write the function and its line in WEIGHTS (or do both in a file given to --import).
 Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
     norm   how raw weights are normalised: "mean1" (the default), "selected_mean", "pair_min" or "none" (`normalize`)
-    needs  what the context must hold: ("attention",) for a weights file, ("scores",) for verbalised scores, ("aux",)
-           for log-probs under both models of --aux-model, ("contrast",) for those of the two models' contrast,
-           ("ref",) for batch.ref_logps_N with every loss; () is the default
+    needs  what it reads beside the pairs: "attention" (context.attention: a weights file), "scores" (context.scores:
+           verbalised ones), "aux" (context.logps["positive"] and ["negative"]: log-probs under the models of
+           --aux-model), "contrast" (context.logps["contrast"]: under the contrast of the two), "ref"
+           (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
+           the response tokens, without gradient; the source is then called inside each forward, on the policy's
+           device); () is the default. A source must be a function of the pair: how pairs share a micro-batch is free.
 
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected).
 """
@@ -36,8 +39,8 @@ class WeightContext:
     config: TrainConfig
     attention: WeightsFile | None = None
     scores: ScoresFile | None = None
-    # "positive", "negative", "contrast" -> log-probs of a pair's response tokens, by the pair's key
-    aux: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
+    # Of frozen models ("reference", "positive", "negative", "contrast"): log-probs of responses, by the pair's key.
+    logps: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
 
 
 def uniform(batch, context: WeightContext) -> torch.Tensor:
@@ -227,7 +230,7 @@ def source_needs(source) -> tuple[str, ...]:
 
 def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, ...]]:
     """Of each pair of the batch, the log-probs of its responses under the models of these names."""
-    return [tuple(context.aux[name][example.pair.key] for name in names) for example in batch.examples]
+    return [tuple(context.logps[name][example.pair.key] for name in names) for example in batch.examples]
 
 
 def attention_pins(batch, context: WeightContext) -> list[np.ndarray]:

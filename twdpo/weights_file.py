@@ -27,6 +27,7 @@ from twdpo.config import InputError
 from twdpo.files import hash_json, write_atomic, write_json
 
 FORMAT_VERSION = 1
+ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them
 
 
 @dataclass(frozen=True)
