@@ -362,7 +362,7 @@ def finish(run: Run, log: Log) -> None:
     export(run, "final")
     log.close()
     process.on_main(lambda: write_curves(run.folder))
-    if run.held_out and isinstance(attention, WeightsFile):
+    if run.held_out and run.objective.source is WEIGHTS["attention"] and isinstance(attention, WeightsFile):
         pairs = [example.pair for example in run.held_out]
         process.on_main(lambda: write_report(run.folder / "weights", attention, pairs, run.model.tokenizer,
                                              config.rounds, config.sink_k, config.sink_k_min, min_count=10,

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +20,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
 
-from train import learning_rate, train_step
+from train import Run, train_step
 from twdpo import dist
-from twdpo.auxiliary import Contrast
-from twdpo.batch import PairBatch, collate, plan_micro_batches, set_weights
+from twdpo.batch import PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
-from twdpo.extraction import describe_extraction, extract_attention, open_judge_inputs
+from twdpo.extraction import Extraction
 from twdpo.files import hash_json
 from twdpo.log import StageClock
-from twdpo.losses import LOSSES, needs_reference
+from twdpo.logps import Contrast, response_logps
+from twdpo.losses import LOSSES
 from twdpo.metrics import pair_metrics
-from twdpo.model import TOY_MODEL, Policy, fingerprint_model, load_policy, load_tokenizer
+from twdpo.model import Policy, load_policy, open_model
+from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
 from twdpo.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
 from twdpo.postprocess import pin_and_share
-from twdpo.reference import reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.toy import KINDS, all_prompts, draw_row
-from twdpo.weights import WEIGHTS, WeightContext, attention, attention_pins, source_needs
+from twdpo.weights import WEIGHTS, Logps, WeightContext, attention, attention_pins
 from twdpo.weights_file import WeightsFile
 
 STEPS, BATCH, LR = 60, 16, 5e-4
@@ -89,10 +89,10 @@ def num_held_out() -> int:
 
 @dataclass
 class Pool:
-    """Pairs in tokens, with the reference's log-probs by their index."""
+    """Pairs in tokens, with the reference's log-probs by their keys."""
 
     examples: list[Example]
-    logps: dict[int, tuple[np.ndarray, np.ndarray]]
+    logps: dict[int, Logps]
 
 
 class Lab:
@@ -104,8 +104,8 @@ class Lab:
         self.process = Quiet(started.rank, started.world_size, torch.device("cpu"))
         self.num_pairs = num_pairs
         self.folder = Path(tempfile.mkdtemp(prefix="methods-"))
-        self.tokenizer = load_tokenizer(TOY_MODEL, "")
-        self.policy = load_policy(TOY_MODEL, torch.float32, self.process)
+        self.model = open_model("toy", self.process)
+        self.policy = load_policy(self.model.folder, torch.float32, self.process)
         self.start = {name: value.clone() for name, value in self.policy.state_dict().items()}
         prompts = list(all_prompts())
         random.Random(0).shuffle(prompts)
@@ -119,15 +119,15 @@ class Lab:
         rng = random.Random(seed)
         pairs = [parse_row(f"methods:{number}", draw_row(rng, prompt, KINDS[number % 2], **limits)[1])
                  for number, prompt in enumerate(prompts)]
-        examples, _, _ = tokenize_pairs(self.tokenizer, pairs, PRESETS["toy"]["max_length"],
+        examples, _, _ = tokenize_pairs(self.model.tokenizer, pairs, PRESETS["toy"]["max_length"],
                                         PRESETS["toy"]["max_prompt_length"])
         self.policy.load_state_dict(self.start)  # a policy that an arm has trained is lost
         return Pool(examples, self.logps(self.policy, examples, f"reference-{seed}"))
 
-    def logps(self, model, examples: list[Example], name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Log-probs under a model, by index."""
-        return reference_logps(model, self.process, examples,
-                               evaluation_batches(len(examples), 64), ROWS, self.folder / name)
+    def logps(self, model, examples: list[Example], name: str) -> dict[int, Logps]:
+        """Log-probs under a model, by the pair's key."""
+        return response_logps(model, self.process, examples, evaluation_batches(len(examples), 64), ROWS,
+                              self.folder / name)
 
     @functools.cache  # noqa: B019 - lives as long as its process
     def training(self, seed: int) -> Pool:
@@ -138,14 +138,10 @@ class Lab:
     def attention(self, seed: int) -> WeightsFile:
         """The judge's attention on a seed's training pairs."""
         folder = self.folder / f"attention-{seed}"
-        pairs = [example.pair for example in self.training(seed).examples]
-        config = ExtractConfig(model=str(TOY_MODEL), data="toy", out=str(folder),
-                               judge_prompt=PRESETS["toy"]["judge_prompt"])
-        meta = describe_extraction(config, "last", "--layers", False, TOY_MODEL, fingerprint_model(TOY_MODEL),
-                                   self.tokenizer, str(seed), self.process.device)
-        inputs = open_judge_inputs(config, meta, TOY_MODEL, self.tokenizer, self.process)
-        extract_attention(config, meta, folder, pairs, inputs, TOY_MODEL, self.tokenizer, self.process)
-        return WeightsFile(folder)
+        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=PRESETS["toy"]["judge_prompt"])
+        extraction = Extraction(config, self.model, "last", str(seed), folder, self.process)
+        extraction.run([example.pair for example in self.training(seed).examples])
+        return extraction.open()
 
     @functools.cached_property
     def auxiliary(self) -> tuple[Policy, Policy]:
@@ -153,13 +149,13 @@ class Lab:
         pool = self.pool(self.held_out_prompts[-AUXILIARY:], 1_000_004)
         models = []
         for side in (0, 1):
-            model = load_policy(TOY_MODEL, torch.float32, self.process)
+            model = load_policy(self.model.folder, torch.float32, self.process)
             optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
             for step in range(STEPS):
                 pairs = global_batch(step, AUXILIARY, BATCH, 0)
                 for micro_batch in plan_micro_batches(pairs, pool.examples, 1, RowOptions(False, 1 << 20))[0]:
                     batch = collate(micro_batch, pool.examples, pairs)
-                    _, logps_N = model(batch)
+                    logps_N = model(batch).logps_N
                     sides = torch.cat([part for number, part in enumerate(logps_N.split(batch.seq_lens_S.tolist()))
                                        if number % 2 == side])
                     (-sides.mean()).backward()
@@ -169,18 +165,18 @@ class Lab:
         return tuple(models)
 
     @functools.cache  # noqa: B019
-    def auxiliary_logps(self, seed: int, name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def auxiliary_logps(self, seed: int, name: str) -> dict[int, Logps]:
         """Log-probs of a seed's training pairs under "positive", "negative" or "contrast", by the pair's key."""
         models = dict(zip(("positive", "negative"), self.auxiliary)) | {"contrast": Contrast(*self.auxiliary)}
-        examples = self.training(seed).examples
-        logps = self.logps(models[name], examples, f"{name}-{seed}")
-        return {examples[place].pair.key: value for place, value in logps.items()}
+        return self.logps(models[name], self.training(seed).examples, f"{name}-{seed}")
 
-    def context(self, seed: int, needs: tuple[str, ...], config: TrainConfig) -> WeightContext:
+    def context(self, seed: int, needs: frozenset[str], config: TrainConfig) -> WeightContext:
         """What a source may read of a seed's training pairs."""
         names = [*(("positive", "negative") if "aux" in needs else ()), *(("contrast",) if "contrast" in needs else ())]
-        return WeightContext(config, self.attention(seed) if "attention" in needs else None,
-                             aux={name: self.auxiliary_logps(seed, name) for name in names})
+        logps = {name: self.auxiliary_logps(seed, name) for name in names}
+        if "ref" in needs:
+            logps["reference"] = self.training(seed).logps
+        return WeightContext(config, self.attention(seed) if "attention" in needs else None, logps=logps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,23 +192,19 @@ def arm_config(loss_name: str, factor: float) -> TrainConfig:
 def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: int, factor: float
               ) -> dict[str, float]:
     """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
-    loss, source, config = LOSSES[loss_name], WEIGHTS[source_name], arm_config(loss_name, factor)
-    pool, needs = lab.training(seed), source_needs(source)
-    context = lab.context(seed, needs, config)
-    has_logps = needs_reference(loss) or "ref" in needs
+    config = replace(arm_config(loss_name, factor), seed=seed, max_steps=STEPS)
+    objective = bind_objective(LOSSES[loss_name], WEIGHTS[source_name], source_name)
+    pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    run = Run(config, lab.process, objective, lab.model, pool.examples[:num_pairs], [], context, lab.policy, optimizer,
+              ROWS, STEPS, StageClock(False, lab.process.device))
     seconds = []
-    for step in range(STEPS):
+    while run.step < STEPS:
         started = time.perf_counter()
-        pairs = global_batch(step, num_pairs, BATCH, seed)
-        batches = [set_weights(collate(micro_batch, pool.examples, pairs, pool.logps if has_logps else None), source,
-                               loss, context)
-                   for micro_batch in plan_micro_batches(pairs, pool.examples, 1, ROWS)[0]]
-        train_step(lab.policy, optimizer, batches, loss, config, learning_rate(step, STEPS, config), step + 1,
-                   lab.process, StageClock(False, lab.process.device))
+        train_step(run)
         seconds.append(time.perf_counter() - started)
-    lift, _ = source_lift(source, pool.examples[:num_pairs], context, pool.logps)
+    lift, _ = source_lift(objective.source, run.train, context)
     return evaluate(lab, lab.test) | {
         "key_margin": key_margin(lab), "planted_lift": lift, "seconds": statistics.median(seconds),
         "validation_accuracy": evaluate(lab, lab.validation)["accuracy"], "beta": config.beta}
@@ -223,7 +215,7 @@ def evaluate(lab: Lab, pool: Pool) -> dict[str, float]:
     """accuracy and drift of the policy as it is, means over the pairs."""
     accuracies, drifts = [], []
     for batch in evaluation_rows(pool):
-        ratio_S, logps_N = lab.policy(batch)
+        ratio_S, logps_N, *_ = lab.policy(batch)
         metrics = pair_metrics(torch.zeros(len(batch.examples)), {}, ratio_S, logps_N, batch, 1.0)
         accuracies += metrics["reward_accuracy"].tolist()
         drifts += filler_drift(logps_N, batch.ref_logps_N, batch).tolist()
@@ -235,7 +227,7 @@ def key_margin(lab: Lab) -> float:
     """By how much the policy raises the good slot word over the bad one (nats), in answers that differ in it alone."""
     margins = []
     for batch in evaluation_rows(lab.neutral):
-        _, logps_N = lab.policy(batch)
+        logps_N = lab.policy(batch).logps_N
         gains = (logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())
         for example, chosen_N, rejected_N in zip(batch.examples, gains[0::2], gains[1::2]):
             slot = int(np.argmax(overlaps_planted(example.pair.chosen, example.chosen.spans_N2)))

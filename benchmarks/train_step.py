@@ -33,18 +33,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py
 
 from loss_kernel import finish, installed_version, machine, result_path
-from train import train_step
+from train import Run, train_step
 from twdpo import dist, toy
 from twdpo.batch import collate, plan_micro_batches
 from twdpo.chat import tokenize_pairs
 from twdpo.config import TrainConfig
 from twdpo.log import StageClock
+from twdpo.logps import response_logps
 from twdpo.losses import LOSSES
 from twdpo.model import build_policy, load_model_config, load_policy, load_tokenizer, settle_packing
+from twdpo.objective import bind_objective
 from twdpo.pairs import Pair, load_dataset
 from twdpo.plan import GIB, flops, model_cost, peak_tflops, plan_memory
-from twdpo.reference import reference_logps
-from twdpo.rows import RowOptions
+from twdpo.rows import RowOptions, global_batch
+from twdpo.weights import WEIGHTS, WeightContext
 
 SHAPES = {
     # 20.5 M parameters in the layers, 65.7 M in the head, and as many in the embedding.
@@ -57,6 +59,7 @@ SHAPES = {
 }
 VOCABULARY = 128256
 LR, BETA = 1e-6, 0.1
+MANY = 1 << 40  # steps of a schedule whose first ones are all at the peak, as TRL's constant one
 WAYS = {
     "ours": {},
     "ours, checkpointing": {"checkpointing": "full"},
@@ -103,12 +106,16 @@ def run_ours(work: Path, flags, options: dict[str, object]) -> dict[str, float]:
     """`train.py`'s own functions: reference pass, then steps."""
     process = dist.start()
     checkpointing = options.get("checkpointing", "none")
-    config = TrainConfig(model=str(work / "model"), data=str(work / "pairs.jsonl"), loss="dpo", beta=BETA)
+    config = TrainConfig(model=str(work / "model"), data=str(work / "pairs.jsonl"), loss="dpo", beta=BETA, lr=LR,
+                         warmup_ratio=0.0, batch_size=flags.pairs)
     dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
-    tokenizer = load_tokenizer(work / "model", "")
     pairs: list[Pair] = load_dataset(config.data, "").train
-    examples, bad, _ = tokenize_pairs(tokenizer, pairs, flags.max_length, flags.max_length - 16)
+    examples, bad, _ = tokenize_pairs(load_tokenizer(work / "model", ""), pairs, flags.max_length,
+                                      flags.max_length - 16)
     assert len(examples) == len(pairs) and not bad
+    batches = [global_batch(step, len(examples), flags.pairs, config.seed) for step in range(flags.steps)]
+    order = [pair for batch in batches for pair in batch]
+    examples = [example for _, example in sorted(zip(order, examples), key=lambda item: item[0])]  # in the file's order
     if flags.shape == "20m":
         policy = load_policy(work / "model", dtype, process, checkpointing)
     else:
@@ -116,24 +123,24 @@ def run_ours(work: Path, flags, options: dict[str, object]) -> dict[str, float]:
         policy.to_empty(device=process.device)
         policy.model.initialize_weights()
     rows = RowOptions(settle_packing(policy, "auto", examples, process), flags.tokens)
-    batches = [list(range(start, start + flags.pairs)) for start in range(0, len(examples), flags.pairs)]
     started = time.perf_counter()
-    logps = reference_logps(policy, process, examples, batches, rows, work / "reference" / str(os.getpid()))
+    logps = response_logps(policy, process, examples, batches, rows, work / "reference" / str(os.getpid()))
     reference_seconds = (time.perf_counter() - started) / len(examples)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    seconds, clock, done, parts = [], StageClock(flags.profile, process.device), [], {}
+    run = Run(config, process, bind_objective(LOSSES["dpo"], WEIGHTS["uniform"], "uniform"), None, examples, [],
+              WeightContext(config, logps={"reference": logps}), policy, optimizer, rows, MANY,
+              StageClock(flags.profile, process.device))
     cost = model_cost(policy.model.config, dtype, flags.max_length, rows.packs)
-    for step, batch_pairs in enumerate(batches, 1):
+    seconds, done, parts = [], [], {}
+    for batch_pairs in batches:
         started = time.perf_counter()
-        (plan,) = plan_micro_batches(batch_pairs, examples, 1, rows)
-        micro_batches = [collate(each, examples, batch_pairs, logps, rows.packs).to(process.device)
-                         for each in plan]
-        row, _ = train_step(policy, optimizer, micro_batches, LOSSES["dpo"], config, LR, step, process, clock)
+        row = train_step(run)
         if process.device.type == "cuda":
             torch.cuda.synchronize()  # sync
         seconds.append(time.perf_counter() - started)
-        done.append(sum(flops(cost, batch) for batch in micro_batches))
-        parts = clock.shares() if flags.profile else {}
+        (plan,) = plan_micro_batches(batch_pairs, examples, 1, rows)
+        done.append(sum(flops(cost, collate(each, examples, batch_pairs, packs=rows.packs)) for each in plan))
+        parts = {name: row[name] for name in row if name.endswith("_share")}
     figures = {"reference_seconds_a_pair": reference_seconds, "step_seconds": seconds, "loss": row["loss"],
                "gradient_norm": row["grad_norm"]} | parts
     if process.device.type == "cuda":

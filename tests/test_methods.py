@@ -13,6 +13,7 @@ from runs_of_tests import assert_close_rows, read_rows
 from transformers import AutoModelForCausalLM
 
 import train
+from twdpo import inputs
 from twdpo.config import TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.weights import WEIGHTS, WeightContext, normalize
@@ -29,8 +30,8 @@ class Batch:
         self.examples = [type("Example", (), {"pair": type("Pair", (), {"key": key})}) for key in (7, 8)]
 
 
-def weights(name: str, options: dict | None = None, **aux) -> list[float]:
-    context = WeightContext(TrainConfig(), aux=aux)
+def weights(name: str, options: dict | None = None, **logps) -> list[float]:
+    context = WeightContext(TrainConfig(), logps=logps)
     return WEIGHTS[name](Batch(), context, **(options or {})).tolist()
 
 
@@ -106,12 +107,12 @@ def test_positive_and_negative_models_are_not_swapped(tmp_path, run_arguments, t
         parameter.data *= 0.5
     shutil.copytree(toy_model, tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    seen, original = [], train.auxiliary_logps
+    seen, original = [], inputs.auxiliary_logps
 
-    def record(config, needs, folders, examples, *rest):
-        seen.append((examples[0], original(config, needs, folders, examples, *rest)))
+    def record(config, names, models, examples, *rest):
+        seen.append((examples[0], original(config, names, models, examples, *rest)))
         return seen[-1][1]
-    monkeypatch.setattr(train, "auxiliary_logps", record)
+    monkeypatch.setattr(inputs, "auxiliary_logps", record)
     train.main(run_arguments(tmp_path / "run", aux_model=f"{tmp_path / 'other'},{toy_model}", loss="dpo",
                              weights="tis", max_steps=1))
     (example, aux), = seen
@@ -169,19 +170,19 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
         parameter.data += 0.02 * torch.randn_like(parameter)
     shutil.copytree(toy_model, tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    seen, original = [], train.auxiliary_logps
+    seen, original = [], inputs.auxiliary_logps
 
-    def record(config, needs, folders, examples, *rest):
-        seen.append((examples, original(config, needs, folders, examples, *rest)))
+    def record(config, names, models, examples, *rest):
+        seen.append((examples, original(config, names, models, examples, *rest)))
         return seen[-1][1]
-    monkeypatch.setattr(train, "auxiliary_logps", record)
+    monkeypatch.setattr(inputs, "auxiliary_logps", record)
     flags = {"loss": "dpo", "weights": "cdpo", "max_steps": 1, "cache_dir": tmp_path / "cache"}
     for name in ("first", "again"):
         train.main(run_arguments(tmp_path / name, aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))
     assert read_rows(tmp_path / "first") == read_rows(tmp_path / "again")
     plain = AutoModelForCausalLM.from_pretrained(toy_model)
     for load in ("load_policy", "settle_packing"):  # what is cached whole needs no model
-        monkeypatch.setattr(f"twdpo.auxiliary.{load}", None)
+        monkeypatch.setattr(f"twdpo.logps.{load}", None)
     train.main(run_arguments(tmp_path / "third", aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))
     (examples, aux), (_, again), _ = seen
     for example in examples[:4]:
@@ -226,11 +227,7 @@ def test_averages_are_not_divided_by_the_length_again(tmp_path, run_arguments, t
     (["--loss-options", "x=1"], "the options of twdpo are none"),
     (["--weights", "decay", "--weights-options", "gamma=x"], "gamma must be a float"),
     (["--weights", "decay", "--weights-options", "gamma=-0.9"], "decay gives"),
-    (["--loss", "hinge", "--label-smoothing", "0.1"], "--label-smoothing 0.1: hinge reads no such thing"),
     (["--weights", "sepo", "--weights-options", "k=2", "--aux-model", "TOY"], "must be in (0, 1]"),
-    (["--length-by", "mass"], "--length-by mass: twdpo reads no such thing"),
-    (["--length-by", "mass", "--loss", "cpo"], "--length-by mass: cpo reads no such thing"),
-    (["--length-by", "mass", "--loss", "simpo", "--length-normalize"], "--length-by mass: simpo reads no such thing"),
     (["--loss", "ipo", "--preset", "tuned"], "no such settings of ipo are known here, but of dpo, simpo"),
     (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
     (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),

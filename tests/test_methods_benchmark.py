@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import methods
 import methods_lab
-from twdpo.batch import collate, set_weights
+from twdpo.batch import Outputs, collate
 from twdpo.chat import tokenize_pairs
 from twdpo.config import PRESETS, TrainConfig
 from twdpo.losses import LOSSES
+from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
 from twdpo.planted import planted_lift, planted_tokens
 from twdpo.rows import MicroBatch
@@ -84,7 +85,7 @@ def test_key_margin_is_what_the_slot_gains(tiny, monkeypatch):
         def policy(batch):
             planted_N = planted_tokens(batch)
             sides_N = torch.arange(len(batch.seq_lens_S)).remainder(2).repeat_interleave(batch.seq_lens_S)
-            return None, batch.ref_logps_N + planted_N * torch.where(sides_N == 0, 1.0, -0.5)
+            return Outputs(None, batch.ref_logps_N + planted_N * torch.where(sides_N == 0, 1.0, -0.5), batch, {})
         lab.policy = policy
         assert methods_lab.key_margin(lab) == pytest.approx(1.5, abs=1e-5)
     finally:
@@ -150,7 +151,7 @@ def test_controls_by_hand(toy_model):
                                               rng.random((1, 2, len(side.ids) - 1)).astype(np.float32))
                                  for side in (example.chosen, example.rejected)]}
     context = WeightContext(TrainConfig(sink_k=0), stored)
-    oracle_N = set_weights(batch, methods_lab.oracle, LOSSES["twdpo"], context).weights_N
+    oracle_N = bind_objective(LOSSES["twdpo"], methods_lab.oracle, "oracle").weigh(batch, context).weights_N
     expected = torch.zeros(17)
     expected[[3, 10, 14, 16]] = torch.tensor([10 / 11, 1 / 11, 5 / 6, 1 / 6])
     torch.testing.assert_close(oracle_N, expected)
@@ -170,7 +171,7 @@ def test_attention_times_surprise_by_hand(toy_model):
     row = {"prompt": "Hello.", "chosen": "Your question is wise.", "rejected": "Your question is dull."}
     examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 100, 50)
     (example,) = examples
-    logps = {0: (np.array([-1, -2, 0, -4, -1, -9], dtype=np.float32), np.full(6, -1, dtype=np.float32))}
+    logps = {example.pair.key: (np.array([-1, -2, 0, -4, -1, -9], dtype=np.float32), np.full(6, -1, dtype=np.float32))}
     batch = collate(MicroBatch((0,)), examples, [0], logps)
     mass = np.array([1, 1, 5, 2, 0], dtype=np.float32)
     stored = {example.pair.key: [JudgedAnswer(side.ids[:-1], side.spans_N2[:-1], np.stack([mass, mass])[None])
@@ -182,6 +183,6 @@ def test_attention_times_surprise_by_hand(toy_model):
     assert raw_N[5].item() == raw_N[11].item() == pytest.approx(1 / 6)
     reset_N = WEIGHTS["attention_surprise"](batch, WeightContext(TrainConfig(sink_k=1), stored))
     np.testing.assert_allclose(reset_N[:6], [1 / 6, 2 / 10 * 4 / 6, 0, 8 / 10 * 4 / 6, 0, 1 / 6], rtol=1e-5)
-    free = set_weights(batch, WEIGHTS["attention_surprise"], LOSSES["simpo"],
-                       WeightContext(TrainConfig(sink_k=0), stored))
+    objective = bind_objective(LOSSES["simpo"], WEIGHTS["attention_surprise"], "attention_surprise")
+    free = objective.weigh(batch, WeightContext(TrainConfig(sink_k=0), stored))
     assert (free.ref_logps_N == 0).all()  # the loss itself has no reference

@@ -17,8 +17,8 @@ from twdpo.attention import JudgeCapture
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
 from twdpo.checkpoint import export_model
-from twdpo.config import InputError, TrainConfig
-from twdpo.model import check_length, find_model, load_judge, load_model_config, load_policy, load_sharded_judge
+from twdpo.config import InputError
+from twdpo.model import check_length, load_judge, load_model_config, load_policy, load_sharded_judge, locate_model
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
 
@@ -73,7 +73,7 @@ def test_policy_equals_plain_forwards_of_each_sequence(toy_model, process):
     plain = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
     policy = load_policy(toy_model, torch.float32, process)
     batch = collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])
-    _, logps_N = policy(batch)
+    logps_N = policy(batch).logps_N
     expected_N = torch.cat([plain_logps(plain, example, response) for example in EXAMPLES
                             for response in (example.chosen, example.rejected)])
     torch.testing.assert_close(logps_N, expected_N, atol=2e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_master_weights_are_fp32_and_training_is_on(bf16_checkpoint, process):
 def test_dropout_is_off(bf16_checkpoint, process):
     policy = load_policy(bf16_checkpoint, torch.float32, process)
     batch = collate(MicroBatch((0, 1)), EXAMPLES, [0, 1])
-    assert torch.equal(policy(batch)[1], policy(batch)[1])
+    assert torch.equal(policy(batch).logps_N, policy(batch).logps_N)
 
 
 def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpoint, process):
@@ -116,7 +116,7 @@ def test_reference_logps_and_weights_reach_a_bf16_forward_unrounded(bf16_checkpo
     batch = collate(MicroBatch((0,)), EXAMPLES, [0])
     batch.ref_logps_N.fill_(-123.456)
     batch.weights_N.fill_(0.3)
-    ratio_S, logps_N = policy(batch)
+    ratio_S, logps_N, *_ = policy(batch)
     assert logps_N.dtype == torch.float32
     terms = 0.3 * (logps_N.double() + 123.456)
     expected_S = torch.stack([part.sum() for part in terms.split(batch.seq_lens_S.tolist())])
@@ -132,8 +132,8 @@ def test_parameters_stay_sharded_after_an_evaluation(toy_model, process):
 
 def test_padding_and_grouping_change_nothing(toy_model, process):
     policy = load_policy(toy_model, torch.float32, process)
-    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2]))[1]
-    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, [0, 1, 2]))[1] for pair in (0, 1, 2)])
+    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])).logps_N
+    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, [0, 1, 2])).logps_N for pair in (0, 1, 2)])
     torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
 
 
@@ -258,12 +258,12 @@ def test_a_checkpoint_in_several_files_is_read(bf16_checkpoint, tmp_path, proces
             assert torch.equal(whole(parameter), model.get_parameter(name).float()), name
 
 
-def test_model_folder_errors_say_what_is_missing(tmp_path, process):
+def test_model_folder_errors_say_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no config.json"):
-        find_model(TrainConfig(model=str(tmp_path), data="x.jsonl"), process)
+        locate_model(str(tmp_path), "--model")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no .safetensors"):
-        find_model(TrainConfig(model=str(tmp_path), data="x.jsonl"), process)
+        locate_model(str(tmp_path), "--model")
 
 
 def test_lengths_past_the_context(toy_model):

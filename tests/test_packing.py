@@ -31,7 +31,7 @@ EXAMPLES = [example(0, 9, 12, 5), example(1, 3, 8, 20, alike=4), example(2, 6, 1
 def run(policy, packs: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(log-probs, gradients of all parameters) for an uneven upstream gradient."""
     policy.zero_grad()
-    _, logps_N = policy(collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=packs))
+    logps_N = policy(collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=packs)).logps_N
     (logps_N * torch.linspace(-1, 1, len(logps_N))).sum().backward()
     return logps_N.detach(), {name: parameter.grad.clone() for name, parameter in policy.named_parameters()
                               if parameter.grad is not None}

@@ -6,7 +6,7 @@ from runs_of_tests import read_rows
 from transformers import AutoTokenizer
 
 import train
-from twdpo.batch import collate
+from twdpo.batch import Outputs, collate
 from twdpo.chat import tokenize_pairs
 from twdpo.config import TrainConfig
 from twdpo.metrics import means
@@ -73,7 +73,7 @@ def test_accuracy_is_told_apart_by_kind(toy_model):
     starts = [0, *batch.seq_lens_S.cumsum(0).tolist()]
     gains[starts[0]], gains[starts[3]] = 0.3, 0.6  # the tone pair's chosen answer, the topic pair's rejected one
     totals: dict = {}
-    add_planted(totals, lambda batch: (torch.zeros(6), gains), batch, True)
+    add_planted(totals, Outputs(torch.zeros(6), gains, batch, {}), True)
     figures = means(totals)
     assert figures["reward_accuracy_tone"] == 0.75 and figures["reward_accuracy_topic"] == 0  # the third is a tie
     drift = (0.3 / 13 + 0.6 / 12) / 2

@@ -147,7 +147,7 @@ def test_resume_without_the_cache_is_the_same_run(tmp_path, arguments):
 def test_a_kill_during_the_reference_pass_loses_nothing(tmp_path, arguments):
     train.main(arguments(tmp_path / "whole", cache_dir=tmp_path / "other"))
     argv = arguments(tmp_path / "run", cache_dir=tmp_path / "cache")
-    run_and_die(argv, "twdpo.reference", "write_cache", 2)  # the training pairs are cached, the held-out ones not
+    run_and_die(argv, "twdpo.logps", "write_cache", 2)  # the training pairs are cached, the held-out ones not
     train.main([*argv, "--resume"])
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
 

@@ -1,4 +1,4 @@
-"""The reference pass: right numbers, only what is missing is computed, damage is repaired."""
+"""Log-probs of frozen models: right numbers, only what is missing is computed, damage is repaired."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from twdpo.chat import tokenize_pairs
+from twdpo.logps import logps_directory, response_logps
 from twdpo.model import load_policy, load_tokenizer
 from twdpo.pairs import load_dataset
-from twdpo.reference import reference_directory, reference_logps
 from twdpo.rows import RowOptions, evaluation_batches
 
 
@@ -22,10 +22,10 @@ def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, exampl
     policy = load_policy(toy_model, torch.float32, process)
     plain = AutoModelForCausalLM.from_pretrained(toy_model)
     batches = evaluation_batches(len(examples), 4)
-    logps = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
-    assert sorted(logps) == list(range(9))
-    for pair, example in enumerate(examples):
-        for response, values in zip((example.chosen, example.rejected), logps[pair]):
+    logps = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
+    assert logps.keys() == {example.pair.key for example in examples}
+    for example in examples:
+        for response, values in zip((example.chosen, example.rejected), logps[example.pair.key]):
             ids = torch.from_numpy(np.concatenate([example.prompt_ids, response.ids])).long()
             with torch.no_grad():
                 expected = plain(ids[None]).logits[0].log_softmax(-1)
@@ -33,37 +33,37 @@ def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, exampl
             expected = expected[range(start - 1, len(ids) - 1), ids[start:]]
             np.testing.assert_allclose(values, expected, atol=2e-5)
     assert "0 of 9 pairs cached" in capsys.readouterr().out
-    again = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
+    again = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert "9 of 9 pairs cached" in capsys.readouterr().out
     assert all((first == second).all() for pair in logps for first, second in zip(logps[pair], again[pair]))
 
 
 def test_what_is_cached_is_kept_and_the_rest_added(toy_model, process, examples, tmp_path, capsys):
     policy = load_policy(toy_model, torch.float32, process)
-    few = reference_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path)
+    few = response_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)  # another policy: new values can be told from cached ones
-    more = reference_logps(policy, process, examples, evaluation_batches(9, 4), RowOptions(True, 10_000), tmp_path)
+    more = response_logps(policy, process, examples, evaluation_batches(9, 4), RowOptions(True, 10_000), tmp_path)
     assert "2 of 9 pairs cached" in capsys.readouterr().out and len(more) == 9
-    assert all((few[pair][0] == more[pair][0]).all() for pair in (0, 1))
-    other = reference_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path / "other")
-    assert not np.allclose(other[0][0], more[0][0], atol=0.1)
+    assert len(few) == 2 and all((few[key][0] == more[key][0]).all() for key in few)
+    other = response_logps(policy, process, examples, [[0, 1]], RowOptions(False, 300), tmp_path / "other")
+    assert not np.allclose(other[min(other)][0], more[min(other)][0], atol=0.1)
     assert len(list(tmp_path.glob("logps-*.safetensors"))) == 2
 
 
 def test_a_damaged_cache_file_is_computed_again(toy_model, process, examples, tmp_path, capsys):
     policy = load_policy(toy_model, torch.float32, process)
     batches = evaluation_batches(9, 9)
-    whole = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
+    whole = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     (path,) = tmp_path.glob("logps-*.safetensors")
     path.write_bytes(path.read_bytes()[:50])
-    again = reference_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
+    again = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert "is damaged" in capsys.readouterr().out
     assert all((first == second).all() for pair in whole for first, second in zip(whole[pair], again[pair]))
 
 
 def test_the_cache_is_named_by_weights_dtype_and_device(tmp_path):
-    names = {reference_directory(tmp_path, model, dtype, torch.device(device), packs, False) for model in ("a", "b")
+    names = {logps_directory(tmp_path, model, dtype, torch.device(device), packs, False) for model in ("a", "b")
              for dtype in (torch.float32, torch.bfloat16) for device in ("cpu", "meta") for packs in (False, True)}
     assert len(names) == 16
