@@ -11,14 +11,15 @@ setup(
     packages=["twdpo", "twdpo.kernels"],
     package_dir={"twdpo": "twdpo", "twdpo.kernels": "kernels"},
     package_data={"twdpo": ["toy_model/*"]},
+    # Up to the newest minor versions that the tests were run on: raise an end when they pass on what is newer.
     install_requires=[
         "torch>=2.11,<2.14",
-        "triton>=3.6; platform_system == 'Linux'",
-        "transformers>=5.17,<6",
-        "sentencepiece",
-        "numpy",
-        "wandb",
-        "tqdm",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "transformers>=5.17,<5.25",
+        "sentencepiece>=0.2,<0.3",
+        "numpy>=1.26,<2.5",
+        "wandb>=0.19,<0.32",
+        "tqdm>=4.66,<4.71",
     ],
-    extras_require={"hub": ["datasets"], "dev": ["pytest", "ruff"]},
+    extras_require={"hub": ["datasets"], "dev": ["pytest>=8,<9.3", "ruff>=0.9,<0.18"]},
 )

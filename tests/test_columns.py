@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from precision_of_tests import InDouble, assert_as_exact
 from tokenizers import normalizers
 from tokenizers_of_tests import TRIMMED, byte_level, gemma_like, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -202,13 +203,16 @@ def compare_with_the_authors(directory: Path, rows: list[dict], tmp_path, *rule)
                             + "\n" for row in rows))
     extract.main(["--model", str(directory), "--data", str(path), "--preset", "authors", "--layers", "all", "--rollout",
                   "--out", str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    plain, double = (AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager") for _ in range(2))
+    double, tokenizer = double.double(), AutoTokenizer.from_pretrained(directory)
     for line, row in zip((tmp_path / "rows.jsonl").read_text().splitlines(), rows):
-        ours, expected = json.loads(line), columns_of_the_authors(model, tokenizer, row, *rule)
+        ours, same = json.loads(line), columns_of_the_authors(plain, tokenizer, row, *rule)
+        with InDouble():
+            expected = columns_of_the_authors(double, tokenizer, row, *rule)
         for name, value in expected.items():
             if "weights" in name:
-                np.testing.assert_allclose(ours[name], value, atol=1e-5)
+                exact_J = torch.tensor(value, dtype=torch.float64)
+                assert_as_exact(torch.tensor(ours[name]), torch.tensor(same[name]), exact_J, name, floor=5e-6)
             else:
                 assert ours[name] == value, name
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from precision_of_tests import InDouble, assert_as_exact
 from transformers import AutoModelForCausalLM
 
 from twdpo.chat import tokenize_pairs
@@ -20,18 +21,23 @@ def examples(toy_model):
 
 def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, examples, tmp_path, capsys):
     policy = load_policy(toy_model, torch.float32, process)
-    plain = AutoModelForCausalLM.from_pretrained(toy_model)
+    plain, exact = (AutoModelForCausalLM.from_pretrained(toy_model) for _ in range(2))
+    exact = exact.double()
+
+    def plain_logps(model, example, response) -> torch.Tensor:
+        ids, start = np.concatenate([example.prompt_ids, response.ids]), len(example.prompt_ids)
+        with torch.no_grad():
+            logps_TV = model(torch.from_numpy(ids).long()[None]).logits[0].log_softmax(-1)
+        return logps_TV[range(start - 1, len(ids) - 1), ids[start:]]
     batches = evaluation_batches(len(examples), 4)
     logps = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert logps.keys() == {example.pair.key for example in examples}
     for example in examples:
         for response, values in zip((example.chosen, example.rejected), logps[example.pair.key]):
-            ids = torch.from_numpy(np.concatenate([example.prompt_ids, response.ids])).long()
-            with torch.no_grad():
-                expected = plain(ids[None]).logits[0].log_softmax(-1)
-            start = len(example.prompt_ids)
-            expected = expected[range(start - 1, len(ids) - 1), ids[start:]]
-            np.testing.assert_allclose(values, expected, atol=2e-5)
+            plain_N = plain_logps(plain, example, response)
+            with InDouble():
+                exact_N = plain_logps(exact, example, response)
+            assert_as_exact(torch.from_numpy(values), plain_N, exact_N)
     assert "0 of 9 pairs cached" in capsys.readouterr().out
     again = response_logps(policy, process, examples, batches, RowOptions(False, 300), tmp_path)
     assert "9 of 9 pairs cached" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from precision_of_tests import assert_as_exact, assert_exact
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
@@ -86,10 +87,45 @@ def gradients(op, given: dict, options=None) -> dict[str, torch.Tensor]:
     return {"ratio_S": ratio_S, "logps_N": logps_N} | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
 
 
-def assert_equal_to_specification(op, given: dict, options=None, **tolerance) -> None:
-    expected = gradients(weighted_logratio_spec, given, options)
+def double(given: dict) -> dict:
+    """The same operands in fp64."""
+    return given | {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in given.items()
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+def assert_equal_to_specification(op, given: dict, options=None, floor: float = 2e-6) -> None:
+    """In fp64 equal; in a smaller dtype as exact as the specification is in that dtype."""
+    same = gradients(weighted_logratio_spec, given, options)
+    exact = gradients(weighted_logratio_spec, double(given), options)
     for name, ours in gradients(op, given, options).items():
-        torch.testing.assert_close(ours, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        if ours.dtype == torch.float64:
+            assert_exact(ours, exact[name], name)
+        else:
+            assert_as_exact(ours, same[name], exact[name], name, floor)
+
+
+def three_ways(op, given: dict):
+    """(way, operands): the op, the specification in the same dtype, and in fp64."""
+    return (op, given), (weighted_logratio_spec, given), (weighted_logratio_spec, double(given))
+
+
+def calm(given: dict) -> dict:
+    """Operands of small logits: a saturated softcap would tie them."""
+    return given | {name: 0.2 * given[name].detach() for name in ("hidden_ND", "bias_V")}
+
+
+def assert_statistics(op, given: dict, options) -> tuple[torch.Tensor, ...]:
+    """Entropy and top-1 are those of the logits. Returns the op's outputs."""
+    outputs = op(**given, options=options, stats=True)
+    same_NV, exact_NV = (logratio.logits_of(each["hidden_ND"], each["head_VD"], each["bias_V"], options).detach()
+                         for each in (given, double(given)))
+    entropies = [torch.distributions.Categorical(logits=logits_NV).entropy() for logits_NV in (same_NV, exact_NV)]
+    assert_as_exact(outputs[2], *entropies, "entropy")
+    best_N2 = exact_NV.topk(2, dim=-1).values
+    clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-4  # not within rounding of each other
+    expected_N = exact_NV.argmax(dim=-1) == given["targets_N"]
+    assert clear_N.double().mean() >= 0.9 and torch.equal(outputs[3][clear_N], expected_N[clear_N])
+    return outputs
 
 
 # The whole op, fp64
@@ -103,7 +139,7 @@ def test_chunked_equals_the_specification(columns, options, seq_lens, monkeypatc
         set_chunk_columns(monkeypatch, columns)
     given = operands(seq_lens)
     given["targets_N"][:2] = 5  # repeated
-    assert_equal_to_specification(weighted_logratio_chunked, given, options, atol=1e-10, rtol=1e-10)
+    assert_equal_to_specification(weighted_logratio_chunked, given, options)
 
 
 @interpreted
@@ -112,7 +148,7 @@ def test_chunked_equals_the_specification(columns, options, seq_lens, monkeypatc
 def test_triton_equals_the_specification(options, seq_lens):
     given = operands(seq_lens)
     given["targets_N"][:2] = 5  # repeated
-    assert_equal_to_specification(triton_op_many_waves, given, options, atol=1e-10, rtol=1e-10)
+    assert_equal_to_specification(triton_op_many_waves, given, options)
 
 
 @interpreted
@@ -137,16 +173,14 @@ def test_gradcheck(op, options, monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_ragged_sizes(op, num_tokens, vocabulary, hidden, bias):
     given = operands([num_tokens // 2, num_tokens - num_tokens // 2], vocabulary, hidden, torch.float32, bias)
-    assert_equal_to_specification(op, given, atol=2e-5, rtol=1e-4)
+    assert_equal_to_specification(op, given)
 
 
 def test_tile_shape_and_waves_do_not_matter():
     given = operands([20, 30], vocabulary=131, hidden=40, dtype=torch.float32)
-    expected = gradients(triton_op, given, OPTIONS[3])
     for tiles in (kernel.Tiles(64, 16, 32, 4, 2, group_n=1), kernel.Tiles(32, 128, 64, 8, 3, group_n=16)):
         for wave_mib in (1e-6, 0.02, 160):
-            for name, value in gradients(partial(triton_op, tiles=tiles, wave_mib=wave_mib), given, OPTIONS[3]).items():
-                torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-4)
+            assert_equal_to_specification(partial(triton_op, tiles=tiles, wave_mib=wave_mib), given, OPTIONS[3])
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
@@ -155,11 +189,8 @@ def test_loops_of_the_finishing_kernels(options, monkeypatch):
     for name, size in (("TOKEN_BLOCK", 16), ("TILE_BLOCK", 2), ("SUM_BLOCK", 8)):
         monkeypatch.setattr(kernel, name, size)
     given = operands([20, 0, 3], vocabulary=131, dtype=torch.float32)
-    assert_equal_to_specification(triton_op, given, options, atol=2e-5, rtol=1e-4)
-    entropy_N, top1_N = triton_op(**given, options=options, stats=True)[2:]
-    expected_N = weighted_logratio_chunked(**given, options=options, stats=True)[2:]
-    torch.testing.assert_close(entropy_N, expected_N[0], atol=1e-5, rtol=1e-4)
-    assert torch.equal(top1_N, expected_N[1])
+    assert_equal_to_specification(triton_op, given, options)
+    assert_statistics(triton_op, calm(given), options)
 
 
 @IMPLEMENTATIONS
@@ -171,12 +202,13 @@ def test_order_of_sequences_does_not_matter(op):
     permuted = given | {name: given[name][tokens].detach().requires_grad_(given[name].requires_grad)
                         for name in ("hidden_ND", "targets_N", "ref_logps_N", "weights_N")}
     permuted |= {name: given[name][order] for name in ("seq_lens_S", "scale_S")}
-    before, after = [op(**operands_) for operands_ in (given, permuted)]
-    torch.testing.assert_close(after[0], before[0][order])
-    torch.testing.assert_close(after[1], before[1][tokens])
-    grads = [torch.autograd.grad(outputs[0].square().sum(), operands_["hidden_ND"])[0]
-             for outputs, operands_ in ((before, given), (after, permuted))]
-    torch.testing.assert_close(grads[1], grads[0][tokens], atol=1e-4, rtol=1e-4)
+
+    def run(op, given):
+        ratio_S, logps_N = op(**given)
+        return ratio_S, logps_N, torch.autograd.grad(ratio_S.square().sum(), given["hidden_ND"])[0]
+    plain, exact = run(weighted_logratio_spec, given), run(weighted_logratio_spec, double(given))
+    for ours, each, truth, places in zip(run(op, permuted), plain, exact, (order, tokens, tokens)):
+        assert_as_exact(ours, each[places], truth[places])
 
 
 # Awkward numbers
@@ -191,7 +223,7 @@ def test_huge_logits_and_sure_tokens_stay_finite_and_right(op):
     given["targets_N"] = torch.tensor([0, 0, 0])
     ours = gradients(op, given)
     assert ours["logps_N"][0] == 0 and ours["logps_N"][1] == -2e4 and 0.998 < ours["logps_N"][2].exp() < 0.9999
-    assert_equal_to_specification(op, given, atol=1e-6, rtol=1e-5)
+    assert_equal_to_specification(op, given)
 
 
 @IMPLEMENTATIONS
@@ -204,12 +236,8 @@ def test_sure_tokens_are_as_exact_as_torch(op, top, monkeypatch):
     logits_NV[torch.arange(50), given["targets_N"]] = top
     given |= {"head_VD": torch.eye(256), "hidden_ND": logits_NV.requires_grad_(),
               "ref_logps_N": torch.full((50,), -0.01), "weights_N": torch.ones(50)}
-    exact = gradients(weighted_logratio_spec, given | {"head_VD": torch.eye(256, dtype=torch.float64),
-                                                       "hidden_ND": logits_NV.detach().double().requires_grad_()})
-    same = gradients(weighted_logratio_spec, given)
-    for name, ours in gradients(op, given).items():
-        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
-        assert error <= 2 * allowed + 1e-7 * exact[name].norm(), name
+    # An error of one rounding of 1 is any exponential's; the last bit of 50 is thirty of it.
+    assert_equal_to_specification(op, given, floor=2 * torch.finfo(torch.float32).eps)
 
 
 @IMPLEMENTATIONS
@@ -219,7 +247,7 @@ def test_vocabulary_that_a_bias_rules_out(op, monkeypatch):
     given = operands([4, 5], vocabulary=100, dtype=torch.float32)
     given["targets_N"] %= 20
     given["bias_V"] = torch.where(torch.arange(100) < 20, 0.0, float("-inf"))
-    assert_equal_to_specification(op, given, atol=1e-5, rtol=1e-4)
+    assert_equal_to_specification(op, given)
     outputs = op(**given, stats=True)
     assert all(output.isfinite().all() for output in outputs)
 
@@ -229,11 +257,11 @@ def test_zero_weights_and_upstream_give_zero_gradients(op):
     given = operands([20, 20], dtype=torch.float32) | {"weights_N": torch.zeros(40)}
     given["weights_N"][:3] = 1.0  # the later blocks of rows are skipped
     names = ("hidden_ND", "head_VD", "bias_V")
-    ours, expected = [torch.autograd.grad(way(**given)[0].sum(), [given[name] for name in names])
-                      for way in (op, weighted_logratio_spec)]
+    ours, same, exact = [torch.autograd.grad(way(**each)[0].sum(), [each[name] for name in names])
+                         for way, each in three_ways(op, given)]
     assert (ours[0][3:] == 0).all()
-    for name, mine, theirs in zip(names, ours, expected):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for name, *values in zip(names, ours, same, exact):
+        assert_as_exact(*values, name)
 
 
 @IMPLEMENTATIONS
@@ -258,10 +286,9 @@ def test_what_is_not_finite_shows(op):
 @pytest.mark.parametrize("needs", ["hidden_ND", "head_VD", "bias_V"])
 def test_each_input_alone_may_need_a_gradient(op, needs):
     given = operands([2, 3], dtype=torch.float32)
-    expected = gradients(weighted_logratio_spec, given)[f"grad of {needs}"]
     for name in ("hidden_ND", "head_VD", "bias_V"):
         given[name].requires_grad_(name == needs)
-    torch.testing.assert_close(gradients(op, given)[f"grad of {needs}"], expected, atol=1e-5, rtol=1e-4)
+    assert_equal_to_specification(op, given)
 
 
 @IMPLEMENTATIONS
@@ -270,17 +297,10 @@ def test_each_input_alone_may_need_a_gradient(op, needs):
 def test_entropy_and_top1(op, columns, options, monkeypatch):
     if columns < 1000:
         set_chunk_columns(monkeypatch, columns)
-    given = operands([30, 20], vocabulary=101, dtype=torch.float32)
-    given["hidden_ND"] = given["hidden_ND"].detach() * 0.2  # a saturated softcap would tie
+    given = calm(operands([30, 20], vocabulary=101, dtype=torch.float32))
     logits_NV = logratio.logits_of(given["hidden_ND"], given["head_VD"], given["bias_V"], options)
     given["targets_N"][::2] = logits_NV.argmax(dim=-1)[::2]
-    ratio_S, logps_N, entropy_N, top1_N = op(**given, options=options, stats=True)
-    torch.testing.assert_close(entropy_N, torch.distributions.Categorical(logits=logits_NV).entropy(), atol=1e-5,
-                               rtol=1e-4)
-    best_N2 = logits_NV.topk(2, dim=-1).values
-    clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-5  # a softcap can bring two logits within rounding of each other
-    expected_N = logits_NV.argmax(dim=-1) == given["targets_N"]
-    assert clear_N.sum() >= 45 and torch.equal(top1_N[clear_N], expected_N[clear_N])
+    ratio_S, logps_N, entropy_N, top1_N = assert_statistics(op, given, options)
     assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
     plain = op(**given, options=options)
     assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
@@ -316,13 +336,13 @@ def test_strides_do_not_matter(op):
             tensor.requires_grad)
     views = {name: spread(tensor) for name, tensor in given.items()}
     assert not views["hidden_ND"].is_contiguous() and not views["weights_N"].is_contiguous()
-    assert_equal_to_specification(op, views, atol=2e-5, rtol=1e-4)
+    assert_equal_to_specification(op, views)
     given["weights_N"] = torch.ones(1).expand(17)
     names = ("hidden_ND", "scale_S")
-    ours, expected = [torch.autograd.grad(sum(output.sum() for output in way(**given)), [given[name] for name in names])
-                      for way in (op, weighted_logratio_spec)]
-    for mine, theirs in zip(ours, expected):
-        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+    gradients_ = [torch.autograd.grad(sum(output.sum() for output in way(**each)), [each[name] for name in names])
+                  for way, each in three_ways(op, given)]
+    for name, *values in zip(names, *gradients_):
+        assert_as_exact(*values, name)
 
 
 @IMPLEMENTATIONS
@@ -362,14 +382,9 @@ def test_tiles_without_the_accelerator_are_small():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op_large_tiles], ids=["chunked", "triton"])
 def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
-    """Three-way: against fp64 truth, at most twice the error of the specification in the same dtype."""
+    """Against fp64 truth, beside the specification in the same dtype."""
     set_chunk_columns(monkeypatch, 100)
-    given = operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False)
-    truth = given | {name: given[name].detach().double().requires_grad_() for name in ("hidden_ND", "head_VD")}
-    exact, same = gradients(weighted_logratio_spec, truth), gradients(weighted_logratio_spec, given)
-    for name, ours in gradients(op, given).items():
-        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
-        assert error <= 2 * allowed + 1e-6, name
+    assert_equal_to_specification(op, operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False))
 
 
 # Dispatch and refusals

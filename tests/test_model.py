@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models_of_tests import MODELS, build
+from precision_of_tests import InDouble, assert_as_exact, assert_exact
 from safetensors.torch import load_file, save_file
 from tokenizers_of_tests import byte_level
 from torch.distributed.tensor import DTensor
@@ -73,10 +74,14 @@ def test_policy_equals_plain_forwards_of_each_sequence(toy_model, process):
     plain = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
     policy = load_policy(toy_model, torch.float32, process)
     batch = collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])
-    logps_N = policy(batch).logps_N
-    expected_N = torch.cat([plain_logps(plain, example, response) for example in EXAMPLES
-                            for response in (example.chosen, example.rejected)])
-    torch.testing.assert_close(logps_N, expected_N, atol=2e-5, rtol=0)
+
+    def expected() -> torch.Tensor:
+        return torch.cat([plain_logps(plain, example, response) for example in EXAMPLES
+                          for response in (example.chosen, example.rejected)])
+    logps_N, plain_N = policy(batch).logps_N, expected()
+    plain.double()
+    with InDouble():
+        assert_as_exact(logps_N, plain_N, expected())
 
 
 def test_rotary_buffers_are_computed_after_loading_without_memory(toy_model, process):
@@ -131,10 +136,11 @@ def test_parameters_stay_sharded_after_an_evaluation(toy_model, process):
 
 
 def test_padding_and_grouping_change_nothing(toy_model, process):
-    policy = load_policy(toy_model, torch.float32, process)
-    together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])).logps_N
-    apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, [0, 1, 2])).logps_N for pair in (0, 1, 2)])
-    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+    policy = load_policy(toy_model, torch.float32, process).double()
+    with InDouble():
+        together = policy(collate(MicroBatch((0, 1, 2)), EXAMPLES, [0, 1, 2])).logps_N
+        apart = torch.cat([policy(collate(MicroBatch((pair,)), EXAMPLES, [0, 1, 2])).logps_N for pair in (0, 1, 2)])
+    assert_exact(together, apart)
 
 
 @pytest.mark.parametrize("name", MODELS)

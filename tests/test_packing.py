@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from models_of_tests import MODELS, build
+from models_of_tests import MODELS, build_double
+from precision_of_tests import InDouble, assert_exact
 
 from twdpo.attention import ATTENTION_NAME
 from twdpo.batch import collate, plan_micro_batches
@@ -32,20 +33,20 @@ def run(policy, packs: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(log-probs, gradients of all parameters) for an uneven upstream gradient."""
     policy.zero_grad()
     logps_N = policy(collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=packs)).logps_N
-    (logps_N * torch.linspace(-1, 1, len(logps_N))).sum().backward()
+    (logps_N * torch.linspace(-1, 1, len(logps_N), dtype=logps_N.dtype)).sum().backward()
     return logps_N.detach(), {name: parameter.grad.clone() for name, parameter in policy.named_parameters()
                               if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_equal_plain_ones(name):
-    policy = Policy(build(name, ATTENTION_NAME))
-    (plain_N, plain_grads), (packed_N, packed_grads) = run(policy, False), run(policy, True)
-    torch.testing.assert_close(packed_N, plain_N, atol=3e-5, rtol=0)
+    policy = Policy(build_double(name, ATTENTION_NAME))
+    with InDouble():
+        (plain_N, plain_grads), (packed_N, packed_grads) = run(policy, False), run(policy, True)
+    assert_exact(packed_N, plain_N)
     assert plain_grads.keys() == packed_grads.keys() and len(plain_grads) > 5
-    scale = max(grad.abs().max() for grad in plain_grads.values())
     for parameter, grad in packed_grads.items():
-        assert (grad - plain_grads[parameter]).abs().max() <= 3e-5 * scale, parameter
+        assert_exact(grad, plain_grads[parameter], parameter)
 
 
 def test_a_packed_row_holds_each_beginning_once():

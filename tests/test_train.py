@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_of_tests import MODELS_WITHOUT_THE_INTERFACE
 from runs_of_tests import MEASURED, assert_close_rows, read_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -382,12 +383,12 @@ def test_bad_input_is_one_message_and_no_traceback(flags, message, tmp_path, arg
     assert not (tmp_path / "run/config.json").exists()  # so the mended command needs no --overwrite
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj"])
+@pytest.mark.parametrize("name", MODELS_WITHOUT_THE_INTERFACE)
 def test_a_policy_that_would_look_ahead_is_refused(name, tmp_path, arguments, toy_model, capsys):
-    """These architectures have attention of their own: given no mask, they attend to what comes after."""
+    """Architectures whose attention is not reached: given no mask, one attends to what comes after."""
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
-    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), hidden_size=32, n_embd=32, n_layer=2, n_head=2,
-                                  rotary_dim=8)
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     fails(arguments(tmp_path / "run", model=tmp_path / "model", loss="dpo"), "AttentionInterface", capsys)
