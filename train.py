@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
     before = dict(LOSSES), dict(WEIGHTS)
     try:
-        run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], list_objectives(),
-                                                    settings_of_loss), train)
+        run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], settings_of_loss,
+                                                    list_objectives), train)
     finally:  # what --import added is this run's
         for table, old in zip((LOSSES, WEIGHTS), before):
             table.clear()
@@ -204,7 +204,7 @@ def train(config: TrainConfig, process: Process) -> None:
     if held_out and source is WEIGHTS["attention"] and isinstance(inputs.weights_file, WeightsFile):
         pairs = [example.pair for example in held_out]
         process.on_main(lambda: write_report(run_dir / "weights", inputs.weights_file, pairs, inputs.tokenizer,
-                                             config.rounds, config.sink_k, config.sink_k_min, min_count=10,
+                                             config.judge_rounds, config.sink_k, config.sink_k_min, min_count=10,
                                              num_shown=24, seed=config.seed))
     process.print(summarize(run_dir))
 

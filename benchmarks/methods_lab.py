@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from twdpo.metrics import pair_metrics
 from twdpo.model import TOY_MODEL, Policy, fingerprint_model, load_policy, load_tokenizer
 from twdpo.pairs import parse_row
 from twdpo.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
+from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.reference import reference_logps
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
@@ -193,10 +194,16 @@ def arm_config(loss_name: str, factor: float) -> TrainConfig:
     return TrainConfig(data="toy", loss=loss_name, lr=LR, batch_size=BATCH, **settings)
 
 
+def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
+    """The loss of an arm, with its own options."""
+    return bind_options(LOSSES[loss_name], config.loss_options, "--loss-options")
+
+
 def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: int, factor: float
               ) -> dict[str, float]:
     """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
-    loss, source, config = LOSSES[loss_name], WEIGHTS[source_name], arm_config(loss_name, factor)
+    config, source = arm_config(loss_name, factor), WEIGHTS[source_name]
+    loss = arm_loss(loss_name, config)
     pool, needs = lab.training(seed), source_needs(source)
     context = lab.context(seed, needs, config)
     has_logps = needs_reference(loss) or "ref" in needs

@@ -46,21 +46,21 @@ def describe_extraction(config: SharedConfig, layers: str, flag: str, rollout: b
     model_config = load_model_config(model_dir)
     text_config = model_config.get_text_config()
     numbers = parse_layers(layers, text_config.num_hidden_layers, flag) if layers else []
-    parse_heads(config.heads, text_config.num_attention_heads)
+    parse_heads(config.judge_heads, text_config.num_attention_heads)
     return {
         "code": EXTRACTION_VERSION,
         "model": model_fingerprint,
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "judge_prompt": hash_json(load_judge_prompt(config.judge_prompt)),
-        "question": config.question,
-        "strip_answers": config.strip_answers,
+        "question": config.judge_question,
+        "strip_answers": config.judge_strip,
         "judge_cut": config.judge_cut,
-        "spans": config.spans,
-        "max_judge_length": config.max_judge_length or context_length(model_config),
-        "query": config.query,
-        "attention": config.attention,
+        "spans": config.judge_spans,
+        "max_judge_length": config.judge_max_length or context_length(model_config),
+        "query": config.judge_query,
+        "attention": config.judge_attention,
         "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
-        "heads": config.heads,
+        "heads": config.judge_heads,
         "layers": [layer + 1 for layer in numbers] + [ROLLOUT] * rollout,
         "data": data_fingerprint,
     }
@@ -69,14 +69,14 @@ def describe_extraction(config: SharedConfig, layers: str, flag: str, rollout: b
 def open_judge_inputs(config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process
                       ) -> JudgeInputs:
     """What builds judge inputs for these settings; warns of lengths past the model's context."""
-    appended = config.query == "verdict"
-    if config.max_judge_length:
-        warning = check_length("--max-judge-length", config.max_judge_length, load_model_config(model_dir))
+    appended = config.judge_query == "verdict"
+    if config.judge_max_length:
+        warning = check_length("--judge-max-length", config.judge_max_length, load_model_config(model_dir))
         process.print(warning) if warning else None
     inputs = JudgeInputs(tokenizer, load_judge_prompt(config.judge_prompt), meta["max_judge_length"] - appended,
-                         config.question, config.strip_answers, config.judge_cut, config.spans)
-    if config.spans == "authors" and inputs.end_rule is None:
-        process.print("--spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
+                         config.judge_question, config.judge_strip, config.judge_cut, config.judge_spans)
+    if config.judge_spans == "authors" and inputs.end_rule is None:
+        process.print("--judge-spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
     return inputs
 
 
@@ -169,10 +169,10 @@ class JudgePass:
     def __init__(self, config: SharedConfig, meta: dict[str, object], model_dir: Path, tokenizer, process: Process):
         device, dtype = process.device, pick_dtype(config.judge_dtype, process.device)
         text_config = load_model_config(model_dir).get_text_config()
-        self.query, self.eager = config.query, config.attention == "eager"
+        self.query, self.eager = config.judge_query, config.judge_attention == "eager"
         self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
         self.rollout = ROLLOUT in meta["layers"]
-        self.heads = parse_heads(config.heads, text_config.num_attention_heads)
+        self.heads = parse_heads(config.judge_heads, text_config.num_attention_heads)
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
         self.verdicts = verdict_ids(tokenizer)
         # Nothing after the last wanted layer is loaded or run; the verdict needs them all.

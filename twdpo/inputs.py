@@ -35,7 +35,7 @@ from twdpo.postprocess import alignment_shares
 from twdpo.reference import example_key
 from twdpo.verbalized import ScoresFile, describe_left_out
 from twdpo.weights import WeightContext, check_covered
-from twdpo.weights_file import WeightsFile
+from twdpo.weights_file import WeightsFile, parse_layer
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
@@ -75,8 +75,9 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: tu
     meta, judge_inputs = {}, None
     if "attention" in needs and not weights_path:
         rollout = config.layer == ROLLOUT
-        meta = describe_extraction(config, "" if rollout else config.layer, "--layer", rollout, model_dir, fingerprint,
-                                   tokenizer, dataset.fingerprint, process.device)
+        meta = describe_extraction(config, "" if rollout else ",".join(parse_layer(config.layer)[0]), "--layer",
+                                   rollout, model_dir, fingerprint, tokenizer, dataset.fingerprint,
+                                   process.device)
         judge_inputs = open_judge_inputs(config, meta, model_dir, tokenizer, process)
         stored = stored_pairs(weights_directory(config, meta), meta, process)
         pairs = [example.pair for example in train + held_out if example.pair.key not in stored]
@@ -190,7 +191,7 @@ def open_context(config: TrainConfig, inputs: Inputs, used: list[Example], proce
             process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
-            shares = alignment_shares(sample, inputs.weights_file, config.rounds)
+            shares = alignment_shares(sample, inputs.weights_file, config.judge_rounds)
             process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
                           + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
     return WeightContext(config, inputs.weights_file, inputs.scores)

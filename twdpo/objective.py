@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import torch
 
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import InputError, TrainConfig, choices_of
 from twdpo.dist import Process
 from twdpo.inputs import import_files
 from twdpo.losses import LOSSES, loss_needs
@@ -16,9 +16,7 @@ from twdpo.weights import NORMS, WEIGHTS, find_source, source_needs
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
     """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
-    import_files(str(given.get("imports", "")))
-    inherit_attributes(LOSSES)
-    inherit_attributes(WEIGHTS)
+    import_objectives(str(given.get("imports", "")))
     name = given.get("loss", TrainConfig.loss)
     settings = getattr(LOSSES.get(name), "settings", {})
     if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
@@ -32,6 +30,8 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
         raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")
     kinds = get_type_hints(TrainConfig)
     for field, value in settings.items():
+        if choices_of(kinds[field]):
+            continue  # the config checks them
         if type(value) is not kinds[field] and (kinds[field], type(value)) != (float, int):
             raise InputError(f"the settings of the loss {name} have {field} {value!r}: it must be a "
                              f"{kinds[field].__name__}")
@@ -60,21 +60,13 @@ def check_plugins(loss, source, config: TrainConfig, process: Process) -> None:
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{name_of(what)}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
-    seen: set[str] = set()
-
-    class Reads:
-        """The config, noting which of its fields the loss reads."""
-
-        def __getattr__(self, name: str):
-            seen.add(name)
-            return getattr(config, name)
     numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
     pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
                             chosen_tokens=2, averaged=config.length_normalize or norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
     try:
-        result = loss(numbers, numbers, pairs, Reads())
+        result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
     except Exception as error:  # noqa: BLE001 - it may read more of a batch than this has, or need longer answers
@@ -84,17 +76,23 @@ def check_plugins(loss, source, config: TrainConfig, process: Process) -> None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)
             and isinstance(result[1], dict) and result[0].shape == (2,)):
         raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
-    works = result[0].isfinite().all()
-    if config.loss_options and not works:
+    if config.loss_options and not result[0].isfinite().all():
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
-    for name, off in (("label_smoothing", 0.0), ("length_by", "tokens")):
-        if getattr(config, name) != off and name not in seen:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: {config.loss} reads no such thing; "
-                             "leave it out")
 
 
-def list_objectives() -> str:
-    """The end of --help: every loss and weight source, from their docstrings."""
+def import_objectives(paths: str) -> None:
+    """Run the files of --import, which add to LOSSES and WEIGHTS. Raises InputError."""
+    import_files(paths)
+    inherit_attributes(LOSSES)
+    inherit_attributes(WEIGHTS)
+
+
+def list_objectives(paths: str = "") -> str:
+    """What --help-losses prints: every loss and weight source, those of these files among them, from their docstrings.
+
+    Raises InputError for a file that can't be run.
+    """
+    import_objectives(paths)
     lines = []
     for title, rows in (("losses", describe(LOSSES, loss_needs)),
                         ("weight sources", describe(WEIGHTS, source_needs))):
