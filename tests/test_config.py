@@ -21,6 +21,7 @@ from twdpo.config import (
     parse_config,
     to_json,
 )
+from twdpo.objective import settings_of_loss
 
 
 def parse(*argv, cls=TrainConfig):
@@ -194,6 +195,12 @@ def test_choices_are_accepted_and_all_else_is_refused(cls, name, choices, tmp_pa
 
 def test_presets_are_the_choices():
     assert set(choices_of(typing.get_type_hints(TrainConfig)["preset"])) == PRESETS.keys() | {""}
+
+
+def test_a_loss_brings_its_options_and_given_ones_stand_above():
+    def options(*argv):
+        return parse_config(TrainConfig, ["--loss", "robust", *argv], "test", settings_of_loss).loss_options
+    assert options() == "label_smoothing=0.1" and options("--loss-options", "label_smoothing=0.2") == "label_smoothing=0.2"
 
 
 @pytest.mark.parametrize("argv", [["--import", "FILE", "--help-losses"], ["--help-losses", "--import", "FILE"]])

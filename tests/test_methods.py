@@ -312,9 +312,9 @@ LOSSES["long"] = long
     assert read_rows(tmp_path / "run")[1]["step"] == 1
 
 
-def test_help_lists_every_loss_and_source(capsys):
+def test_help_losses_lists_every_loss_and_source(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main(["--help-losses"])
     printed = capsys.readouterr().out
     for name in (*LOSSES, *WEIGHTS):
         assert re.search(rf"^  {name} +\S", printed, re.MULTILINE), name

@@ -39,17 +39,17 @@ class SharedConfig:
 
     model: str = flag("", "data", "directory or hub id of policy, reference and judge; empty: the toy")
     data: str = flag("", "data", "pairs: .jsonl, .json, directory, hub id, 'toy'; empty: the paper's for --model")
-    eval_data: str = flag("", "data", "held-out pairs, same forms; empty: the test split, else --eval-fraction")
+    eval_data: str = flag("", "data", "held-out pairs, same forms; empty: the data's test split, else --eval-fraction")
     chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")
     skip_bad_rows: bool = flag(False, "data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
     preset: Literal["", "paper", "authors", "toy", "tuned", "tuned-base", "tuned-v0.2"] = flag(
         "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
         "Instruct's second pairs; empty: toy for --data toy, else paper")
     config: str = flag("", "data", "JSON file of settings, keys as in OUT/config.json; empty: none", free=True)
-    cache_dir: str = flag("", "data", "of attention, log-probs; empty: $XDG_CACHE_HOME or ~/.cache, /twdpo", free=True)
+    cache_dir: str = flag("", "data", "of attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache",
+                          free=True)
 
-    judge_prompt: str = flag(
-        "paper", "judge", "paper, authors, short, or a file with {question}, {answer_a} and {answer_b}")
+    judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
     judge_max_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context")
     judge_query: Literal["prompt", "verdict"] = flag(
         "prompt", "judge", "who attends: the prompt's last token, or its verdict (2 forwards)")
@@ -125,7 +125,7 @@ class TrainConfig(SharedConfig):
     aux_model: str = flag("", "objective", "POSITIVE[,NEGATIVE] that sources compare; second: the start; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored: last, rollout, 8 (1-based); mean: all, 8,16; sum (authors): 8+16")
-    beta: float = flag(5e-3, "objective", "of the KL penalty; some losses bring theirs; 2 if --length-normalize")
+    beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses may bring theirs; --length-normalize: 2")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
     sink_k_min: int = flag(5, "objective", "the reset applies to answers of at least this many judge tokens")
@@ -141,16 +141,16 @@ class TrainConfig(SharedConfig):
     max_prompt_length: int = flag(1800, "steps", "tokens of a prompt; longer ones keep BOS and their last ones")
     seed: int = flag(42, "steps", "of the held-out split and the order of the pairs")
 
-    eval_fraction: float = flag(0.05, "held-out", "share of prompts, where no test split is; 0: no evaluation at all")
+    eval_fraction: float = flag(0.05, "held-out", "share held out, by prompt, without a test split; 0: no evaluation")
     eval_every: int = flag(500, "held-out", "steps between evaluations; first and last always; 0: only those")
 
-    dtype: Dtype = flag("auto", "hardware", "of computation, parameters stay fp32; auto: bfloat16 on CUDA")
+    dtype: Dtype = flag("auto", "hardware", "of computation alone; auto: bfloat16 on CUDA, float32 on CPU")
     micro_batch_tokens: int = flag(0, "hardware", "of one pass; 0: 4096 on CPU, on CUDA 16384 or by plan", free=True)
-    packing: Switch = flag("auto", "hardware", "many pairs in a row without padding; auto: if a check allows it")
+    packing: Switch = flag("auto", "hardware", "rows of many pairs, unpadded; off: of a sequence; auto: after a check")
     checkpointing: Literal["auto", "none", "selective", "full"] = flag(
         "auto", "hardware", "activations computed again: of every second layer, or all; auto: none on CPU, on CUDA the "
         "least that fits by the memory plan", free=True)
-    replicate: int = flag(1, "hardware", "copies of the parameters' shards; number of nodes: one on each", free=True)
+    replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
     no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (holds them whole); off: on all",
                          free=True)
@@ -172,9 +172,9 @@ class TrainConfig(SharedConfig):
     wandb: str = flag("", "output", "Weights & Biases project (WANDB_MODE=offline: no account); empty: off", free=True)
 
     align: Literal["characters", "edits"] = flag(
-        "characters", "parity", "judge to training tokens by; edits: appendix D")
+        "characters", "parity", "how judge tokens meet training tokens; edits: appendix D")
     sink_on: Literal["training", "judge"] = flag(
-        "training", "parity", "tokens reset: those aligned, or before that (authors)")
+        "training", "parity", "the reset is made after the alignment, or before it (authors)")
     unseen: Literal["mean", "zero"] = flag("mean", "parity", "tokens that the judge did not see: 1/n, or 0 (authors)")
     renormalize: bool = flag(True, "parity", "on: weights sum to 1; off: to what cuts and alignment left (authors)")
     multiplier: Literal["answer", "judged"] = flag(

@@ -287,8 +287,8 @@ hinge.settings = {"": {"beta": 0.1}}
 def robust(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0) -> Loss:
     """DPO that is unbiased under flipped labels (Ray Chowdhury et al. 2024, arXiv 2403.00409).
 
-    (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), m = beta (R_w - R_l), e = label_smoothing. One
-    reference pass.
+    (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), m = beta (R_w - R_l), e = label_smoothing, here
+    0.1 by default. One reference pass.
     """
     return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), label_smoothing, unbiased=True), {}
 
