@@ -200,7 +200,8 @@ def test_presets_are_the_choices():
 def test_a_loss_brings_its_options_and_given_ones_stand_above():
     def options(*argv):
         return parse_config(TrainConfig, ["--loss", "robust", *argv], "test", settings_of_loss).loss_options
-    assert options() == "label_smoothing=0.1" and options("--loss-options", "label_smoothing=0.2") == "label_smoothing=0.2"
+    assert options() == "label_smoothing=0.1"
+    assert options("--loss-options", "label_smoothing=0.2") == "label_smoothing=0.2"
 
 
 @pytest.mark.parametrize("argv", [["--import", "FILE", "--help-losses"], ["--help-losses", "--import", "FILE"]])

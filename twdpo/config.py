@@ -289,7 +289,8 @@ def build_parser(cls, description: str, lists_losses: bool = False) -> argparse.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     if lists_losses:
         parser.add_argument("--help-losses", action="store_true", help=argparse.SUPPRESS)
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    used = dict.fromkeys([*GROUPS, *(field.metadata["group"] for field in dataclasses.fields(cls))])
+    groups = {key: parser.add_argument_group(GROUPS.get(key, key)) for key in used}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         group, name, kind = groups[field.metadata["group"]], flag_name(cls, field.name), hints[field.name]
@@ -309,19 +310,30 @@ def build_parser(cls, description: str, lists_losses: bool = False) -> argparse.
     return parser
 
 
+def parse_flags(cls, argv: list[str] | None, description: str, lists_losses: bool = False) -> dict[str, object]:
+    """The flags that are given, as values of their fields' types. Raises InputError for one that is none; argparse
+    exits on an unknown flag."""
+    given, hints = vars(build_parser(cls, description, lists_losses).parse_args(argv)), typing.get_type_hints(cls)
+    for name, value in given.items():
+        if isinstance(value, str):  # no switch
+            try:
+                given[name] = hints[name](value) if hints[name] in (int, float) else value.strip()
+            except ValueError as error:
+                wanted = "a whole number" if hints[name] is int else "a number"
+                raise InputError(f"{flag_name(cls, name)} is {value!r}: it must be {wanted}") from error
+    return given
+
+
 def parse_config(cls, argv: list[str] | None, description: str,
                  more_settings: Callable[[dict[str, object], str], dict[str, object]] | None = None,
                  list_losses: Callable[[str], str] | None = None):
-    """Command line -> config. Raises InputError for a wrong value; argparse exits on an unknown flag.
+    """Command line -> config. As parse_flags.
 
     more_settings: called with what is given and the preset's name; what it returns stands above the preset.
     list_losses: gives the text of --help-losses, which is printed instead of a run, for the files of --import.
     """
-    explicit = vars(build_parser(cls, description, list_losses is not None).parse_args(argv))
+    explicit, hints = parse_flags(cls, argv, description, list_losses is not None), typing.get_type_hints(cls)
     lists_losses = explicit.pop("help_losses", False)
-    hints = typing.get_type_hints(cls)
-    for name, value in explicit.items():
-        explicit[name] = read_flag(cls, name, hints[name], value)
     given = (read_config_file(cls, explicit["config"]) if explicit.get("config") else {}) | explicit
     if lists_losses:
         print(list_losses(given.get("imports", "")))
@@ -337,19 +349,6 @@ def parse_config(cls, argv: list[str] | None, description: str,
     if settings.get("length_normalize") and "beta" not in given and "beta" not in more:
         settings["beta"] = 2.0  # paper section 4.3: Eq. 15 has no |y|, so its beta is larger
     return cls(**settings)
-
-
-def read_flag(cls, name: str, kind: object, text: str | bool) -> object:
-    """A flag's text as a value of its field's type. Raises InputError."""
-    if not isinstance(text, str):  # a switch
-        return text
-    if kind not in (int, float):
-        return text.strip()
-    try:
-        return kind(text)
-    except ValueError as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise InputError(f"{flag_name(cls, name)} is {text!r}: it must be {wanted}") from error
 
 
 def resolve_data(model: str, data: str) -> dict[str, str]:
