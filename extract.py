@@ -67,12 +67,12 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
             targets.append((path.with_name(f"{path.stem}_held_out{path.suffix}"), config.eval_data or config.data,
                             TEST_SPLITS + TRAIN_SPLITS if config.eval_data else TEST_SPLITS))
         for path, data, splits in targets:
-            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.rounds,
+            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.judge_rounds,
                                            config.empty_answers)
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:
         defaults = TrainConfig()
-        print(write_report(Path(config.report), stored, pairs, tokenizer, config.rounds, defaults.sink_k,
+        print(write_report(Path(config.report), stored, pairs, tokenizer, config.judge_rounds, defaults.sink_k,
                            defaults.sink_k_min, config.report_min_count, config.report_pairs, defaults.seed))
         print(f"{Path(config.report) / 'weights.html'}: a page to look at; report.json: the same figures")
 

@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
     before = dict(LOSSES), dict(WEIGHTS)
     try:
-        run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], list_objectives(),
-                                                    settings_of_loss), train)
+        run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], settings_of_loss,
+                                                    list_objectives), train)
     finally:  # what --import added is this run's
         for table, old in zip((LOSSES, WEIGHTS), before):
             table.clear()
@@ -365,7 +365,7 @@ def finish(run: Run, log: Log) -> None:
     if run.held_out and run.objective.source is WEIGHTS["attention"] and isinstance(attention, WeightsFile):
         pairs = [example.pair for example in run.held_out]
         process.on_main(lambda: write_report(run.folder / "weights", attention, pairs, run.model.tokenizer,
-                                             config.rounds, config.sink_k, config.sink_k_min, min_count=10,
+                                             config.judge_rounds, config.sink_k, config.sink_k_min, min_count=10,
                                              num_shown=24, seed=config.seed))
     process.print(summarize(run.folder))
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import methods_lab
 from loss_kernel import finish, machine
-from methods_lab import Lab, arm_config, train_arm
+from methods_lab import Lab, arm_config, arm_loss, train_arm
 from twdpo import dist
 from twdpo.config import to_json
 from twdpo.files import hash_json, make_directory, write_atomic, write_json
@@ -103,7 +103,8 @@ def reads_beta(loss_name: str) -> bool:
     ratio_S = torch.tensor([-1.0, -3.0])
     batch = SimpleNamespace(seq_lens_S=torch.ones(2), weights_N=torch.ones(2), scale_S=torch.ones(2), averaged=False,
                             chosen_tokens=1, pair_count=1, means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
-    values = [LOSSES[loss_name](ratio_S, ratio_S, batch, arm_config(loss_name, factor))[0] for factor in (1.0, 2.0)]
+    values = [arm_loss(loss_name, config)(ratio_S, ratio_S, batch, config)[0]
+              for config in (arm_config(loss_name, factor) for factor in (1.0, 2.0))]
     return not torch.equal(*values)
 
 

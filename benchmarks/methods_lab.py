@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from twdpo.model import Policy, load_policy, open_model
 from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
 from twdpo.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
+from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.toy import KINDS, all_prompts, draw_row
@@ -189,11 +190,16 @@ def arm_config(loss_name: str, factor: float) -> TrainConfig:
     return TrainConfig(data="toy", loss=loss_name, lr=LR, batch_size=BATCH, **settings)
 
 
+def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
+    """The loss of an arm, with its own options."""
+    return bind_options(LOSSES[loss_name], config.loss_options, "--loss-options")
+
+
 def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: int, factor: float
               ) -> dict[str, float]:
     """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
     config = replace(arm_config(loss_name, factor), seed=seed, max_steps=STEPS)
-    objective = bind_objective(LOSSES[loss_name], WEIGHTS[source_name], source_name)
+    objective = bind_objective(arm_loss(loss_name, config), WEIGHTS[source_name], source_name)
     pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)

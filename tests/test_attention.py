@@ -186,5 +186,5 @@ def test_layers_and_heads_are_one_based():
     for bad in ("0", "33", "one", "1,,2", ""):
         with pytest.raises(InputError, match="--layers"):
             parse_layers(bad, 32)
-        with pytest.raises(InputError, match="--heads"):
+        with pytest.raises(InputError, match="--judge-heads"):
             parse_heads(bad, 32)

@@ -74,8 +74,8 @@ def test_stored_attention_is_that_of_the_whole_maps(tmp_path, arguments, toy_mod
 def test_layers_heads_and_rollout_of_one_pass_are_those_of_passes_of_their_own(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "all", "--rollout"))
     extract.main(arguments(tmp_path / "first", "--layers", "1"))
-    extract.main(arguments(tmp_path / "one", "--heads", "1"))
-    extract.main(arguments(tmp_path / "other", "--heads", "2,3,4"))
+    extract.main(arguments(tmp_path / "one", "--judge-heads", "1"))
+    extract.main(arguments(tmp_path / "other", "--judge-heads", "2,3,4"))
     for pair in load_dataset(str(pairs_file), "").train:
         layers = {layer: WeightsFile(tmp_path / "all", layer)[pair.key][0].attention_LRJ
                   for layer in ("1", "2", "rollout", "last")}
@@ -103,7 +103,9 @@ def test_the_final_layer_does_all_but_its_attention_at_the_last_positions(tmp_pa
 
 def test_layers_may_be_named_in_any_way_and_twice(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "w", "--layers", "1, 2"))
-    assert WeightsFile(tmp_path / "w", "2, 1,02").layers == ["2", "1"]
+    assert WeightsFile(tmp_path / "w", "2, 1,02").layers == ["2", "1"] == WeightsFile(tmp_path / "w", "2+1").layers
+    with pytest.raises(InputError, match=r"--layer is '1,1\+2': layers are separated by commas"):
+        WeightsFile(tmp_path / "w", "1,1+2")
     with pytest.raises(SystemExit):
         extract.main(arguments(tmp_path / "empty", "--layers", ""))
     assert not (tmp_path / "empty").exists()
@@ -147,7 +149,7 @@ def test_rotary_embeddings_that_adapt_do_not_remember(rope, tmp_path, arguments,
     rows[0]["chosen"] = " ".join(row["chosen"] for row in rows)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = arguments(tmp_path / "w", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"),
-                     "--max-judge-length", "900")
+                     "--judge-max-length", "900")
     extract.main(argv)
     whole = contents(tmp_path / "w")
     for path in shard_paths(tmp_path / "w")[1:]:
@@ -229,8 +231,8 @@ def test_a_process_whose_sharded_judge_fails_tells_the_others(tmp_path, argument
     assert "not finite" in capsys.readouterr().err and seen[-1] == extraction.FAILED
 
 
-@pytest.mark.parametrize("extra", [("--layers", "1"), ("--query", "verdict", "--rollout"), ("--attention", "eager"),
-                                   ("--judge-dtype", "bfloat16")])
+@pytest.mark.parametrize("extra", [("--layers", "1"), ("--judge-query", "verdict", "--rollout"),
+                                   ("--judge-attention", "eager"), ("--judge-dtype", "bfloat16")])
 def test_a_sharded_judge_gives_the_same_bytes(extra, tmp_path, arguments, monkeypatch):
     sharded, original = [], twdpo.model.load_shards
     monkeypatch.setattr(twdpo.model, "load_shards", lambda judge, *rest: sharded.append(
@@ -260,9 +262,9 @@ def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, 
     assert left == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("extra, word", [(["--query", "verdict"], "query"), (["--layers", "2"], "layers"),
-                                         (["--max-judge-length", "300"], "max_judge_length"), (["--rollout"], "layers"),
-                                         (["--heads", "1"], "heads"), (["--model", "OTHER"], "model"),
+@pytest.mark.parametrize("extra, word", [(["--judge-query", "verdict"], "query"), (["--layers", "2"], "layers"),
+                                         (["--judge-max-length", "300"], "max_judge_length"), (["--rollout"], "layers"),
+                                         (["--judge-heads", "1"], "heads"), (["--model", "OTHER"], "model"),
                                          (["--judge-prompt", "PROMPT"], "judge_prompt"), (["--data", "OTHER"], "data"),
                                          (["--chat-template", "TEMPLATE"], "tokenizer")])
 def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, toy_model, capsys):
@@ -292,7 +294,7 @@ def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_pa
 
 def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "prompt"))
-    extract.main(arguments(tmp_path / "verdict", "--query", "verdict"))
+    extract.main(arguments(tmp_path / "verdict", "--judge-query", "verdict"))
     key = load_dataset(str(pairs_file), "").train[0].key
     first, second = WeightsFile(tmp_path / "prompt")[key][0], WeightsFile(tmp_path / "verdict")[key][0]
     assert not np.allclose(first.attention_LRJ, second.attention_LRJ, rtol=1e-3)
@@ -300,7 +302,7 @@ def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs
 
 def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "row"))
-    extract.main(arguments(tmp_path / "eager", "--attention", "eager"))
+    extract.main(arguments(tmp_path / "eager", "--judge-attention", "eager"))
     for pair in load_dataset(str(pairs_file), "").train:
         for ours, theirs in zip(WeightsFile(tmp_path / "row")[pair.key], WeightsFile(tmp_path / "eager")[pair.key]):
             np.testing.assert_allclose(ours.attention_LRJ, theirs.attention_LRJ, atol=1e-6)

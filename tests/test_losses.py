@@ -9,7 +9,7 @@ import torch
 from twdpo.config import InputError, TrainConfig
 from twdpo.losses import LOSSES, dpo, loss_needs, needs_reference
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors
-from twdpo.plugins import bind_options, describe
+from twdpo.plugins import bind_options, describe, options_of
 from twdpo.weights import WEIGHTS, normalize, source_needs
 
 
@@ -50,9 +50,17 @@ def test_dpo_by_hand():
 
 def test_label_smoothing_by_hand():
     batch = Batch()
-    loss_P, _ = dpo(batch.ratio(LOGPS), LOGPS, batch, TrainConfig(beta=0.1, label_smoothing=0.25))
+    loss_P, _ = dpo(batch.ratio(LOGPS), LOGPS, batch, TrainConfig(beta=0.1), label_smoothing=0.25)
     expected = 0.75 * math.log(1 + math.exp(-0.15)) + 0.25 * math.log(1 + math.exp(0.15))
     assert loss_P[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "label_smoothing" in options_of(LOSSES[name])])
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5])
+def test_half_of_the_labels_or_more_can_t_be_flipped(name, smoothing):
+    batch = Batch()
+    with pytest.raises(ValueError, match=rf"label_smoothing is {smoothing}: it must be in \[0, 0.5\)"):
+        LOSSES[name](batch.ratio(LOGPS), LOGPS, batch, TrainConfig(beta=0.1), label_smoothing=smoothing)
 
 
 def test_dpo_over_positions_by_hand():
@@ -116,7 +124,8 @@ FORMULAS = {
     "rrhf nll=0.5": lambda c, r, n, m, zc, zr: max(0, r / m - c / n) - 0.5 * c,
     "sigmoid_norm": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c / n - r / m)),
     "hinge": lambda c, r, n, m, zc, zr: max(0, 1 - B * (c - r)),
-    "robust": lambda c, r, n, m, zc, zr: (-0.9 * log_sigmoid(B * (c - r)) + 0.1 * log_sigmoid(B * (r - c))) / 0.8,
+    "robust label_smoothing=0.1": lambda c, r, n, m, zc, zr:
+        (-0.9 * log_sigmoid(B * (c - r)) + 0.1 * log_sigmoid(B * (r - c))) / 0.8,
     "exo_pair": lambda c, r, n, m, zc, zr: (sigmoid(B * (c - r)) * (log_sigmoid(B * (c - r)) - math.log(0.999))
                                             + sigmoid(B * (r - c)) * (log_sigmoid(B * (r - c)) - math.log(0.001))),
     "nca_pair": lambda c, r, n, m, zc, zr: -log_sigmoid(B * c) - 0.5 * log_sigmoid(-B * c) - 0.5 * log_sigmoid(-B * r),
@@ -141,16 +150,12 @@ def batch_for(loss, norm: str = "none") -> Batch:
     return batch
 
 
-def config_for(loss) -> TrainConfig:
-    return TrainConfig(beta=B, label_smoothing=0.1 if loss.__name__ == "robust" else 0.0)
-
-
 def value(loss, logps_N: torch.Tensor, batch) -> torch.Tensor:
     ratio_S = batch.ratio(logps_N)
     if hasattr(loss, "statistics"):
         values = loss.statistics(ratio_S, logps_N, batch)
         batch.means = {name: value_P.mean().detach() for name, value_P in values.items()}
-    return loss(ratio_S, logps_N, batch, config_for(loss))[0]
+    return loss(ratio_S, logps_N, batch, TrainConfig(beta=B))[0]
 
 
 def test_every_loss_has_its_formula_here():
@@ -177,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(spelled):
 
     def of(logps_N):
         batch.means = fixed
-        return loss(batch.ratio(logps_N), logps_N, batch, config_for(loss))[0]
+        return loss(batch.ratio(logps_N), logps_N, batch, TrainConfig(beta=B))[0]
     assert torch.autograd.gradcheck(of, (logps_N,), eps=1e-6, atol=1e-7)
 
 
@@ -187,7 +192,7 @@ def test_a_wrong_pair_is_put_right(spelled):
     loss, batch = bind(spelled), batch_for(bind(spelled))
     ratio_S = torch.tensor([-6.0, -1.0, -7.0, -1.5], dtype=torch.float64, requires_grad=True)
     batch.means = {"chosen": torch.tensor(0.0), "rejected": torch.tensor(0.0)}
-    loss_P, _ = loss(ratio_S, LOGPS.double(), batch, config_for(loss))
+    loss_P, _ = loss(ratio_S, LOGPS.double(), batch, TrainConfig(beta=B))
     (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
     assert (grad_S[1::2] > 0).all()
     if spelled != "apo_down":  # which lowers both
@@ -203,7 +208,7 @@ def test_losses_are_finite_at_their_limits(spelled, size):
     signs = [-1.0, -1.0, -2.0, -1.0] if not needs_reference(loss) else [1.0, -1.0, -1.0, 1.0]
     ratio_S = (size * torch.tensor(signs, dtype=torch.float32)).requires_grad_()
     batch.means = {"chosen": torch.tensor(size), "rejected": torch.tensor(-size)}
-    loss_P, _ = loss(ratio_S, LOGPS, batch, config_for(loss))
+    loss_P, _ = loss(ratio_S, LOGPS, batch, TrainConfig(beta=B))
     (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
     assert loss_P.isfinite().all() and grad_S.isfinite().all()
 
@@ -218,7 +223,7 @@ def test_smoothing_mixes_in_the_flipped_pair(name):
     batch.seq_lens_S = torch.tensor([2, 2, 1, 1])  # so that flipping a pair flips its margin alone
 
     def of(ratio_S, smoothing):
-        return loss(ratio_S, None, batch, TrainConfig(beta=B, label_smoothing=smoothing))[0]
+        return loss(ratio_S, None, batch, TrainConfig(beta=B), label_smoothing=smoothing)[0]
     expected = 0.8 * of(ratio_S, 0.0) + 0.2 * of(flipped_S, 0.0)
     np.testing.assert_allclose(of(ratio_S, 0.2).numpy(), expected.numpy(), rtol=1e-12)
 
@@ -226,7 +231,7 @@ def test_smoothing_mixes_in_the_flipped_pair(name):
 def test_mass_is_that_of_scaled_weights():
     """Weights of mean 1, as sum 1 and scale n: their mass is n, so both ways of counting agree."""
     loss, batch = LOSSES["sigmoid_norm"], Batch("mean1").double()
-    by = [loss(batch.ratio(LOGPS.double()), LOGPS, batch, TrainConfig(beta=B, length_by=what))[0].tolist()
+    by = [loss(batch.ratio(LOGPS.double()), LOGPS, batch, TrainConfig(beta=B), length_by=what)[0].tolist()
           for what in ("tokens", "mass")]
     assert by[0] == pytest.approx(by[1])
 
@@ -260,7 +265,7 @@ def test_length_by_mass_divides_by_the_weights():
     loss, batch = LOSSES["sigmoid_norm"], Batch().double()
     batch.weights_N = torch.tensor([0.5, 0.25, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     ratio_S = batch.ratio(LOGPS.double())
-    by_tokens, by_mass = (loss(ratio_S, LOGPS, batch, TrainConfig(beta=B, length_by=by))[0][0].item()
+    by_tokens, by_mass = (loss(ratio_S, LOGPS, batch, TrainConfig(beta=B), length_by=by)[0][0].item()
                           for by in ("tokens", "mass"))
     gain = 0.5 * 0.5 + 0.25 * 0.5
     assert by_tokens == pytest.approx(-log_sigmoid(B * (gain / 2 + 0.5)))
@@ -268,7 +273,7 @@ def test_length_by_mass_divides_by_the_weights():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("beta=1", "the options of simpo are gamma_ratio=0.25, form=sigmoid.hinge, nll=0.0"),
+    ("beta=1", "the options of simpo are gamma_ratio=0.25, form=sigmoid.hinge, nll=0.0, label_smoothing=0.0"),
     ("gamma_ratio=x", "must be a float"), ("gamma_ratio", "must be a float"),
     ("form=cube", "must be one of sigmoid, hinge"),
 ])

@@ -224,10 +224,15 @@ def test_averages_are_not_divided_by_the_length_again(tmp_path, run_arguments, t
     (["--weights", "tis"], "--aux-model is ''"),
     (["--weights", "tis", "--aux-model", "nowhere/at/all"], "--aux-model is 'nowhere/at/all'"),
     (["--weights", "uniform", "--aux-model", "x"], "the weight source reads no such model"),
-    (["--loss-options", "x=1"], "the options of twdpo are none"),
+    (["--loss-options", "x=1"], "the options of twdpo are label_smoothing=0.0"),
     (["--weights", "decay", "--weights-options", "gamma=x"], "gamma must be a float"),
     (["--weights", "decay", "--weights-options", "gamma=-0.9"], "decay gives"),
+    (["--loss", "hinge", "--loss-options", "label_smoothing=0.1"], "the options of hinge are none"),
+    (["--loss", "robust", "--loss-options", "label_smoothing=0.5"],
+     "--loss-options label_smoothing=0.5: label_smoothing is 0.5: it must be in [0, 0.5)"),
     (["--weights", "sepo", "--weights-options", "k=2", "--aux-model", "TOY"], "must be in (0, 1]"),
+    (["--loss-options", "length_by=mass"], "the options of twdpo are label_smoothing=0.0"),
+    (["--loss", "cpo", "--loss-options", "length_by=words"], "length_by must be one of tokens, mass"),
     (["--loss", "ipo", "--preset", "tuned"], "no such settings of ipo are known here, but of dpo, simpo"),
     (["--loss", "exo_pair", "--loss-options", "epsilon=0"], "--loss-options epsilon=0: "),
     (["--loss", "discopop", "--loss-options", "tau=0"], "the loss is no finite number with these"),
@@ -308,9 +313,9 @@ LOSSES["long"] = long
     assert read_rows(tmp_path / "run")[1]["step"] == 1
 
 
-def test_help_lists_every_loss_and_source(capsys):
+def test_help_losses_lists_every_loss_and_source(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main(["--help-losses"])
     printed = capsys.readouterr().out
     for name in (*LOSSES, *WEIGHTS):
         assert re.search(rf"^  {name} +\S", printed, re.MULTILINE), name

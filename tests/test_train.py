@@ -276,7 +276,7 @@ def test_token_stats_are_logged_and_change_nothing(tmp_path, arguments, toy_mode
 def test_extraction_is_reused_until_a_judge_setting_changes(tmp_path, arguments, capsys):
     own_cache = tmp_path / "cache"
     outputs = []
-    for number, extra in enumerate(([], [], ["--query", "verdict"])):
+    for number, extra in enumerate(([], [], ["--judge-query", "verdict"])):
         train.main([*arguments(tmp_path / str(number), cache_dir=own_cache, max_steps=1), *extra])
         outputs.append(capsys.readouterr().out)
     assert "to extract" in outputs[0] and "nothing to extract" not in outputs[0]
@@ -299,7 +299,7 @@ def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs
     assert read_rows(tmp_path / "folder") == read_rows(tmp_path / "own")
 
 
-@pytest.mark.parametrize("layer", ["1", "1,2", "rollout"])
+@pytest.mark.parametrize("layer", ["1", "1,2", "1+2", "rollout"])
 def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, toy_model, pairs_file, capsys):
     import extract
     extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "all",
@@ -368,7 +368,7 @@ def test_own_loss_and_source_from_a_file(tmp_path, arguments):
     (["--output-dir", __file__], "the folder can't be made"),
     (["--cache-dir", __file__], "the folder can't be made"),
     (["--eval-data", os.devnull + ".jsonl"], "no such file"),
-    (["--max-judge-length", "10"], "pairs.jsonl:1: a judge input of 10 tokens"),
+    (["--judge-max-length", "10"], "pairs.jsonl:1: a judge input of 10 tokens"),
     (["--seed", "-1"], "--seed is -1"),
     (["--data", os.devnull + ".jsonl"], "no such file"),
     (["--output-dir", "/proc"], "can't be made or written to"),

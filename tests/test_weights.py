@@ -89,7 +89,7 @@ def test_weights_sum_to_one(seed):
 
 def test_each_round_may_be_normalised_first():
     """Two of the raw rounds above weigh 0.9 and 0.1 in all; normalised first they have equal say (authors' code)."""
-    config = with_sink(0, rounds="normalized")
+    config = with_sink(0, judge_rounds="normalized")
     weights = attention_weights(letters(2, end_of_turn=False), judged([0.9, 0.0], [0.0, 0.1]), config)
     np.testing.assert_allclose(weights, [0.5, 0.5], rtol=1e-6)
 
@@ -110,7 +110,7 @@ def test_several_layers_are_averaged_or_summed():
     both = JudgedAnswer(first.ids_J, first.spans_J2, np.concatenate([first.attention_LRJ, second.attention_LRJ]))
     response = letters(2, end_of_turn=False)
     np.testing.assert_allclose(attention_weights(response, both, with_sink(0)), [0.5, 0.5], rtol=1e-6)
-    config = with_sink(0, layer_merge="sum")
+    config = with_sink(0, layer="1+2")
     np.testing.assert_allclose(attention_weights(response, both, config), [1.0, 1.0], rtol=1e-6)
 
 

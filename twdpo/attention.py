@@ -316,7 +316,7 @@ def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> list[int
 
 def parse_heads(text: str, num_heads: int) -> tuple[int, ...]:
     """`mean` (all heads: empty) or `1,5` (1-based) -> heads counted from 0. Raises InputError."""
-    return () if text == "mean" else tuple(parse_numbers("--heads", text, num_heads, "heads", "mean"))
+    return () if text == "mean" else tuple(parse_numbers("--judge-heads", text, num_heads, "heads", "mean"))
 
 
 def parse_numbers(flag: str, text: str, largest: int, things: str, words: str) -> list[int]:

@@ -7,10 +7,18 @@ import argparse
 import dataclasses
 import json
 import math
+import textwrap
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+GROUPS = {"data": "model and data", "objective": "objective", "judge": "judge", "steps": "optimisation",
+          "held-out": "held-out pairs", "hardware": "hardware", "output": "output",
+          "parity": "parity with the authors' code"}  # of --help, in order
+Dtype = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
 
 
 class InputError(ValueError):
@@ -18,8 +26,11 @@ class InputError(ValueError):
 
 
 def flag(default, group: str, help: str, **metadata):
-    """A field with its place and line in `--help`; `name` overrides the flag's name, `free` lets a resume change it; of
-    one that is `settled` the default leaves it to the run, and config.json holds what the run found."""
+    """A field with its place and line in `--help`; its type gives the choices.
+
+    metadata: `name` overrides the flag's name, `free` lets a resume change it, `alone` is the value of the bare flag.
+    Of a `settled` one the default leaves it to the run, and config.json holds what the run found.
+    """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
@@ -27,85 +38,66 @@ def flag(default, group: str, help: str, **metadata):
 class SharedConfig:
     """What both entry points need: which model, which pairs, how the model judges them."""
 
-    model: str = flag("", "model and data", "model directory, hub id (id@revision), or 'toy'; the reference, the judge "
-                      "and the start of the policy; empty: the toy")
-    data: str = flag("", "model and data", "pairs: .jsonl or .json file, directory, hub id, or 'toy'; empty: the "
-                     "paper's data for this model")
-    eval_data: str = flag("", "model and data", "held-out pairs, same forms; empty: the data's own test split, else "
-                          "--eval-fraction")
-    chat_template: str = flag("", "model and data", "Jinja file; empty: the tokenizer's own template")
-    skip_bad_rows: bool = flag(False, "model and data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
-    empty_answers: str = flag("refuse", "model and data", "an answer of white space alone: 'refuse' (a bad row) or "
-                              "'space' (it becomes one space, as in the authors' code)")
-    preset: str = flag("", "model and data", "settings to start from: paper, authors, toy, or tuned, tuned-base, "
-                       "tuned-v0.2 (as SimPO's authors tuned some of the losses on Llama-3-8B-Instruct, on "
-                       "Llama-3-Base-8B-SFT, and on the former's second set of pairs); empty: toy for --data toy, else "
-                       "paper")
-    config: str = flag("", "model and data", "JSON file of settings, keys as in OUT/config.json; empty: none",
-                       free=True)
-    cache_dir: str = flag("", "model and data", "folder for attention and reference log-probs; empty: "
-                          "$XDG_CACHE_HOME/twdpo, else ~/.cache/twdpo", free=True)
+    model: str = flag("", "data", "policy, reference and judge: directory, hub id, id@revision, 'toy'; empty: the toy")
+    data: str = flag("", "data", "pairs: .jsonl, .json, directory, hub id, 'toy'; empty: the paper's for --model")
+    eval_data: str = flag("", "data", "held-out pairs, same forms; empty: the data's test split, else --eval-fraction")
+    chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")
+    skip_bad_rows: bool = flag(False, "data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
+    preset: Literal["", "paper", "authors", "toy", "tuned", "tuned-base", "tuned-v0.2"] = flag(
+        "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
+        "Instruct's second pairs; empty: toy for --data toy, else paper")
+    config: str = flag("", "data", "JSON file of settings, keys as in OUT/config.json; empty: none", free=True)
+    cache_dir: str = flag("", "data", "of attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache",
+                          free=True)
 
-    judge_prompt: str = flag("paper", "judge", "'paper' (Fig. 6), 'authors' (their code's: four spaces on its second "
-                             "line), 'short', or a text file with {question}, {answer_a} and {answer_b}")
-    question: str = flag("conversation", "judge", "what the judge sees before the answers: 'conversation' (all turns) "
-                         "or 'first' (the first user turn)")
-    strip_answers: bool = flag(False, "judge", "the judge sees answers without white space around them; off: as the "
-                               "chat template prints them")
-    max_judge_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context",
+    judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
+    judge_max_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context",
                                  settled=True)
-    judge_cut: str = flag("common", "judge", "how too long inputs are cut: 'common' (the question, then both answers "
-                          "to one length) or 'authors' (at 2048 tokens: answers to 768, the question to the rest)")
-    spans: str = flag("exact", "judge", "'exact': all of an answer's tokens; 'authors': without its last ones, by the "
-                      "rules of their code")
-    query: str = flag("prompt", "judge", "whose attention is read: 'prompt' (the last prompt position, whose output is "
-                      "the verdict) or 'verdict' (the likelier of A and B is appended: a second forward)")
-    heads: str = flag("mean", "judge", "'mean' of all heads, or of these: 1-based, separated by commas")
-    attention: str = flag("row", "judge", "'row': one fp32 row beside SDPA; 'eager': the whole map on the wanted "
-                          "layers, as a check")
-    rounds: str = flag("raw", "judge", "'raw': the two rounds are averaged, then normalised (Eq. 13); 'normalized': "
-                       "each is normalised first (authors' code)")
-    judge_dtype: str = flag("auto", "judge", "float32 or bfloat16; auto: bfloat16 on CUDA, float32 on CPU",
-                            settled=True)
-    judge_batch_tokens: int = flag(0, "judge", "most tokens in one judge batch; 0: 8192 on CPU, 32768 "
-                                   "on CUDA", free=True)
-    judge_sharding: str = flag("auto", "judge", "the judge's parameters: 'off' (a whole copy on every process), 'on' "
-                               "(FSDP2 shards; processes then run in step); auto: on for a model that takes more than "
-                               "80 % of a GPU", free=True)
+    judge_query: Literal["prompt", "verdict"] = flag(
+        "prompt", "judge", "who attends: the prompt's last token, or its verdict (2 forwards)")
+    judge_heads: str = flag("mean", "judge", "mean of all heads, or of these: 1-based, separated by commas")
+    judge_attention: Literal["row", "eager"] = flag(
+        "row", "judge", "one fp32 row beside SDPA, or whole maps, as a check")
+    judge_dtype: Dtype = flag("auto", "judge", "auto: bfloat16 on CUDA, float32 on CPU", settled=True)
+    judge_batch_tokens: int = flag(0, "judge", "most tokens in a batch; 0: 8192 on CPU, 32768 on CUDA", free=True)
+    judge_sharding: Switch = flag("auto", "judge", "FSDP2 shards; auto: if the judge takes more than 80 % of a GPU",
+                                  free=True)
+
+    empty_answers: Literal["refuse", "space"] = flag(
+        "refuse", "parity", "answers of white space: bad rows, or one space (authors)")
+    judge_question: Literal["conversation", "first"] = flag(
+        "conversation", "parity", "all turns, or the first user turn (authors)")
+    judge_strip: bool = flag(False, "parity", "strip white space around judged answers (authors); off: as templated")
+    judge_cut: Literal["common", "authors"] = flag(
+        "common", "parity", "long inputs: the question, then both answers to one length; authors: at 2048 tokens, "
+        "answers to 768, the question to the rest")
+    judge_spans: Literal["exact", "authors"] = flag(
+        "exact", "parity", "all of an answer's tokens; authors: without its last ones")
+    judge_rounds: Literal["raw", "normalized"] = flag(
+        "raw", "parity", "the mean of both is normalised (Eq. 13), or each (authors)")
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(self, field.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-        require(self, "judge_prompt", bool(self.judge_prompt), "paper, short or a file")
-        require(self, "max_judge_length", self.max_judge_length >= 0, ">= 0")
-        require(self, "question", self.question in ("conversation", "first"), "conversation or first")
-        require(self, "judge_cut", self.judge_cut in ("common", "authors"), "common or authors")
-        require(self, "spans", self.spans in ("exact", "authors"), "exact or authors")
-        require(self, "rounds", self.rounds in ("raw", "normalized"), "raw or normalized")
-        require(self, "query", self.query in ("prompt", "verdict"), "prompt or verdict")
-        require(self, "attention", self.attention in ("row", "eager"), "row or eager")
-        require(self, "judge_dtype", self.judge_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        require(self, "judge_batch_tokens", self.judge_batch_tokens >= 0, ">= 0")
-        require(self, "judge_sharding", self.judge_sharding in ("auto", "on", "off"), "auto, on or off")
-        require(self, "empty_answers", self.empty_answers in ("refuse", "space"), "refuse or space")
+            value, choices = getattr(self, field.name), choices_of(hints[field.name])
+            require(self, field.name, not choices or value in choices, spell_choices(choices))
+            if isinstance(value, (int, float)):
+                require(self, field.name, 0 <= value < math.inf, "a finite number >= 0")
+        require(self, "judge_prompt", bool(self.judge_prompt), "paper, authors, short or a file")
 
 
 @dataclass(frozen=True)
 class ExtractConfig(SharedConfig):
     """`extract.py`: pairs -> raw attention on disk."""
 
-    layers: str = flag("last", "judge", "layers to store, 1-based, separated by commas; 'last' or 'all'")
-    rollout: bool = flag(False, "judge", "store attention rollout through all layers beside them (keeps the queries "
-                         "and keys of a batch in memory); off: layers only")
-    verbalized: bool = flag(False, "judge", "let the model write down scores of each answer's parts instead (paper "
-                            "section 4.2; one generation an answer); off: attention")
-    out: str = flag("", "output", "folder for the weights file (required); one that holds the same extraction is "
-                    "completed", free=True)
-    export: str = flag("", "output", ".jsonl file of the rows with the columns of the authors' code (token ids, "
-                       "weights by layer); held-out rows go into FILE_held_out.jsonl; empty: off", free=True)
-    report: str = flag("", "output", "folder for statistics of the weights (the paper's Tables 1 and 2 among them) and "
-                       "a page that shows them; empty: off", free=True)
+    layers: str = flag("last", "judge", "layers to store: last, all, or 1-based numbers separated by commas")
+    rollout: bool = flag(False, "judge", "store attention rollout too (keeps a batch's queries and keys); off: none")
+    verbalized: bool = flag(False, "judge", "the model writes scores instead (paper section 4.2); off: attention")
+    out: str = flag("", "output", "weights file's folder (required); one of the same extraction is completed",
+                    free=True)
+    export: str = flag("", "output", ".jsonl with the authors' columns (and FILE_held_out.jsonl); empty: off",
+                       free=True)
+    report: str = flag("", "output", "folder for statistics of the weights and a page; empty: off", free=True)
     report_pairs: int = flag(24, "output", "pairs shown on that page", free=True)
     report_min_count: int = flag(100, "output", "tokens of the most weighted ones occur at least so often", free=True)
 
@@ -118,7 +110,6 @@ class ExtractConfig(SharedConfig):
             raise InputError("--export and --report are of attention: leave them out with --verbalized")
         if self.verbalized and self.judge_sharding == "on":
             raise InputError("--judge-sharding on is for attention: --verbalized generates on a whole copy")
-        require(self, "report_pairs", self.report_pairs >= 0, ">= 0")
         require(self, "report_min_count", self.report_min_count >= 1, ">= 1")
 
 
@@ -126,143 +117,100 @@ class ExtractConfig(SharedConfig):
 class TrainConfig(SharedConfig):
     """`train.py`: pairs -> judge -> weights -> TwDPO -> evaluated checkpoint. Defaults: paper Table 6."""
 
-    imports: str = flag("", "model and data", "Python files that add to LOSSES or WEIGHTS, separated by commas; "
-                        "empty: none", name="import")
+    imports: str = flag("", "data", "Python files that add losses or weight sources, by commas; empty: none",
+                        name="import")
+
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
-    loss_options: str = flag("", "objective", "settings of the loss, NAME=VALUE separated by commas (listed below); "
-                             "empty: its defaults")
-    weights: str = flag("", "objective", "a name in WEIGHTS (twdpo/weights.py), a folder made by extract.py, or a file "
-                        "of its --export; empty: the loss's own source")
-    weights_options: str = flag("", "objective", "settings of the weight source, NAME=VALUE separated by commas "
-                                "(listed below); empty: its defaults")
-    aux_model: str = flag("", "objective", "POSITIVE or POSITIVE,NEGATIVE: model folders or hub ids for weight sources "
-                          "that compare two models; without the second: the policy's starting weights; empty: none")
+    loss_options: str = flag("", "objective", "of the loss: NAME=VALUE separated by commas; empty: its defaults")
+    weights: str = flag("", "objective", "name in WEIGHTS, folder of extract.py, its --export; empty: the loss's own")
+    weights_options: str = flag("", "objective", "of the source: NAME=VALUE separated by commas; empty: its defaults")
+    aux_model: str = flag("", "objective", "POSITIVE[,NEGATIVE] that sources compare; second: the start; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
-    layer: str = flag("last", "objective", "stored layer that attention weights are read from, 1-based; 'last': the "
-                      "last one stored; 'all' stored, or several separated by commas: see --layer-merge; 'rollout'",
+    layer: str = flag("last", "objective", "stored: last, rollout, 8 (1-based); mean: all, 8,16; sum (authors): 8+16",
                       settled=True)
-    layer_merge: str = flag("mean", "objective", "weights of several layers: their 'mean', or their 'sum' as in the "
-                            "authors' code")
-    align: str = flag("characters", "objective", "judge tokens to training tokens by 'characters', or by 'edits' as in "
-                      "appendix D")
-    beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses of other papers bring their own "
-                       "default; else 2.0 with --length-normalize")
-    length_by: str = flag("tokens", "objective", "what losses that divide by an answer's length count: its 'tokens', "
-                          "or the 'mass' of its weights")
+    beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses may bring theirs; --length-normalize: 2")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
-    label_smoothing: float = flag(0.0, "objective", "share of labels taken as flipped, 0 to 0.5; 0: off")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
     sink_k_min: int = flag(5, "objective", "the reset applies to answers of at least this many judge tokens")
-    sink_on: str = flag("training", "objective", "tokens that the reset is made on: 'training', after the alignment, "
-                        "or 'judge', before it (authors' code)")
-    unseen: str = flag("mean", "objective", "weight of tokens that the judge did not see, the end of the turn among "
-                       "them: 'mean' (1/n) or 'zero' (authors' code)")
-    renormalize: bool = flag(True, "objective", "weights sum to 1 in each answer; off: to what cuts and the alignment "
-                             "left (authors' code)")
-    multiplier: str = flag("answer", "objective", "what |y| counts: tokens of the 'answer', or those 'judged' "
-                           "(authors' code)")
 
-    eval_fraction: float = flag(0.05, "held-out pairs", "share of the pairs held out when the data has no test split, "
-                                "split by prompt; 0: no evaluation at all")
-    eval_every: int = flag(500, "held-out pairs", "steps between evaluations, the first step's start and the last step "
-                           "always included; 0: only those two")
+    lr: float = flag(1e-6, "steps", "peak learning rate of AdamW (cosine to 0)")
+    warmup_ratio: float = flag(0.1, "steps", "share of the steps spent in linear warmup; 0: none")
+    weight_decay: float = flag(0.0, "steps", "AdamW's decoupled decay; 0: off")
+    max_grad_norm: float = flag(1.0, "steps", "gradients are clipped to this norm; 0: off")
+    batch_size: int = flag(32, "steps", "pairs a step, over all processes")
+    epochs: int = flag(1, "steps", "passes over the pairs")
+    max_steps: int = flag(0, "steps", "steps, overriding --epochs and repeating the data as needed; 0: off")
+    max_length: int = flag(2048, "steps", "tokens of prompt and one response; responses keep their first ones")
+    max_prompt_length: int = flag(1800, "steps", "tokens of a prompt; longer ones keep BOS and their last ones")
+    seed: int = flag(42, "steps", "of the held-out split and the order of the pairs")
 
-    lr: float = flag(1e-6, "optimisation", "peak learning rate of AdamW (cosine to 0)")
-    warmup_ratio: float = flag(0.1, "optimisation", "share of the steps spent in linear warmup; 0: none")
-    weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled decay; 0: off")
-    max_grad_norm: float = flag(1.0, "optimisation", "gradients are clipped to this norm; 0: off")
-    batch_size: int = flag(32, "optimisation", "pairs a step, over all processes")
-    epochs: int = flag(1, "optimisation", "passes over the pairs")
-    max_steps: int = flag(0, "optimisation", "steps, overriding --epochs and repeating the data as needed; 0: off")
-    max_length: int = flag(2048, "optimisation", "tokens of prompt and one response; responses keep their first ones")
-    max_prompt_length: int = flag(1800, "optimisation", "tokens of a prompt; longer ones keep BOS and their last ones")
-    seed: int = flag(42, "optimisation", "of the held-out split and the order of the pairs")
+    eval_fraction: float = flag(0.05, "held-out", "share held out, by prompt, without a test split; 0: no evaluation")
+    eval_every: int = flag(500, "held-out", "steps between evaluations; first and last always; 0: only those")
 
-    dtype: str = flag("auto", "hardware", "compute dtype, float32 or bfloat16 (parameters and reductions stay fp32); "
-                      "auto: bfloat16 on CUDA, float32 on CPU",
-                      settled=True)
-    micro_batch_tokens: int = flag(0, "hardware", "most tokens in one micro-batch on one process, padding counted; 0: "
-                                   "4096 on CPU, on CUDA 16384 or what the memory plan says fits", free=True)
-    packing: str = flag("auto", "hardware", "'on': the sequences of many pairs in one row without padding, each pair's "
-                        "common beginning once; 'off': a padded row a sequence; auto: on, unless a check at the start "
-                        "finds other log-probs",
+    dtype: Dtype = flag("auto", "hardware", "of computation alone; auto: bfloat16 on CUDA, float32 on CPU",
                         settled=True)
-    checkpointing: str = flag("auto", "hardware", "activations: 'none' (all are kept for the backward pass), 'full' "
-                              "(each layer's input is kept and the rest computed again), 'selective' (of every second "
-                              "layer); auto: none on CPU, on CUDA the least that lets --micro-batch-tokens fit by the "
-                              "memory plan", free=True)
-    replicate: int = flag(1, "hardware", "copies of the sharded parameters: 1: every process holds one part of them; "
-                          "the number of nodes: each node holds all parts, and only gradients go between nodes",
-                          free=True)
-    compile: bool = flag(False, "hardware", "torch.compile each layer, its attention left out (a minute or more at the "
-                         "start); off: eager")
-    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch only (holds full gradients); "
-                         "off: on every one", free=True)
+    micro_batch_tokens: int = flag(0, "hardware", "of one pass; 0: 4096 on CPU, on CUDA 16384 or by plan", free=True)
+    packing: Switch = flag("auto", "hardware", "rows of many pairs, unpadded; off: of a sequence; auto: after a check",
+                           settled=True)
+    checkpointing: Literal["auto", "none", "selective", "full"] = flag(
+        "auto", "hardware", "activations computed again: of every second layer, or all; auto: none on CPU, on CUDA the "
+        "least that fits by the memory plan", free=True)
+    replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
+    compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
+    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (holds them whole); off: on all",
+                         free=True)
 
     output_dir: str = flag("", "output", "folder of the run; empty: runs/NAME-TIME", free=True)
-    resume: str = flag("", "output", "go on from the newest complete checkpoint of --output-dir ('auto', or no value) "
-                       "or from the checkpoint folder given; empty: off", free=True, optional_value="auto")
+    resume: str = flag("", "output", "from --output-dir's newest checkpoint (auto) or this folder; empty: off",
+                       free=True, alone="auto")
     overwrite: bool = flag(False, "output", "delete a run that stands in --output-dir; off: refuse", free=True)
-    save_every: int = flag(500, "output", "steps between checkpoints, the last step included; 0: no checkpoints",
-                           free=True)
+    save_every: int = flag(500, "output", "steps between checkpoints, the last step included; 0: none", free=True)
     keep_last: int = flag(2, "output", "checkpoints kept; 0: all", free=True)
-    token_stats: bool = flag(False, "output", "also log token_entropy (nats) and token_top1 (share of response tokens "
-                             "that are the policy's likeliest); off: not computed", free=True)
-    sample: int = flag(0, "output", "answers that the policy writes to held-out prompts at each evaluation, greedily, "
-                       "into samples.jsonl; 0: none", free=True)
-    profile: bool = flag(False, "output", "also log the shares of time in data, forward, backward and optimizer, "
-                         "TFLOP/s, and on known GPUs MFU (a GPU is waited for at each stage); off: not measured",
+    token_stats: bool = flag(False, "output", "log token_entropy (nats) and token_top1 (share likeliest); off: neither",
+                             free=True)
+    sample: int = flag(0, "output", "held-out prompts answered at evaluations, in samples.jsonl; 0: none", free=True)
+    profile: bool = flag(False, "output", "log shares of time, TFLOP/s, MFU (waits for the GPU); off: not measured",
                          free=True)
-    plan: bool = flag(False, "output", "print what memory the run would need, from the model's config alone, and stop; "
-                      "off: run", free=True)
-    save_dtype: str = flag("", "output", "dtype of final/ and best/: float32, bfloat16 or float16; empty: the source "
-                           "checkpoint's")
-    wandb: str = flag("", "output", "project of Weights & Biases to log to as well (WANDB_MODE=offline works without "
-                      "an account); empty: off", free=True)
+    plan: bool = flag(False, "output", "print what memory the run would need, and stop; off: run", free=True)
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = flag(
+        "", "output", "of final/ and best/; empty: the source checkpoint's")
+    wandb: str = flag("", "output", "Weights & Biases project (WANDB_MODE=offline: no account); empty: off", free=True)
+
+    align: Literal["characters", "edits"] = flag(
+        "characters", "parity", "how judge tokens meet training tokens; edits: appendix D")
+    sink_on: Literal["training", "judge"] = flag(
+        "training", "parity", "the reset is made after the alignment, or before it (authors)")
+    unseen: Literal["mean", "zero"] = flag("mean", "parity", "tokens that the judge did not see: 1/n, or 0 (authors)")
+    renormalize: bool = flag(True, "parity", "on: weights sum to 1; off: to what cuts and alignment left (authors)")
+    multiplier: Literal["answer", "judged"] = flag(
+        "answer", "parity", "tokens that |y| counts: all, or those judged (authors)")
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "beta", self.beta > 0, "> 0")
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        require(self, "length_by", self.length_by in ("tokens", "mass"), "tokens or mass")
-        require(self, "layer_merge", self.layer_merge in ("mean", "sum"), "mean or sum")
-        require(self, "align", self.align in ("characters", "edits"), "characters or edits")
-        require(self, "sink_k", self.sink_k >= 0, ">= 0")
-        require(self, "sink_on", self.sink_on in ("training", "judge"), "training or judge")
-        require(self, "unseen", self.unseen in ("mean", "zero"), "mean or zero")
-        require(self, "multiplier", self.multiplier in ("answer", "judged"), "answer or judged")
-        require(self, "eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
-        require(self, "lr", self.lr > 0, "> 0")
-        require(self, "warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
-        for name in ("seed", "weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "max_steps",
-                     "micro_batch_tokens", "sink_k_min", "sample"):
-            require(self, name, getattr(self, name) >= 0, ">= 0")
+        for name in ("beta", "lr"):
+            require(self, name, getattr(self, name) > 0, "> 0")
+        require(self, "eval_fraction", self.eval_fraction < 1, "in [0, 1)")
+        require(self, "warmup_ratio", self.warmup_ratio <= 1, "in [0, 1]")
         for name in ("batch_size", "epochs", "max_prompt_length", "replicate"):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
-        require(self, "checkpointing", self.checkpointing in ("auto", "none", "selective", "full"),
-                "auto, none, selective or full")
-        require(self, "packing", self.packing in ("auto", "on", "off"), "auto, on or off")
-        require(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        require(self, "save_dtype", self.save_dtype in ("", "float32", "bfloat16", "float16"),
-                "float32, bfloat16 or float16")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite contradict each other: give one")
 
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},  # the fields' defaults: paper Table 6 and sections 2.5, 2.6
-    # What the authors' code does where it differs from the paper's text (github.com/HCY123902/AttentionPO).
+    # What the authors' code does where it differs from the paper's text (github.com/HCY123902/AttentionPO). Several
+    # layers are summed there: --layer 8+16.
     "authors": {
         "empty_answers": "space",
         "judge_prompt": "authors",
-        "question": "first",
-        "strip_answers": True,
+        "judge_question": "first",
+        "judge_strip": True,
         "judge_cut": "authors",
-        "spans": "authors",
-        "layer_merge": "sum",
-        "rounds": "normalized",
+        "judge_spans": "authors",
+        "judge_rounds": "normalized",
         "align": "edits",
         "sink_on": "judge",
         "unseen": "zero",
@@ -299,6 +247,16 @@ def require(config, name: str, ok: bool, wanted: str) -> None:
         raise InputError(f"{flag_name(config, name)} is {getattr(config, name)!r}: it must be {wanted}")
 
 
+def choices_of(kind: object) -> tuple[object, ...]:
+    """What a field of this type may be; empty when it is no Literal."""
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def spell_choices(choices: tuple[object, ...]) -> str:
+    """`auto, on or off`; an empty one goes without saying."""
+    return " or ".join(", ".join(map(str, filter(None, choices))).rsplit(", ", 1))
+
+
 def flag_name(cls, name: str) -> str:
     """`max_length` -> `--max-length`."""
     metadata = {field.name: field.metadata for field in dataclasses.fields(cls)}[name]
@@ -316,59 +274,81 @@ def to_json(config) -> dict[str, object]:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Flags are wrapped, the text at the end stays as it is."""
+    """A flag's text begins beside it, however long it is itself."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=110)
+        super().__init__(prog, width=110)
 
-    def _fill_text(self, text, width, indent):
-        return text if "\n" in text else super()._fill_text(text, width, indent)
+    def _format_action(self, action):
+        line = f"  {self._format_action_invocation(action):24}  {self._expand_help(action)}"
+        return textwrap.fill(line, 110, subsequent_indent=" " * 28, break_on_hyphens=False) + "\n"
 
 
-def build_parser(cls, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """The command line of a config class; a flag that is not given leaves no trace in the namespace."""
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS, formatter_class=HelpFormatter)
-    groups: dict[str, argparse._ArgumentGroup] = {}
+def build_parser(cls, description: str, lists_losses: bool = False) -> argparse.ArgumentParser:
+    """The command line of a config class, values as text; a flag that is not given leaves no trace in the namespace."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [FLAG VALUE ...]", allow_abbrev=False, add_help=False, formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS, description=f"{description} Defaults stand in [brackets]; a switch is off "
+        "by default, and on where it stands as --no-NAME.", epilog="--help-losses lists every loss and weight source "
+        "with its options, those of --import too." if lists_losses else None)
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    if lists_losses:
+        parser.add_argument("--help-losses", action="store_true", help=argparse.SUPPRESS)
+    used = dict.fromkeys([*GROUPS, *(field.metadata["group"] for field in dataclasses.fields(cls))])
+    groups = {key: parser.add_argument_group(GROUPS.get(key, key)) for key in used}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        name = field.metadata["group"]
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
+        group, name, kind = groups[field.metadata["group"]], flag_name(cls, field.name), hints[field.name]
         text = field.metadata["help"].replace("%", "%%")
-        options: dict[str, object] = {"dest": field.name}
-        if hints[field.name] is bool:
-            text += f" (default: {'on' if field.default else 'off'})"
-        elif field.default != "":  # the text says what empty means
-            text += f" (default: {field.default})"
-        if hints[field.name] is bool:
-            options["action"] = "store_true" if field.name.startswith("no_") else argparse.BooleanOptionalAction
-        else:
-            options |= {"type": hints[field.name], "metavar": hints[field.name].__name__.upper()}
-            if "optional_value" in field.metadata:
-                options |= {"nargs": "?", "const": field.metadata["optional_value"]}
-        group.add_argument(flag_name(cls, field.name), help=text, **options)
+        if kind is bool:
+            for switch, value in ((name, True), (name.replace("--", "--no-", 1), False)):
+                if not switch.startswith("--no-no-"):  # shown is the one that changes something
+                    group.add_argument(switch, dest=field.name, action="store_const", const=value,
+                                       help=argparse.SUPPRESS if value == field.default else text)
+            continue
+        choices = ",".join(filter(None, choices_of(kind)))
+        options = {"metavar": f"{{{choices}}}" if choices else kind.__name__.upper()}
+        if "alone" in field.metadata:
+            options |= {"nargs": "?", "const": field.metadata["alone"]}
+        default = "" if field.default == "" else f" [{field.default}]"  # the text says what empty means
+        group.add_argument(name, dest=field.name, help=text + default, **options)
     return parser
 
 
-def parse_config(cls, argv: list[str] | None, description: str, epilog: str = "",
-                 more_settings: Callable[[dict[str, object], str], dict[str, object]] | None = None):
-    """Command line -> config. Raises InputError for a wrong value; argparse exits on an unknown flag.
+def parse_flags(cls, argv: list[str] | None, description: str, lists_losses: bool = False) -> dict[str, object]:
+    """The flags that are given, as values of their fields' types. Raises InputError for one that is none; argparse
+    exits on an unknown flag."""
+    given, hints = vars(build_parser(cls, description, lists_losses).parse_args(argv)), typing.get_type_hints(cls)
+    for name, value in given.items():
+        if isinstance(value, str):  # no switch
+            try:
+                given[name] = hints[name](value) if hints[name] in (int, float) else value.strip()
+            except ValueError as error:
+                wanted = "a whole number" if hints[name] is int else "a number"
+                raise InputError(f"{flag_name(cls, name)} is {value!r}: it must be {wanted}") from error
+    return given
+
+
+def parse_config(cls, argv: list[str] | None, description: str,
+                 more_settings: Callable[[dict[str, object], str], dict[str, object]] | None = None,
+                 list_losses: Callable[[str], str] | None = None):
+    """Command line -> config. As parse_flags.
 
     more_settings: called with what is given and the preset's name; what it returns stands above the preset.
+    list_losses: gives the text of --help-losses, which is printed instead of a run, for the files of --import.
     """
-    explicit = vars(build_parser(cls, description, epilog).parse_args(argv))
+    explicit, hints = parse_flags(cls, argv, description, list_losses is not None), typing.get_type_hints(cls)
+    lists_losses = explicit.pop("help_losses", False)
     given = (read_config_file(cls, explicit["config"]) if explicit.get("config") else {}) | explicit
-    for name, kind in typing.get_type_hints(cls).items():
-        if isinstance(given.get(name), str) and kind is str:
-            given[name] = given[name].strip()
+    if lists_losses:
+        print(list_losses(given.get("imports", "")))
+        raise SystemExit(0)
     if not given.get("plan"):  # which needs no data
         given |= resolve_data(given.get("model", ""), given.get("data", ""))
     preset = given.get("preset") or ("toy" if "toy" in (given.get("data"), given.get("model") or "toy") else "paper")
-    if preset not in PRESETS:
-        raise InputError(f"--preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
-    names = {field.name for field in dataclasses.fields(cls)}
-    settings = {key: value for key, value in PRESETS[preset].items() if key in names}
+    if preset not in tuple(PRESETS):
+        raise InputError(f"--preset is {preset!r}: it must be {spell_choices(choices_of(hints['preset']))}")
+    settings = {key: value for key, value in PRESETS[preset].items() if key in hints}
     more = more_settings(given, preset) if more_settings else {}
     settings |= more | given | {"preset": preset}
     if settings.get("length_normalize") and "beta" not in given and "beta" not in more:
@@ -410,9 +390,9 @@ def read_config_file(cls, path: str) -> dict[str, object]:
         kind = hints[by_key[key]]
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if not choices_of(kind) and type(value) is not kind:  # choices are checked by the config
             raise InputError(f"--config {path}: {key} is {value!r}, it must be a {kind.__name__}")
-        settings[by_key[key]] = value
+        settings[by_key[key]] = value.strip() if isinstance(value, str) else value
     return settings
 
 

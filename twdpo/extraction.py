@@ -51,15 +51,15 @@ class Extraction:
         self.meta = describe_extraction(config, model, parse_stored_layers(layers, model.config, flag),
                                         data_fingerprint, process.device)
         self.folder = folder or cache_directory(config) / "weights" / hash_json(self.meta)[:24]
-        appended = config.query == "verdict"
-        if config.max_judge_length:
-            warning = check_length("--max-judge-length", config.max_judge_length, model.config)
+        appended = config.judge_query == "verdict"
+        if config.judge_max_length:
+            warning = check_length("--judge-max-length", config.judge_max_length, model.config)
             process.print(warning) if warning else None
         self.inputs = JudgeInputs(model.tokenizer, load_judge_prompt(config.judge_prompt),
-                                  self.meta["max_judge_length"] - appended, config.question, config.strip_answers,
-                                  config.judge_cut, config.spans)
-        if config.spans == "authors" and self.inputs.end_rule is None:
-            process.print("--spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
+                                  self.meta["max_judge_length"] - appended, config.judge_question, config.judge_strip,
+                                  config.judge_cut, config.judge_spans)
+        if config.judge_spans == "authors" and self.inputs.end_rule is None:
+            process.print("--judge-spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
 
     def check(self, pairs: list[Pair]) -> list[BadRow]:
         """Those that can't be judged, of what is not stored; says what was cut or done apart. All ranks."""
@@ -99,21 +99,21 @@ def parse_stored_layers(text: str, model_config: PretrainedConfig, flag: str) ->
 def describe_extraction(config: SharedConfig, model: Model, layers: list[int | str], data_fingerprint: str,
                         device: torch.device) -> dict[str, object]:
     """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense."""
-    parse_heads(config.heads, model.config.get_text_config().num_attention_heads)
+    parse_heads(config.judge_heads, model.config.get_text_config().num_attention_heads)
     return {
         "code": EXTRACTION_VERSION,
         "model": model.fingerprint,
         "tokenizer": fingerprint_tokenizer(model.tokenizer),
         "judge_prompt": hash_json(load_judge_prompt(config.judge_prompt)),
-        "question": config.question,
-        "strip_answers": config.strip_answers,
+        "question": config.judge_question,
+        "strip_answers": config.judge_strip,
         "judge_cut": config.judge_cut,
-        "spans": config.spans,
-        "max_judge_length": config.max_judge_length or context_length(model.config),
-        "query": config.query,
-        "attention": config.attention,
+        "spans": config.judge_spans,
+        "max_judge_length": config.judge_max_length or context_length(model.config),
+        "query": config.judge_query,
+        "attention": config.judge_attention,
         "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
-        "heads": config.heads,
+        "heads": config.judge_heads,
         "layers": layers,
         "data": data_fingerprint,
     }
@@ -192,10 +192,10 @@ class JudgePass:
     def __init__(self, config: SharedConfig, meta: dict[str, object], model: Model, process: Process):
         device, dtype = process.device, pick_dtype(config.judge_dtype, process.device)
         text_config = model.config.get_text_config()
-        self.query, self.eager = config.query, config.attention == "eager"
+        self.query, self.eager = config.judge_query, config.judge_attention == "eager"
         self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
         self.rollout = ROLLOUT in meta["layers"]
-        self.heads = parse_heads(config.heads, text_config.num_attention_heads)
+        self.heads = parse_heads(config.judge_heads, text_config.num_attention_heads)
         self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
         self.verdicts = verdict_ids(model.tokenizer)
         # Nothing after the last wanted layer is loaded or run; the verdict needs them all.

@@ -21,7 +21,7 @@ from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.verbalized import ScoresFile, describe_left_out
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
-from twdpo.weights_file import WeightsFile
+from twdpo.weights_file import WeightsFile, parse_layer
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
@@ -200,12 +200,13 @@ class Attention(Need):
         if self.extraction:
             self.extraction.run([example.pair for example in used])
             self.file = self.extraction.open(config.layer)
+        self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
         check_covered(self.file, used)
         if figures := self.file.verdict_statistics([example.pair.key for example in used]):
             self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
-            shares = alignment_shares(sample, self.file, config.rounds)
+            shares = alignment_shares(sample, self.file, config.judge_rounds)
             self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
                                + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
         return inputs
@@ -214,10 +215,10 @@ class Attention(Need):
         return {"attention": self.file}
 
     def settings(self) -> dict[str, object]:
-        settled = {"layer": ",".join(self.file.layers)}
         if self.extraction:
-            settled |= {name: self.extraction.meta[name] for name in ("judge_dtype", "max_judge_length")}
-        return settled
+            return {"layer": self.layer, "judge_dtype": self.extraction.meta["judge_dtype"],
+                    "judge_max_length": self.extraction.meta["max_judge_length"]}
+        return {"layer": self.layer}
 
     def identity(self) -> dict[str, str]:
         return {"the token weights": hash_json(self.file.meta)}

@@ -119,7 +119,7 @@ class JudgeInputs:
 
     def __init__(self, tokenizer, prompt: str, max_length: int, question: str = "conversation", strip: bool = False,
                  cut: str = "common", spans: str = "exact"):
-        """max_length: most tokens of one input; the others as the flags of their names (--strip-answers, --judge-cut).
+        """max_length: most tokens of one input; the others as the flags of their names (--judge-strip, --judge-cut).
 
         Raises InputError when the chat template does not print the prompt.
         """
@@ -224,7 +224,7 @@ class JudgeInputs:
             keep -= 1
         raise ValueError(f"a judge input of {self.max_length} tokens leaves its answers {max(keep, 0)} tokens of "
                          f"{whole[0]} and {whole[1]}, fewer than {ANSWER_FLOOR} of a longer answer or all of a shorter "
-                         "one: raise --max-judge-length or use --judge-prompt short")
+                         "one: raise --judge-max-length or use --judge-prompt short")
 
     def _cut_as_authors(self, question: str, chosen: Answer, rejected: Answer) -> JudgedPair:
         """Each round is cut by itself: at their limit answers keep their first tokens, the question its last ones."""

@@ -13,7 +13,7 @@ to --import). Keyword-only parameters are its options (--loss-options NAME=VALUE
 Legend: S sequences (2i chosen, 2i+1 rejected), P pairs, N response tokens. ratio_S is the fused op's output: the sum of
 weighted policy-to-reference log-ratios, times the scale; R_w and R_l in the formulas. Without a reference it is the sum
 of weighted log-probs, S_w and S_l. Uniform weights are 1, so that these are plain sums. n is a response's length:
-tokens, end of turn included, or with --length-by mass the sum of its weights.
+tokens, end of turn included, or with length_by=mass the sum of its weights.
 """
 
 import math
@@ -24,29 +24,30 @@ import torch.nn.functional as F
 
 from twdpo.logratio import segment_sum
 
+LengthBy = Literal["tokens", "mass"]
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 MOST_AVERAGE = -1e-6  # log-probs a token are kept below it where log(1 - p) is taken: p = 1 would give infinity
 
 
-def pair_lengths(batch, config) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
     """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
     if batch.averaged:
         return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
-    return answer_lengths(batch, config)
+    return answer_lengths(batch, length_by)
 
 
-def answer_lengths(batch, config) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
     """n of both sides [P], fp32, whatever the weights make of ratios."""
-    if config.length_by == "mass":
+    if length_by == "mass":
         length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
     else:
         length_S = batch.seq_lens_S.to(batch.scale_S)
     return length_S[0::2].clamp(min=1e-6), length_S[1::2].clamp(min=1e-6)
 
 
-def pair_averages(ratio_S: torch.Tensor, batch, config) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_averages(ratio_S: torch.Tensor, batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
     """R / n of both sides [P]; without a reference the mean log-prob of a token."""
-    chosen_P, rejected_P = pair_lengths(batch, config)
+    chosen_P, rejected_P = pair_lengths(batch, length_by)
     return ratio_S[0::2] / chosen_P, ratio_S[1::2] / rejected_P
 
 
@@ -56,21 +57,25 @@ def average_metrics(chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> dict[st
             "average_accuracy": (chosen_P - rejected_P).detach().sign().add(1).div(2)}
 
 
-def smoothed(margin_P: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """-log sigmoid of a margin whose label is flipped with probability `smoothing`."""
-    return -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
+def smoothed(margin_P: torch.Tensor, label_smoothing: float, unbiased: bool = False) -> torch.Tensor:
+    """-log sigmoid of a margin whose label is flipped with probability `label_smoothing`; unbiased: of one that was,
+    such that the mean over flips is the loss without them. Raises ValueError outside [0, 0.5)."""
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: it must be in [0, 0.5)")
+    kept, flipped = (1 - label_smoothing) * F.logsigmoid(margin_P), label_smoothing * F.logsigmoid(-margin_P)
+    return (flipped - kept) / (1 - 2 * label_smoothing) if unbiased else -kept - flipped
 
 
 def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
-        over: Literal["sums", "positions"] = "sums") -> Loss:
+        over: Literal["sums", "positions"] = "sums", label_smoothing: float = 0.0) -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290 Eq. 7; with weights paper Eq. 5).
 
-    -log sigmoid(beta (R_w - R_l)), labels flipped with probability --label-smoothing. `positions`: the same of each
+    -log sigmoid(beta (R_w - R_l)), labels flipped with probability label_smoothing. `positions`: the same of each
     position's two tokens in the place of the sums, mean over the longer answer's positions, as in cDPO's code (whose
     mean counts prompt and padding too). One reference pass.
     """
     if over == "sums":
-        return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), config.label_smoothing), {}
+        return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), label_smoothing), {}
     lens = batch.seq_lens_S.tolist()
     scale_N = torch.repeat_interleave(batch.scale_S, batch.seq_lens_S.to(batch.scale_S.device), output_size=sum(lens))
     terms = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
@@ -78,7 +83,7 @@ def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     for chosen_T, rejected_T in zip(terms[0::2], terms[1::2]):
         longer = max(len(chosen_T), len(rejected_T))
         chosen_T, rejected_T = (F.pad(side_T, (0, longer - len(side_T))) for side_T in (chosen_T, rejected_T))
-        loss_P.append(smoothed(config.beta * (chosen_T - rejected_T), config.label_smoothing).mean())
+        loss_P.append(smoothed(config.beta * (chosen_T - rejected_T), label_smoothing).mean())
     return torch.stack(loss_P), {}
 
 
@@ -87,12 +92,12 @@ dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128},
                 "tuned-base": {"beta": 0.01, "lr": 5e-7, "batch_size": 128}}
 
 
-def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0) -> Loss:
     """Token-weighted DPO (arXiv 2605.21883 Eq. 5; Eq. 15 with --length-normalize).
 
     The DPO formula on weights of mean 1, |y| a_t. One reference pass.
     """
-    return dpo(ratio_S, logps_N, batch, config)
+    return dpo(ratio_S, logps_N, batch, config, label_smoothing=label_smoothing)
 
 
 twdpo.default_source = "attention"
@@ -100,7 +105,7 @@ twdpo.norm = "mean1"
 
 
 def ipo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
-        normalize: Literal["mean", "sum"] = "mean") -> Loss:
+        normalize: Literal["mean", "sum"] = "mean", length_by: LengthBy = "tokens") -> Loss:
     """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036 Eq. 17).
 
     (h - 1 / (2 beta))^2, beta being the paper's tau; h = R_w - R_l (`sum`: the paper's notation and the DPO authors'
@@ -108,7 +113,7 @@ def ipo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     """
     chosen_P, rejected_P = ratio_S[0::2], ratio_S[1::2]
     if normalize == "mean":
-        chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
+        chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
     return (chosen_P - rejected_P - 1 / (2 * config.beta)) ** 2, {}
 
 
@@ -141,15 +146,16 @@ kto_pair.settings = {"": {"beta": 0.1}}
 
 
 def simpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, gamma_ratio: float = 0.25,
-          form: Literal["sigmoid", "hinge"] = "sigmoid", nll: float = 0.0) -> Loss:
+          form: Literal["sigmoid", "hinge"] = "sigmoid", nll: float = 0.0, label_smoothing: float = 0.0,
+          length_by: LengthBy = "tokens") -> Loss:
     """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734).
 
     -log sigmoid(beta (S_w / n_w - S_l / n_l - gamma_ratio)), gamma_ratio being the paper's gamma / beta, with
-    --label-smoothing; `hinge`: relu(1 - the same). Plus nll times -S_w / n_w. No reference.
+    label_smoothing; `hinge`: relu(1 - the same), without. Plus nll times -S_w / n_w. No reference.
     """
-    chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
+    chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
     margin_P = config.beta * (chosen_P - rejected_P - gamma_ratio)
-    loss_P = torch.relu(1 - margin_P) if form == "hinge" else smoothed(margin_P, config.label_smoothing)
+    loss_P = torch.relu(1 - margin_P) if form == "hinge" else smoothed(margin_P, label_smoothing)
     return loss_P - nll * chosen_P, average_metrics(chosen_P, rejected_P)
 
 
@@ -162,13 +168,13 @@ simpo.settings = {  # the same README; "tuned-v0.2" is of Llama-3-8B-Instruct on
 }
 
 
-def rdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, alpha: float = 0.1) -> Loss:
+def rdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, alpha: float = 0.1,
+         length_by: LengthBy = "tokens") -> Loss:
     """Length-regularised DPO (Park et al. 2024, arXiv 2403.19159).
 
-    -log sigmoid(beta (R_w - R_l) + alpha (n_w - n_l)): a longer chosen answer needs less of a margin. One reference
-    pass.
+    -log sigmoid(beta (R_w - R_l) + alpha (n_w - n_l)): longer chosen answers need less margin. One reference pass.
     """
-    chosen_P, rejected_P = answer_lengths(batch, config)
+    chosen_P, rejected_P = answer_lengths(batch, length_by)
     margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2]) + alpha * (chosen_P - rejected_P)
     return -F.logsigmoid(margin_P), {}
 
@@ -177,7 +183,8 @@ rdpo.settings = {"": {"beta": 0.1}}
 
 
 def cpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: float = 1.0,
-        nll_over: Literal["sequence", "token", "batch"] = "sequence") -> Loss:
+        nll_over: Literal["sequence", "token", "batch"] = "sequence", label_smoothing: float = 0.0,
+        length_by: LengthBy = "tokens") -> Loss:
     """Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417).
 
     -log sigmoid(beta (S_w - S_l)) + nll times the negative log-likelihood of the chosen answer: its sum (`sequence`:
@@ -187,26 +194,26 @@ def cpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: flo
     chosen_P = ratio_S[0::2]
     likelihood_P = chosen_P
     if nll_over == "token":
-        likelihood_P = chosen_P / pair_lengths(batch, config)[0]
+        likelihood_P = chosen_P / pair_lengths(batch, length_by)[0]
     elif nll_over == "batch":
         sum_P = chosen_P * batch.seq_lens_S[0::2].to(chosen_P) if batch.averaged else chosen_P
         likelihood_P = sum_P * batch.pair_count / batch.chosen_tokens
     margin_P = config.beta * (chosen_P - ratio_S[1::2])
-    return smoothed(margin_P, config.label_smoothing) - nll * likelihood_P, {}
+    return smoothed(margin_P, label_smoothing) - nll * likelihood_P, {}
 
 
 cpo.needs = ()
 cpo.settings = {"": {"beta": 0.1}}
 
 
-def orpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+def orpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, length_by: LengthBy = "tokens") -> Loss:
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691).
 
     -log p_w - beta log sigmoid(log odds_w - log odds_l), log p = S / n, odds = p / (1 - p), beta being the paper's
     lambda. The likelihood is of the answer alone (the official code adds the prompt's unless told otherwise). No
     reference.
     """
-    chosen_P, rejected_P = (average_P.clamp(max=MOST_AVERAGE) for average_P in pair_averages(ratio_S, batch, config))
+    chosen_P, rejected_P = (average_P.clamp(max=MOST_AVERAGE) for average_P in pair_averages(ratio_S, batch, length_by))
     log_odds_P = (chosen_P - log_one_minus_exp(chosen_P)) - (rejected_P - log_one_minus_exp(rejected_P))
     return -chosen_P - config.beta * F.logsigmoid(log_odds_P), average_metrics(chosen_P, rejected_P)
 
@@ -238,13 +245,14 @@ slic_hf.needs = ()
 slic_hf.settings = {"": {"beta": 0.1}}
 
 
-def rrhf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: float = 1.0) -> Loss:
+def rrhf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: float = 1.0,
+         length_by: LengthBy = "tokens") -> Loss:
     """Rank responses to align human feedback (Yuan et al. 2023, arXiv 2304.05302).
 
     max(0, S_l / n_l - S_w / n_w) - nll S_w; beta scales the logged rewards alone. (The authors' code divides by the
     padded length.) No reference.
     """
-    chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
+    chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
     return torch.relu(rejected_P - chosen_P) - nll * ratio_S[0::2], average_metrics(chosen_P, rejected_P)
 
 
@@ -252,13 +260,14 @@ rrhf.needs = ()
 rrhf.settings = {"": {"beta": 0.1}}
 
 
-def sigmoid_norm(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+def sigmoid_norm(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0,
+                 length_by: LengthBy = "tokens") -> Loss:
     """DPO on log-ratios a token (TRL's sigmoid_norm; paper Eq. 15 with uniform weights).
 
     -log sigmoid(beta (R_w / n_w - R_l / n_l)). One reference pass.
     """
-    chosen_P, rejected_P = pair_averages(ratio_S, batch, config)
-    return smoothed(config.beta * (chosen_P - rejected_P), config.label_smoothing), {}
+    chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
+    return smoothed(config.beta * (chosen_P - rejected_P), label_smoothing), {}
 
 
 sigmoid_norm.settings = {"": {"beta": 2.0}}
@@ -275,17 +284,16 @@ def hinge(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
 hinge.settings = {"": {"beta": 0.1}}
 
 
-def robust(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
+def robust(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0) -> Loss:
     """DPO that is unbiased under flipped labels (Ray Chowdhury et al. 2024, arXiv 2403.00409).
 
-    (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), m = beta (R_w - R_l), e = --label-smoothing. One
-    reference pass.
+    (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), m = beta (R_w - R_l), e = label_smoothing, here
+    0.1 by default. One reference pass.
     """
-    margin_P, flipped = config.beta * (ratio_S[0::2] - ratio_S[1::2]), config.label_smoothing
-    return (-(1 - flipped) * F.logsigmoid(margin_P) + flipped * F.logsigmoid(-margin_P)) / (1 - 2 * flipped), {}
+    return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), label_smoothing, unbiased=True), {}
 
 
-robust.settings = {"": {"beta": 0.1, "label_smoothing": 0.1}}
+robust.settings = {"": {"beta": 0.1, "loss_options": "label_smoothing=0.1"}}
 
 
 def exo_pair(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, epsilon: float = 1e-3) -> Loss:
@@ -375,26 +383,10 @@ def discopop(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, tau
 discopop.settings = {"": {"beta": 0.05}}
 
 LOSSES = {
-    "twdpo": twdpo,
-    "dpo": dpo,
-    "ipo": ipo,
-    "kto_pair": kto_pair,
-    "simpo": simpo,
-    "rdpo": rdpo,
-    "cpo": cpo,
-    "orpo": orpo,
-    "slic_hf": slic_hf,
-    "rrhf": rrhf,
-    "sigmoid_norm": sigmoid_norm,
-    "hinge": hinge,
-    "robust": robust,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
+    "twdpo": twdpo, "dpo": dpo, "ipo": ipo, "kto_pair": kto_pair, "simpo": simpo, "rdpo": rdpo, "cpo": cpo,
+    "orpo": orpo, "slic_hf": slic_hf, "rrhf": rrhf, "sigmoid_norm": sigmoid_norm, "hinge": hinge, "robust": robust,
+    "exo_pair": exo_pair, "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero,
+    "apo_down": apo_down, "discopop": discopop,
 }
 
 

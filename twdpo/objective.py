@@ -12,7 +12,7 @@ from typing import get_type_hints
 import torch
 
 from twdpo.batch import Outputs, PairBatch
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import InputError, TrainConfig, choices_of
 from twdpo.dist import Process
 from twdpo.logratio import TERMS
 from twdpo.losses import LOSSES, loss_needs
@@ -100,9 +100,7 @@ def forward(policy, batch: PairBatch, objective: Objective, context: WeightConte
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
     """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
-    import_files(str(given.get("imports", "")))
-    inherit_attributes(LOSSES)
-    inherit_attributes(WEIGHTS)
+    import_objectives(str(given.get("imports", "")))
     name = given.get("loss", TrainConfig.loss)
     settings = getattr(LOSSES.get(name), "settings", {})
     if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
@@ -116,6 +114,8 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
         raise InputError(f"the settings of the loss {name} have {min(unknown)!r}, which is no field of TrainConfig")
     kinds = get_type_hints(TrainConfig)
     for field, value in settings.items():
+        if choices_of(kinds[field]):
+            continue  # the config checks them
         if type(value) is not kinds[field] and (kinds[field], type(value)) != (float, int):
             raise InputError(f"the settings of the loss {name} have {field} {value!r}: it must be a "
                              f"{kinds[field].__name__}")
@@ -179,8 +179,19 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
 
 
-def list_objectives() -> str:
-    """The end of --help: every loss and weight source, from their docstrings."""
+def import_objectives(paths: str) -> None:
+    """Run the files of --import, which add to LOSSES and WEIGHTS. Raises InputError."""
+    import_files(paths)
+    inherit_attributes(LOSSES)
+    inherit_attributes(WEIGHTS)
+
+
+def list_objectives(paths: str = "") -> str:
+    """What --help-losses prints: every loss and weight source, those of these files among them, from their docstrings.
+
+    Raises InputError for a file that can't be run.
+    """
+    import_objectives(paths)
     lines = []
     for title, rows in (("losses", describe(LOSSES, loss_needs)),
                         ("weight sources", describe(WEIGHTS, source_needs))):

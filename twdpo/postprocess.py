@@ -8,23 +8,24 @@ import numpy as np
 from twdpo.align import align, align_by_edits, match_tokens
 from twdpo.chat import Example, Response
 from twdpo.config import TrainConfig
-from twdpo.weights_file import JudgedAnswer, WeightsFile
+from twdpo.weights_file import JudgedAnswer, WeightsFile, parse_layer
 
 
 def attention_weights(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
     """a_t of one answer, float64 [N], sum 1 unless the config says otherwise.
 
     Pinned to 1/n are the sink's tokens, the end of the turn, and tokens that the judge did not see; the others share
-    the rest in proportion to their aligned mass. Several layers are merged at the end.
+    the rest in proportion to their aligned mass. Several layers are averaged at the end (`--layer 8,16`) or summed, as
+    the authors' code does (`8+16`).
     """
     layers_LN = [layer_weights(response, judged, attention_RJ, config) for attention_RJ in judged.attention_LRJ]
-    return np.sum(layers_LN, axis=0) if config.layer_merge == "sum" else np.mean(layers_LN, axis=0)
+    return np.sum(layers_LN, axis=0) if parse_layer(config.layer)[1] else np.mean(layers_LN, axis=0)
 
 
 def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.ndarray, config: TrainConfig
                   ) -> np.ndarray:
     """`attention_weights` of one layer."""
-    mass_J = average_rounds(attention_RJ, config.rounds)
+    mass_J = average_rounds(attention_RJ, config.judge_rounds)
     sink_k = config.sink_k if len(judged.ids_J) >= config.sink_k_min else 0
     if config.sink_on == "judge" and sink_k:
         mass_J = pin_and_share(mass_J, np.arange(len(mass_J)) < sink_k)

@@ -12,7 +12,6 @@ Then the gates are printed: what the model must be able to do for the default ru
 Legend: B inputs, T tokens, D hidden, J judge tokens of several answers.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -29,7 +28,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twdpo.chat import Example, tokenize_pairs
-from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, build_parser, flag, require
+from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, flag, parse_flags, require
 from twdpo.dist import Process, run_script
 from twdpo.extraction import Extraction
 from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
@@ -74,11 +73,8 @@ class ToyTrainConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    def read_config() -> ToyTrainConfig:
-        parser = build_parser(ToyTrainConfig, __doc__.split("\n")[0])
-        parser.formatter_class = argparse.HelpFormatter
-        return ToyTrainConfig(**vars(parser.parse_args(argv)))
-    run_script("twdpo.toy_train", read_config, toy_train)
+    run_script("twdpo.toy_train", lambda: ToyTrainConfig(**parse_flags(ToyTrainConfig, argv, __doc__.split("\n")[0])),
+               toy_train)
 
 
 def toy_train(config: ToyTrainConfig, process: Process) -> None:

@@ -97,13 +97,20 @@ def stored_keys(directory: Path) -> set[int]:
     return keys
 
 
+def parse_layer(text: str) -> tuple[list[str], bool]:
+    """--layer: (names of layers, each once; whether their weights are summed). `8,16`: the mean of both, `8+16`: the
+    sum. Raises InputError for both in one."""
+    if "," in text and "+" in text:
+        raise InputError(f"--layer is {text!r}: layers are separated by commas (their mean) or by + (their sum)")
+    parts = [part.strip() for part in text.replace("+", ",").split(",")]
+    return list(dict.fromkeys(str(int(part)) if part.isdigit() else part for part in parts)), "+" in text
+
+
 def pick_layers(text: str, stored: list[str], where: str | Path) -> list[str]:
     """The stored layers that --layer names, each once. Raises InputError."""
     numbers = [name for name in stored if name.isdigit()]
-    parts = [part.strip() for part in text.split(",")]
-    named = list(dict.fromkeys(str(int(part)) if part.isdigit() else part for part in parts))
-    wanted = {"last": numbers[-1:], "all": numbers}.get(text.strip(), named)
-    if not wanted or set(wanted) - set(stored):
+    wanted = {"last": numbers[-1:], "all": numbers}.get(text.strip()) or parse_layer(text)[0]
+    if set(wanted) - set(stored):
         raise InputError(f"--layer is {text!r}: {where} stores layers {', '.join(stored)}")
     return wanted
 
@@ -112,7 +119,7 @@ class WeightsFile:
     """A weights file opened for reading, the wanted layers of it in memory."""
 
     def __init__(self, directory: Path, layer: str = "last"):
-        """layer: `last` (the last one stored), `all` stored, 1-based layers separated by commas, or `rollout`.
+        """layer: `last` (the last one stored), `all` stored, 1-based layers separated by commas or +, or `rollout`.
 
         Raises InputError for one that is not stored.
         """
