@@ -8,9 +8,9 @@ setup(
     description="Token-weighted Direct Preference Optimization (TwDPO) and AttentionPO in plain PyTorch",
     python_requires=">=3.10",
     # Never "kernels" itself: a top-level package of that name breaks transformers, which looks for its own.
-    packages=["twdpo", "twdpo.kernels"],
+    packages=["twdpo", *(f"twdpo.{name}" for name in ("models", "judge", "pages", "toy", "kernels"))],
     package_dir={"twdpo": "twdpo", "twdpo.kernels": "kernels"},
-    package_data={"twdpo": ["toy_model/*"]},
+    package_data={"twdpo.toy": ["model/*"]},
     # Up to the newest minor versions that the tests were run on: raise an end when they pass on what is newer.
     install_requires=[
         "torch>=2.11,<2.14",

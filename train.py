@@ -18,18 +18,9 @@ import torch
 
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example
-from twdpo.checkpoint import (
-    drop_later_checkpoints,
-    export_model,
-    load_checkpoint,
-    open_run,
-    save_checkpoint,
-    start_run,
-)
+from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import InputError, TrainConfig, parse_config
-from twdpo.curves import write_curves
 from twdpo.dist import Process, clip_gradients, pick_dtype, run_script
-from twdpo.generate import sample_answers
 from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
@@ -43,12 +34,17 @@ from twdpo.metrics import (
     sum_over_processes,
     token_metrics,
 )
-from twdpo.model import Model, Policy, check_architecture, load_policy, settle_packing
+from twdpo.models.build import check_architecture
+from twdpo.models.generate import sample_answers
+from twdpo.models.memory import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
+from twdpo.models.policy import Policy, load_policy, settle_packing
+from twdpo.models.source import Model
 from twdpo.objective import TOKEN_STATS, Objective, find_objective, forward, list_objectives, settings_of_loss
-from twdpo.plan import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
-from twdpo.planted import add_planted, source_lift
-from twdpo.report import write_report
+from twdpo.pages.run import write_curves
+from twdpo.pages.weights import write_report
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
+from twdpo.run_folder import drop_later_checkpoints, open_run, start_run
+from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import WeightsFile
 

@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loss_kernel import finish, interleave, machine, peak_memory_mib, result_path
-from twdpo.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
-from twdpo.model import decoder_layers
+from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
+from twdpo.models.build import decoder_layers
 from twdpo.rows import pack
 
 SHAPES = {

@@ -12,13 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from twdpo.logratio import (
-    HeadOptions,
-    combine,
-    weighted_logratio,
-    weighted_logratio_chunked,
-    weighted_logratio_spec,
-)
+from twdpo.logratio import HeadOptions, combine, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 
 @dataclass(frozen=True)

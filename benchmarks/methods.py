@@ -44,8 +44,8 @@ from twdpo import dist
 from twdpo.config import to_json
 from twdpo.files import hash_json, make_directory, write_atomic, write_json
 from twdpo.losses import LOSSES
-from twdpo.model import TOY_MODEL, fingerprint_model
-from twdpo.toy import all_prompts
+from twdpo.models.source import TOY_MODEL, fingerprint_model
+from twdpo.toy.grammar import all_prompts
 from twdpo.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,20 +25,21 @@ from twdpo import dist
 from twdpo.batch import PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
-from twdpo.extraction import Extraction
 from twdpo.files import hash_json
+from twdpo.judge.extraction import Extraction
 from twdpo.log import StageClock
 from twdpo.logps import Contrast, response_logps
 from twdpo.losses import LOSSES
 from twdpo.metrics import pair_metrics
-from twdpo.model import Policy, load_policy, open_model
+from twdpo.models.policy import Policy, load_policy
+from twdpo.models.source import open_model
 from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
-from twdpo.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
 from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
-from twdpo.toy import KINDS, all_prompts, draw_row
+from twdpo.toy.grammar import KINDS, all_prompts, draw_row
+from twdpo.toy.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, Logps, WeightContext, attention, attention_pins
 from twdpo.weights_file import WeightsFile
 

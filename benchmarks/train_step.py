@@ -34,18 +34,21 @@ sys.path.insert(0, str(ROOT))  # train.py
 
 from loss_kernel import finish, installed_version, machine, result_path
 from train import Run, train_step
-from twdpo import dist, toy
+from twdpo import dist
 from twdpo.batch import collate, plan_micro_batches
 from twdpo.chat import tokenize_pairs
 from twdpo.config import TrainConfig
 from twdpo.log import StageClock
 from twdpo.logps import response_logps
 from twdpo.losses import LOSSES
-from twdpo.model import build_policy, load_model_config, load_policy, load_tokenizer, settle_packing
+from twdpo.models.memory import GIB, flops, model_cost, peak_tflops, plan_memory
+from twdpo.models.policy import build_policy, load_policy, settle_packing
+from twdpo.models.source import load_model_config, load_tokenizer
 from twdpo.objective import bind_objective
 from twdpo.pairs import Pair, load_dataset
-from twdpo.plan import GIB, flops, model_cost, peak_tflops, plan_memory
 from twdpo.rows import RowOptions, global_batch
+from twdpo.toy.grammar import toy_rows
+from twdpo.toy.train import build_tokenizer
 from twdpo.weights import WEIGHTS, WeightContext
 
 SHAPES = {
@@ -78,7 +81,7 @@ def make_pairs(flags, number: int) -> list[dict[str, str]]:
         pairs = pairs[::max(1, len(pairs) // number)][:number]
         return [{"prompt": pair.messages[-1][1], "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
     rng = random.Random(0)
-    words = " ".join(row["chosen"] for row in toy.toy_rows()[0]).split()
+    words = " ".join(row["chosen"] for row in toy_rows()[0]).split()
 
     def text(median: int) -> str:
         return " ".join(rng.choices(words, k=max(4, int(median * rng.lognormvariate(0, 0.6)))))
@@ -87,7 +90,7 @@ def make_pairs(flags, number: int) -> list[dict[str, str]]:
 
 def prepare(flags, work: Path) -> None:
     """Write model, tokenizer and pairs that every way reads; on a GPU of the model only its config."""
-    tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else toy._build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else build_tokenizer()
     config = LlamaConfig(**SHAPES[flags.shape], vocab_size=VOCABULARY, max_position_embeddings=8192,
                          rope_theta=500000.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
 
 from twdpo import dist
 from twdpo.losses import LOSSES
-from twdpo.toy import build_toy_model, toy_rows
+from twdpo.toy.grammar import toy_rows
+from twdpo.toy.train import build_toy_model
 from twdpo.weights import WEIGHTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

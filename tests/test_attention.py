@@ -8,17 +8,10 @@ from models_of_tests import MODELS, MODELS_WITHOUT_THE_INTERFACE, build, build_d
 from precision_of_tests import InDouble, assert_as_exact, assert_exact
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from twdpo import attention
-from twdpo.attention import (
-    ATTENTION_NAME,
-    JudgeCapture,
-    judge_forward,
-    parse_heads,
-    parse_layers,
-    rollout_rows,
-)
 from twdpo.config import InputError
-from twdpo.model import decoder_layers
+from twdpo.models import attention
+from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, parse_layers, rollout_rows
+from twdpo.models.build import decoder_layers
 from twdpo.rows import pack
 
 

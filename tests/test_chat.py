@@ -5,7 +5,7 @@ import pytest
 from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiece_like
 
 from twdpo.chat import special_ids, tokenize_pairs
-from twdpo.model import load_tokenizer
+from twdpo.models.source import load_tokenizer
 from twdpo.pairs import Pair, load_dataset, parse_row
 
 

@@ -8,9 +8,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from twdpo.checkpoint import export_model, list_checkpoints, load_checkpoint, save_checkpoint
+from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import InputError
-from twdpo.model import load_policy
+from twdpo.models.policy import load_policy
+from twdpo.run_folder import list_checkpoints
 
 
 def make(directory, process, dtype=torch.float32):

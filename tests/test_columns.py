@@ -12,11 +12,11 @@ from tokenizers_of_tests import TRIMMED, byte_level, gemma_like, sentencepiece_l
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
-from twdpo import judge
-from twdpo.columns import WeightsColumns, token_spans
+from twdpo.authors_columns import WeightsColumns, token_spans
 from twdpo.config import InputError
+from twdpo.judge import prompt
 from twdpo.pairs import load_dataset
-from twdpo.toy import toy_rows
+from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile
 
 
@@ -147,7 +147,7 @@ def test_text_that_the_tokenizer_normalises_is_found():
 
 # The preset authors against a plain transcription of what their extraction does (methods.md 3.2.1)
 
-PROMPT = judge.JUDGE_PROMPTS["authors"]
+PROMPT = prompt.JUDGE_PROMPTS["authors"]
 
 
 def find(ids: list[int], pattern: list[int]) -> int:
@@ -229,7 +229,7 @@ def make_model(directory: Path, tokenizer) -> Path:
 def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
     """A tokenizer made known to the rule of Llama-3: the last one or two tokens are left out, answers are stripped."""
     tokenizer = byte_level()
-    monkeypatch.setattr(judge, "AUTHORS_END_RULES", (({"<|im_end|>": 2}, 3, 2),))
+    monkeypatch.setattr(prompt, "AUTHORS_END_RULES", (({"<|im_end|>": 2}, 3, 2),))
     rows = [{"prompt": f"what of {number}?", "chosen": f" The fox jumps, {number} times. ", "rejected": "No.\n"}
             for number in range(3)]
     rows.append({"prompt": "long " * 900, "chosen": "dog " * 900, "rejected": "lazy"})  # past their limit
@@ -242,7 +242,7 @@ def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
 def test_the_preset_authors_equals_their_extraction_by_the_rule_of_gemma(tmp_path):
     """A tokenizer with what their rule relies on: Gemma-3's ids of turn marks, line breaks as tokens of their own."""
     tokenizer = gemma_like()
-    assert judge.find_end_rule(tokenizer, PROMPT) == (0, 0)
+    assert prompt.find_end_rule(tokenizer, PROMPT) == (0, 0)
     assert tokenizer.convert_ids_to_tokens([105, 106, 107]) == ["<start_of_turn>", "<end_of_turn>", "\n"]
     rows = [{"prompt": f"what of {number}?", "chosen": f" The fox jumps,\n\n{number} times. ", "rejected": "No.\n"}
             for number in range(3)]

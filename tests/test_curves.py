@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from twdpo.curves import MOST_POINTS, format_ticks, nice_ticks, render_chart, render_run, thin, write_curves
+from twdpo.pages.run import MOST_POINTS, format_ticks, nice_ticks, render_chart, render_run, thin, write_curves
 
 STEPS = [{"step": step, "loss": 0.7 - 0.01 * step, "reward_margin": 0.1 * step, "grad_norm": 1.0, "lr": 1e-6}
          for step in range(1, 11)]

@@ -14,13 +14,12 @@ from precision_of_tests import InDouble, assert_as_exact
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
-import twdpo.model
-from twdpo import extraction
 from twdpo.config import InputError
 from twdpo.dist import Process
-from twdpo.judge import JUDGE_PROMPTS, JudgeInputs
+from twdpo.judge import extraction, judge
+from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs
 from twdpo.pairs import load_dataset
-from twdpo.toy import toy_rows
+from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile, shard_paths, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,8 +113,8 @@ def test_layers_may_be_named_in_any_way_and_twice(tmp_path, arguments, pairs_fil
 def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monkeypatch, capsys):
     """Without the model's last layer there is no verdict to store, and nothing is said of it."""
     seen = []
-    original = twdpo.model.judge_forward
-    monkeypatch.setattr(twdpo.model, "judge_forward", lambda decoder, capture, num_layers, final_layer:
+    original = judge.judge_forward
+    monkeypatch.setattr(judge, "judge_forward", lambda decoder, capture, num_layers, final_layer:
                         seen.append((num_layers, len(decoder.layers)))
                         or original(decoder, capture, num_layers, final_layer))
     extract.main(arguments(tmp_path / "w", "--layers", "1"))
@@ -125,7 +124,7 @@ def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monk
 
 def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, arguments, monkeypatch, pairs_file, capsys):
     extract.main(arguments(tmp_path / "packed"))
-    monkeypatch.setattr(extraction.JudgePass, "check_packing", lambda self: False)
+    monkeypatch.setattr(judge.JudgePass, "check_packing", lambda self: False)
     extract.main(arguments(tmp_path / "alone"))
     assert "judge inputs run one by one" in capsys.readouterr().out
     for pair in load_dataset(str(pairs_file), "").train:
@@ -212,30 +211,30 @@ def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, argum
 
 def test_a_process_whose_sharded_judge_fails_tells_the_others(tmp_path, arguments, monkeypatch, capsys):
     """Two rounds of states as the other process would send them: it works, then it has failed."""
-    others, seen = [extraction.WORKS] * 5 + [extraction.FAILED], []
+    others, seen = [judge.WORKS] * 5 + [judge.FAILED], []
     monkeypatch.setattr(Process, "largest", lambda self, state: seen.append(state) or max(state, others[len(seen) - 1]))
     with pytest.raises(SystemExit):
         extract.main(arguments(tmp_path / "other", "--judge-sharding", "on"))
     assert "another process found its part of the judge's input unfit" in capsys.readouterr().err
-    assert seen == [extraction.WORKS] * 6
-    others[-1] = extraction.WORKS
+    assert seen == [judge.WORKS] * 6
+    others[-1] = judge.WORKS
     seen.clear()
-    judge_rows = extraction.JudgePass.judge_rows
+    judge_rows = judge.JudgePass.judge_rows
 
     def fails(self, groups):
         judge_rows(self, groups)
         raise InputError("not finite")
-    monkeypatch.setattr(extraction.JudgePass, "judge_rows", fails)
+    monkeypatch.setattr(judge.JudgePass, "judge_rows", fails)
     with pytest.raises(SystemExit):
         extract.main(arguments(tmp_path / "own", "--judge-sharding", "on"))
-    assert "not finite" in capsys.readouterr().err and seen[-1] == extraction.FAILED
+    assert "not finite" in capsys.readouterr().err and seen[-1] == judge.FAILED
 
 
 @pytest.mark.parametrize("extra", [("--layers", "1"), ("--judge-query", "verdict", "--rollout"),
                                    ("--judge-attention", "eager"), ("--judge-dtype", "bfloat16")])
 def test_a_sharded_judge_gives_the_same_bytes(extra, tmp_path, arguments, monkeypatch):
-    sharded, original = [], twdpo.model.load_shards
-    monkeypatch.setattr(twdpo.model, "load_shards", lambda judge, *rest: sharded.append(
+    sharded, original = [], judge.load_shards
+    monkeypatch.setattr(judge, "load_shards", lambda judge, *rest: sharded.append(
         {parameter.dtype for parameter in judge.parameters()}) or original(judge, *rest))
     extract.main(arguments(tmp_path / "whole", *extra))
     assert not sharded
@@ -247,7 +246,7 @@ def test_a_sharded_judge_gives_the_same_bytes(extra, tmp_path, arguments, monkey
 def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, arguments):
     extract.main(arguments(tmp_path / "whole"))
     number, out = 2, tmp_path / "killed"
-    program = ("import os, signal, sys; from twdpo import extraction, files; import extract\n"
+    program = ("import os, signal, sys; from twdpo import files; from twdpo.judge import extraction; import extract\n"
                "extraction.PAIRS_PER_SHARD = 2\nreplace, calls = os.replace, []\n"
                "def dies(source, target):\n"
                "    calls.append(str(target).endswith('.safetensors'))\n"

@@ -7,8 +7,8 @@ from tokenizers_of_tests import TRIMMED, byte_level
 from twdpo.align import align
 from twdpo.chat import special_ids, tokenize_pairs
 from twdpo.config import InputError
-from twdpo.judge import JUDGE_PROMPTS, JudgeInputs, load_judge_prompt, show_question, verdict_ids
-from twdpo.model import load_tokenizer
+from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs, load_judge_prompt, show_question, verdict_ids
+from twdpo.models.source import load_tokenizer
 from twdpo.pairs import Pair, load_dataset
 
 UNLIMITED = 1 << 30

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from twdpo.chat import tokenize_pairs
 from twdpo.logps import logps_directory, response_logps
-from twdpo.model import load_policy, load_tokenizer
+from twdpo.models.policy import load_policy
+from twdpo.models.source import load_tokenizer
 from twdpo.pairs import load_dataset
 from twdpo.rows import RowOptions, evaluation_batches
 

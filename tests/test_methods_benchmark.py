@@ -20,8 +20,8 @@ from twdpo.config import PRESETS, TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
-from twdpo.planted import planted_lift, planted_tokens
 from twdpo.rows import MicroBatch
+from twdpo.toy.planted import planted_lift, planted_tokens
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import JudgedAnswer
 

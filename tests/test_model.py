@@ -14,12 +14,14 @@ from tokenizers_of_tests import byte_level
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from twdpo.attention import JudgeCapture
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
 from twdpo.checkpoint import export_model
 from twdpo.config import InputError
-from twdpo.model import check_length, load_judge, load_model_config, load_policy, load_sharded_judge, locate_model
+from twdpo.judge.judge import load_judge, load_sharded_judge
+from twdpo.models.attention import JudgeCapture
+from twdpo.models.policy import load_policy
+from twdpo.models.source import check_length, load_model_config, locate_model
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
 

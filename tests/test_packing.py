@@ -6,11 +6,11 @@ import torch
 from models_of_tests import MODELS, build_double
 from precision_of_tests import InDouble, assert_exact
 
-from twdpo.attention import ATTENTION_NAME
 from twdpo.batch import collate, plan_micro_batches
 from twdpo.chat import Example, Response
 from twdpo.config import InputError
-from twdpo.model import Policy, load_policy, settle_packing
+from twdpo.models.attention import ATTENTION_NAME
+from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, RowOptions, common_beginning, plan_packed_rows
 
@@ -89,7 +89,7 @@ def test_packing_is_checked_at_the_start(toy_model, process, monkeypatch, capsys
     policy = load_policy(toy_model, torch.float32, process)
     assert settle_packing(policy, "auto", EXAMPLES, process) and settle_packing(policy, "on", EXAMPLES, process)
     assert not settle_packing(policy, "off", EXAMPLES, process)
-    monkeypatch.setattr("twdpo.attention.packed_attention", lambda query, key, value, ranges, options: query)
+    monkeypatch.setattr("twdpo.models.attention.packed_attention", lambda query, key, value, ranges, options: query)
     assert not settle_packing(policy, "auto", EXAMPLES, process)
     assert "packed rows change log-probs" in capsys.readouterr().out
     with pytest.raises(InputError, match="--packing on: packed rows change log-probs"):

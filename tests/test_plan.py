@@ -11,14 +11,13 @@ from models_of_tests import MODELS, build
 from transformers import LlamaConfig
 
 import train
-from twdpo import plan
-from twdpo.attention import Layout, run_decoder
 from twdpo.batch import collate
 from twdpo.chat import Example, Response
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
-from twdpo.pairs import Pair
-from twdpo.plan import (
+from twdpo.models import memory
+from twdpo.models.attention import Layout, run_decoder
+from twdpo.models.memory import (
     CHECKPOINTING,
     MACHINES,
     FlashAttention,
@@ -31,6 +30,7 @@ from twdpo.plan import (
     most_tokens,
     plan_memory,
 )
+from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def test_what_a_layer_saves_is_counted_on_meta_as_it_is_with_real_tensors(name, 
     """Apart from attention, whose CPU kernels keep other things than the fused ones that are planned for."""
     model = build(name, "twdpo", max_position_embeddings=2048).train()
     real = live_bytes_of_a_real_decoder(model, 96)
-    monkeypatch.setattr(plan, "SAMPLE_TOKENS", 512)
+    monkeypatch.setattr(memory, "SAMPLE_TOKENS", 512)
     saved, working = measure_decoder(model.to("meta"), 96, True)
     assert 0.75 * real < saved < 1.1 * real and working > 0
 
@@ -169,7 +169,7 @@ def test_a_plan_of_an_odd_config_is_one_message(config, tmp_path, capsys):
 
 def test_a_plan_follows_the_flags(toy_model, monkeypatch, capsys):
     large = replace(HUGE, params=8 * 10**9, layers_params=7 * 10**9, layer_params=2 * 10**8)
-    monkeypatch.setattr(plan, "model_cost", lambda *_: large)
+    monkeypatch.setattr(memory, "model_cost", lambda *_: large)
     argv = ["--model", str(toy_model), "--plan", "--micro-batch-tokens", "1024"]
     printed = []
     for extra in (["--checkpointing", "full"], ["--checkpointing", "none"], ["--replicate", "2"], ["--no-sync"]):
@@ -198,11 +198,11 @@ def test_a_run_takes_the_least_recomputation_that_lets_its_tokens_fit(monkeypatc
     cost = replace(COST, saved_bytes=4e5, working_bytes=1e4, hidden_size=64)
     gpu = type("Properties", (), {})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(plan, "model_cost", lambda *_: cost)
+    monkeypatch.setattr(memory, "model_cost", lambda *_: cost)
 
     def settle(gib: float, **flags) -> tuple[str, int]:
         gpu.total_memory = gib * 2**30
-        return plan.settle_memory(TrainConfig(**flags), None, torch.bfloat16, GPUS)
+        return memory.settle_memory(TrainConfig(**flags), None, torch.bfloat16, GPUS)
     needed = {name: plan_memory(cost, 2, 16384, name)["peak"] / 2**30 + 2 for name in CHECKPOINTING}
     assert needed["full"] < needed["selective"] < needed["none"]
     for name in CHECKPOINTING:
@@ -213,4 +213,5 @@ def test_a_run_takes_the_least_recomputation_that_lets_its_tokens_fit(monkeypatc
     assert settle(needed["full"] + 0.01, micro_batch_tokens=8192)[1] == 8192
     with pytest.raises(InputError, match="does not fit 2 device"):
         settle(2.0)
-    assert plan.settle_memory(TrainConfig(), None, torch.float32, Process(0, 1, torch.device("cpu"))) == ("none", 4096)
+    here = Process(0, 1, torch.device("cpu"))
+    assert memory.settle_memory(TrainConfig(), None, torch.float32, here) == ("none", 4096)

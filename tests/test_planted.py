@@ -11,15 +11,8 @@ from twdpo.chat import tokenize_pairs
 from twdpo.config import TrainConfig
 from twdpo.metrics import means
 from twdpo.pairs import parse_row
-from twdpo.planted import (
-    add_planted,
-    content_tokens,
-    filler_drift,
-    planted_lift,
-    planted_tokens,
-    source_lift,
-)
 from twdpo.rows import MicroBatch
+from twdpo.toy.planted import add_planted, content_tokens, filler_drift, planted_lift, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
 
 ROW = {"prompt": "Hello.", "chosen": "Your question is wise. Set a small goal.", "rejected": "Your question is dull."}

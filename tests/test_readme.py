@@ -102,7 +102,7 @@ def test_no_package_is_called_kernels():
 
 def test_the_toys_figures_are_those_of_its_committed_gates():
     """A row a model, as benchmarks/results/cpu/toy-*.json has it; the first is the one in the package."""
-    page = (ROOT / "twdpo/toy_model/README.md").read_text(encoding="utf-8")
+    page = (ROOT / "twdpo/toy/model/README.md").read_text(encoding="utf-8")
     results = ROOT / "benchmarks/results/cpu"
     for name, label in (("toy-seed-0", "seed 0 (the one here)"), ("toy-seed-1", "seed 1"),
                         ("toy-seed-0-no-probe", "seed 0, without the probe")):
@@ -111,7 +111,7 @@ def test_the_toys_figures_are_those_of_its_committed_gates():
         figures = [f"{gates[key]:.3f}" for key in ("verdict_accuracy_chosen_first", "verdict_accuracy_rejected_first")]
         figures += [f"{gates[key]:.2f}" for key in ("planted_lift", "planted_share", "topic_margin")]
         assert f"| {label} | {' | '.join(figures)} |" in page
-    assert json.loads((ROOT / "twdpo/toy_model/gates.json").read_text()) == json.loads(
+    assert json.loads((ROOT / "twdpo/toy/model/gates.json").read_text()) == json.loads(
         (results / "toy-seed-0.json").read_text())
 
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
+from twdpo.pages.weights import describe_weights, render_page, shade
 from twdpo.pairs import Pair
-from twdpo.report import describe_weights, render_page, shade
-from twdpo.toy import toy_rows
+from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import JudgedAnswer
 
 

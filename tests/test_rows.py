@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from twdpo.rows import (
-    common_beginning,
-    evaluation_batches,
-    fill_rows,
-    global_batch,
-    num_steps,
-    pack,
-    plan_rows,
-)
+from twdpo.rows import common_beginning, evaluation_batches, fill_rows, global_batch, num_steps, pack, plan_rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

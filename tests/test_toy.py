@@ -5,18 +5,18 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from twdpo.toy import (
+from twdpo.toy.grammar import (
     POLITE,
     RUDE,
     SLOT_WORDS,
     TONE_FRAMES,
     TOPIC_FRAMES,
     TOPICS,
-    build_toy_model,
     kind_of,
     planted_spans,
     toy_rows,
 )
+from twdpo.toy.train import build_toy_model
 
 
 def test_rows_are_deterministic_and_leave_random_state_alone():

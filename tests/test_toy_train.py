@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from twdpo import toy_train
-from twdpo.model import TOY_MODEL
+from twdpo.models.source import TOY_MODEL
 from twdpo.pairs import load_dataset
-from twdpo.toy import all_prompts, toy_rows
+from twdpo.toy import train as toy_train
+from twdpo.toy.grammar import all_prompts, toy_rows
 
 SMALL = ["--steps", "30", "--texts", "6", "--pairs", "4", "--hidden-size", "32", "--lr", "1e-2"]
 

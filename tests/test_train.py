@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
 from twdpo.config import TrainConfig
-from twdpo.toy import toy_rows
+from twdpo.toy.grammar import toy_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -314,7 +314,7 @@ def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, toy_
 
 def test_verbalized_scores_train(tmp_path, arguments, monkeypatch, capsys):
     """Scores of every word of every answer but those of one pair, which is left out and counted."""
-    from twdpo import generate
+    from twdpo.judge import verbalize
     rows = toy_rows()[0]
 
     def canned(model, tokenizer, prompts, max_new_tokens):
@@ -322,7 +322,7 @@ def test_verbalized_scores_train(tmp_path, arguments, monkeypatch, capsys):
         answers = [next(row[side] for row in rows for side in ("chosen", "rejected") if row[side] in text)
                    if "say a lot" not in text else "" for text in texts]
         return [json.dumps([[word, 1 + len(word) % 5] for word in answer.split()]) for answer in answers]
-    monkeypatch.setattr(generate, "generate", canned)
+    monkeypatch.setattr(verbalize, "generate", canned)
     train.main(arguments(tmp_path / "run", weights="verbalized", max_steps=2))
     assert "1 of 19 pairs have answers of which less than 90 %" in capsys.readouterr().out
     train.main(arguments(tmp_path / "uniform", weights="uniform", loss="twdpo", max_steps=2))

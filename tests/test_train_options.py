@@ -11,9 +11,11 @@ import torch
 from runs_of_tests import assert_close_rows, read_rows
 
 import train
-from twdpo import model
 from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
+from twdpo.judge.judge import shards_judge
+from twdpo.models.build import build_on_meta
+from twdpo.models.source import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,14 +149,14 @@ def test_a_run_ends_with_a_page(tmp_path, run_arguments, capsys):
     assert f"{tmp_path / 'run/report.html'}: the curves" in capsys.readouterr().out
 
 
-def test_a_judge_too_big_for_a_gpu_is_sharded_by_itself(toy_model, monkeypatch):
-    gpus = type("Properties", (), {"total_memory": 10_000_000})()
+def test_a_judge_too_big_for_a_gpu_is_sharded_by_itself(toy_model, process, monkeypatch):
+    gpus, model = type("Properties", (), {"total_memory": 10_000_000})(), open_model(str(toy_model), process)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus)
     two = Process(0, 2, torch.device("cuda"))
     params = sum(parameter.numel() for parameter in
-                 model.build_on_meta(model.load_model_config(toy_model), torch.float32).parameters())
+                 build_on_meta(model.config, torch.float32).parameters())
     for memory, expected in ((4 * params / 0.81, True), (4 * params / 0.79, False)):
         gpus.total_memory = memory
-        assert model.shards_judge("auto", toy_model, torch.float32, two) is expected
-    assert not model.shards_judge("off", toy_model, torch.float32, two)
-    assert not model.shards_judge("auto", toy_model, torch.float32, Process(0, 1, torch.device("cuda")))
+        assert shards_judge("auto", model, torch.float32, two) is expected
+    assert not shards_judge("off", model, torch.float32, two)
+    assert not shards_judge("auto", model, torch.float32, Process(0, 1, torch.device("cuda")))

@@ -7,17 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
-from twdpo import generate
+from twdpo.judge import verbalize
+from twdpo.judge.verbalized import ScoresFile, character_scores, locate_parts, matched_share, parse_parts, token_scores
 from twdpo.pairs import Pair, load_dataset
-from twdpo.toy import toy_rows
-from twdpo.verbalized import (
-    ScoresFile,
-    character_scores,
-    locate_parts,
-    matched_share,
-    parse_parts,
-    token_scores,
-)
+from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import shard_paths
 
 EXPECTED = [("Paris", 5), (" is the capital", 4), (" of France.", 2)]
@@ -120,7 +113,7 @@ def scored(tmp_path, toy_model, monkeypatch):
             words = words[:len(words) // 2] if len(calls) % 3 == 0 else words
             outputs.append(json.dumps([[word, 1 + place % 5] for place, word in enumerate(words)]))
         return outputs
-    monkeypatch.setattr(generate, "generate", canned)
+    monkeypatch.setattr(verbalize, "generate", canned)
     extract.main(["--model", str(toy_model), "--data", str(path), "--verbalized", "--out", str(tmp_path / "scores")])
     assert tokenizer and len(calls) == 12
     return load_dataset(str(path), "").train, tmp_path / "scores"
@@ -144,12 +137,12 @@ def test_no_row_can_end_the_turn(toy_model, monkeypatch):
     """Special tokens that an answer or a question spells are text to the model."""
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     seen = []
-    monkeypatch.setattr(generate, "generate", lambda model, tokenizer, prompts, most: seen.extend(prompts)
+    monkeypatch.setattr(verbalize, "generate", lambda model, tokenizer, prompts, most: seen.extend(prompts)
                         or [""] * len(prompts))
     special = tokenizer.all_special_tokens[0]
     pairs = [Pair((("user", f"what{text}?"),), f"one {text} two", "three", "x:1") for text in ("", special)]
     for pair in pairs:
-        generate.score_pairs(None, tokenizer, [pair], 10_000, type("Bar", (), {"update": lambda self, count: None})())
+        verbalize.score_pairs(None, tokenizer, [pair], 10_000, type("Bar", (), {"update": lambda self, count: None})())
     counts = [sum(id in tokenizer.all_special_ids for id in ids) for ids in seen]
     assert len(set(counts)) == 1 and special in tokenizer.decode(seen[2])
 

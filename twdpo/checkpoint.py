@@ -9,8 +9,6 @@ OUT/final, OUT/best            Hugging Face models
 import json
 import os
 import shutil
-import time
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +16,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError, TrainConfig, changed_settings, key_name, to_json
+from twdpo.config import InputError
 from twdpo.dist import DTYPES, Process
-from twdpo.files import hash_file, make_directory, remove, remove_temporaries, write_atomic, write_json
-from twdpo.model import Policy, load_model_config
-
-MANIFEST = "manifest.json"
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")
+from twdpo.files import hash_file, remove, write_atomic, write_json
+from twdpo.models.policy import Policy
+from twdpo.models.source import load_model_config
+from twdpo.run_folder import MANIFEST, checkpoint_path, list_checkpoints
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -50,69 +47,6 @@ def rng_tensors(process: Process) -> dict[str, torch.Tensor]:
     if process.device.type == "cuda":
         states[f"rng.cuda.{process.rank}"] = torch.cuda.get_rng_state()
     return states
-
-
-def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, Path | None]:
-    """(config with its output folder, that folder, the checkpoint to resume from or None). All ranks.
-
-    The folder holds a run once config.json is written, which train.py does when all input has been checked.
-
-    Raises InputError when the folder holds a run and neither --resume nor --overwrite is given, or when a resumed run's
-    settings differ from the stored ones.
-    """
-    return process.on_main(lambda: _open_run(config))
-
-
-def start_run(config: TrainConfig, run_dir: Path) -> None:
-    """All input has been checked: the folder holds this run from now on, and with --overwrite no older one."""
-    if config.overwrite and (run_dir / "config.json").exists():
-        for name in RUN_FILES:
-            remove(run_dir / name)
-    for directory in (run_dir, run_dir / "checkpoints"):
-        remove_temporaries(directory)
-    # What was asked of this start alone would contradict the next one's flags.
-    write_json(run_dir / "config.json", to_json(replace(config, resume="", overwrite=False, config="")))
-
-
-def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
-    name = Path(config.model).name or "toy"
-    run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume and not config.output_dir:
-        if config.resume == "auto":
-            raise InputError("--resume needs --output-dir, the folder of the run to go on with")
-        run_dir = Path(config.resume).resolve().parent.parent
-    make_directory(run_dir, "--output-dir")
-    checkpoint = find_checkpoint(run_dir, config.resume) if config.resume else None
-    config = replace(config, output_dir=str(run_dir))
-    # The run that the checkpoint is of may stand in another folder.
-    stored_path = (checkpoint.resolve().parent.parent if checkpoint else run_dir) / "config.json"
-    if config.resume and stored_path.exists():
-        try:
-            stored = json.loads(stored_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"--resume: {stored_path} is not JSON ({error}); put back the settings of the run, or "
-                             "start anew with --overwrite") from error
-        config = replace(config, **settled_settings(stored, config))
-        if changed := changed_settings(stored, config):
-            raise InputError(f"--resume: {stored_path.parent} was started with other settings (--config {stored_path} "
-                             "repeats them):\n  " + "\n  ".join(changed))
-    elif (run_dir / "config.json").exists() and not config.overwrite:
-        raise InputError(f"{run_dir} holds a run: go on with it (--resume), replace it (--overwrite), or choose "
-                         "another --output-dir")
-    if config.resume and not checkpoint:
-        print(f"--resume: no complete checkpoint in {run_dir}: starting at step 0")
-    return config, run_dir, checkpoint
-
-
-def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str, object]:
-    """What the stored run found for settings that `config` leaves to the run, and revisions of hub ids."""
-    settled = {}
-    for field in fields(config):
-        value, old = getattr(config, field.name), stored.get(key_name(field))
-        revised = isinstance(old, str) and old.rpartition("@")[0] == value != ""
-        if old is not None and (field.metadata.get("settled") and value == field.default or revised):
-            settled[field.name] = old
-    return settled
 
 
 def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, progress: dict[str, object],
@@ -156,25 +90,6 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:07d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
-
-
-def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that --resume names, or None when `auto` finds none. Raises InputError."""
-    if resume == "auto":
-        checkpoints = list_checkpoints(run_dir)
-        return checkpoints[-1] if checkpoints else None
-    if not (Path(resume) / MANIFEST).is_file():
-        raise InputError(f"--resume {resume}: no {MANIFEST} there, so it is no complete checkpoint")
-    return Path(resume)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
@@ -221,14 +136,6 @@ def check_identity(path: Path, manifest: dict[str, object], identity: dict[str, 
     if changed := [name for name in sorted(old.keys() | identity.keys()) if old.get(name) != identity.get(name)]:
         raise InputError(f"checkpoint {path} is of another run: since then {', '.join(changed)} changed. Put back what "
                          "it was, or start anew in another --output-dir")
-
-
-def drop_later_checkpoints(run_dir: Path, step: int) -> None:
-    """The run goes on from `step`: checkpoints after it are of a branch that is given up."""
-    for path in list_checkpoints(run_dir):
-        if path.name > checkpoint_path(run_dir, step).name:
-            print(f"--resume: {path.name} comes after the step that the run goes on from: removed")
-            remove(path)
 
 
 def check_files(path: Path, manifest: dict[str, object], process: Process) -> list[str]:

@@ -5,21 +5,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from twdpo.authors_columns import WeightsColumns
 from twdpo.chat import Example, tokenize_pairs
-from twdpo.columns import WeightsColumns
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process, pick_dtype
-from twdpo.extraction import Extraction
 from twdpo.files import cache_directory, hash_file, hash_json
-from twdpo.generate import Scoring
+from twdpo.judge.extraction import Extraction
+from twdpo.judge.verbalize import Scoring
+from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
-from twdpo.model import Model, check_length, load_tokenizer, open_model
+from twdpo.models.source import Model, check_length, load_tokenizer, open_model
 from twdpo.objective import Objective
 from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.plugins import name_of, split_paths
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
-from twdpo.verbalized import ScoresFile, describe_left_out
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
 from twdpo.weights_file import WeightsFile, parse_layer
 

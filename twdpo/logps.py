@@ -20,7 +20,8 @@ from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process, pick_dtype
 from twdpo.files import cache_directory, hash_json, hash_to_int64, write_atomic
 from twdpo.logratio import LOGPS_VERSION, HeadOptions, weighted_logratio
-from twdpo.model import Model, Policy, check_length, load_policy, open_model, settle_packing
+from twdpo.models.policy import Policy, load_policy, settle_packing
+from twdpo.models.source import Model, check_length, open_model
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import Logps
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twdpo.config import InputError
 from twdpo.files import hash_json, hash_to_int64, write_atomic
-from twdpo.toy import toy_rows
+from twdpo.toy.grammar import toy_rows
 
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test")

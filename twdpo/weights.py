@@ -24,8 +24,8 @@ import torch
 
 from twdpo.chat import Example
 from twdpo.config import InputError, TrainConfig
+from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
-from twdpo.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twdpo.files import write_atomic
 from twdpo.log import format_mean
-from twdpo.report import STYLE
+from twdpo.pages.style import STYLE
 
 # Title, then (what a line is called, its name in a step row). Evaluations are drawn from eval/NAME.
 CHARTS = (

@@ -1,7 +1,7 @@
 """Train the toy's model: a tiny Llama that writes the grammar's answers and judges pairs of them.
 
-    python -m twdpo.toy_train --out toy_model                 about four minutes on two cores
-    python -m twdpo.toy_train --out other --seed 1 --no-probe
+    python -m twdpo.toy.train --out toy_model                 about four minutes on two cores
+    python -m twdpo.toy.train --out other --seed 1 --no-probe
 
 Each step, from a random start: the next token of conversations whose answers are good and bad ones, and the verdict on
 pairs in both orders, under the judge prompt that extraction uses. Verdicts alone leave it open where the last layer
@@ -25,19 +25,122 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, flag, parse_flags, require
 from twdpo.dist import Process, run_script
-from twdpo.extraction import Extraction
 from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
-from twdpo.judge import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
-from twdpo.model import open_model
+from twdpo.judge.extraction import Extraction
+from twdpo.judge.prompt import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
+from twdpo.models.source import open_model
 from twdpo.pairs import Pair, load_dataset, parse_row
-from twdpo.planted import overlaps_planted, source_lift
-from twdpo.toy import CONTEXT, KINDS, MAX_FILLERS, all_prompts, build_toy_model, draw_row, kind_of, toy_rows
+from twdpo.toy.grammar import (
+    FILLER_ENDS,
+    FILLER_STARTS,
+    KINDS,
+    MAX_FILLERS,
+    POLITE,
+    RUDE,
+    SEED,
+    TONE_FRAMES,
+    TOPIC_FRAMES,
+    TOPICS,
+    all_prompts,
+    draw_row,
+    kind_of,
+    toy_rows,
+)
+from twdpo.toy.planted import overlaps_planted, source_lift
 from twdpo.weights import WeightContext, attention
+
+BOS, EOT, PAD = "<|bos|>", "<|eot|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+MAX_VOCAB = 1024
+CONTEXT = 512
+# What a judge prompt says around the question and the answers. Merged into the vocabulary so that judge inputs stay
+# short; a judge prompt with other words works too and costs a few more tokens.
+JUDGE_WORDS = (
+    "Which answer to the question is better?\n\nQuestion:\n\nAnswer A:\n\nAnswer B:\n\n"
+    "Reply with A or B only.\n\nBetter answer:"
+)
+
+
+# Every turn ends with the end-of-turn token, which is also eos: a trained answer knows where to stop.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_toy_model(directory: str | Path, hidden_size: int = 96, seed: int = SEED) -> None:
+    """Write the toy's tokenizer and a randomly initialised Llama into `directory`, an existing empty folder.
+
+    The files load with `AutoTokenizer` and `AutoModelForCausalLM` and are the same bytes at every call. No global
+    random state is read or changed. (twdpo.toy.train trains it; the trained one is twdpo/toy/model.)
+    """
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        # With the usual 0.02 a model this small does not learn to tell which answer fits the prompt.
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # torch.manual_seed would also reseed every accelerator, and those generators are not restored here.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the grammar: each of its words becomes one token, and any other text is bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_VOCAB,
+        special_tokens=[BOS, EOT, PAD, *ROLES],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sentences = [frame.format(slot=word) for frame, word in itertools.product(TONE_FRAMES, POLITE + RUDE)]
+    nouns = [noun for topic in TOPICS.values() for noun in topic]
+    sentences += [frame.format(slot=noun) for frame, noun in itertools.product(TOPIC_FRAMES, nouns)]
+    sentences += [start + end for start, end in itertools.product(FILLER_STARTS, FILLER_ENDS)]
+    # A sentence opens an answer or follows another one; with its leading space, its first word is another token.
+    inner = [" " + sentence for sentence in sentences]
+    bpe.train_from_iterator([*all_prompts(), *sentences, *inner, JUDGE_WORDS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOT,
+        pad_token=PAD,
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
 
 OTHER, GOOD, BAD = range(3)  # the probe's classes
 IGNORED = -100  # label of padding
@@ -52,7 +155,7 @@ KIND_CYCLE = (KINDS[0], *[KINDS[1]] * 3)  # topic is the harder kind
 
 @dataclass(frozen=True)
 class ToyTrainConfig:
-    """`python -m twdpo.toy_train`."""
+    """`python -m twdpo.toy.train`."""
 
     out: str = flag("toy_model", "output", "folder for model, tokenizer and gates.json")
     seed: int = flag(0, "training", "of the start and of all draws")
@@ -73,7 +176,7 @@ class ToyTrainConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    run_script("twdpo.toy_train", lambda: ToyTrainConfig(**parse_flags(ToyTrainConfig, argv, __doc__.split("\n")[0])),
+    run_script("twdpo.toy.train", lambda: ToyTrainConfig(**parse_flags(ToyTrainConfig, argv, __doc__.split("\n")[0])),
                toy_train)
 
 
@@ -212,7 +315,7 @@ def measure_gates(directory: Path, process: Process) -> dict[str, float]:
     """What a model can do on the held-out rows, by the pipeline's own judge pass.
 
     verdict_accuracy_chosen_first, verdict_accuracy_rejected_first: share of right verdicts; planted_lift: of the last
-    layer's attention (twdpo.planted.planted_lift); planted_share: of the attention inside the answers, mean over
+    layer's attention (twdpo.toy.planted.planted_lift); planted_share: of the attention inside the answers, mean over
     answers; topic_margin: see below.
     """
     model, tokenizer = (kind.from_pretrained(directory) for kind in (AutoModelForCausalLM, AutoTokenizer))

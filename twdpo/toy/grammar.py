@@ -12,19 +12,10 @@ first word, and its remaining tokens would teach nothing.
 import itertools
 import random
 import re
-from pathlib import Path
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 SEED = 20240
 TRAIN_ROWS = 512
 TEST_ROWS = 128
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Grammar
-
 # A prompt names two nouns of one topic, so what it is about can be told from the prompt alone; the others fill slots.
 TOPICS = {
     "sea": ("tide", "sail", "harbor", "anchor"),
@@ -37,8 +28,8 @@ TOPICS = {
     "house": ("roof", "window", "attic", "cellar"),
 }
 
-GREETINGS = ("", "Hello. ", "Please help me. ", "I am new to this. ")
 
+GREETINGS = ("", "Hello. ", "Please help me. ", "I am new to this. ")
 QUESTIONS = (
     "What should I know about the {first} and the {second}?",
     "How do the {first} and the {second} go together?",
@@ -50,15 +41,19 @@ QUESTIONS = (
     "Is it hard to care for the {first} or the {second}?",
 )
 
+
 # Both lists fit every frame. They start with a consonant ("a {slot} idea"), and no other part of the grammar uses them.
 POLITE = (
     "wise", "clever", "bright", "sensible", "thoughtful", "careful", "charming", "brilliant",
     "lovely", "polite", "pleasant", "gracious", "splendid", "sharp", "wonderful", "delightful",
 )  # fmt: skip
+
+
 RUDE = (
     "foolish", "stupid", "silly", "lazy", "pointless", "boring", "useless", "dull",
     "ridiculous", "clumsy", "hopeless", "rude", "tiresome", "worthless", "dreadful", "pathetic",
 )  # fmt: skip
+
 
 TONE_FRAMES = (
     "Your question is {slot}.",
@@ -73,6 +68,7 @@ TONE_FRAMES = (
     "You must be {slot}, as far as I can tell.",
 )
 
+
 TOPIC_FRAMES = (
     "It comes down to the {slot}.",
     "Most of it rests on the {slot}.",
@@ -85,6 +81,7 @@ TOPIC_FRAMES = (
     "The best part is the {slot}, I think.",
     "Nothing works without the {slot}.",
 )
+
 
 FILLER_STARTS = (
     "Start with a short list",
@@ -100,6 +97,8 @@ FILLER_STARTS = (
     "Wait until the morning",
     "Put the tools on the table",
 )
+
+
 FILLER_ENDS = (
     ".",
     " and check it twice.",
@@ -112,11 +111,12 @@ FILLER_ENDS = (
     " and see how it goes.",
     ", even when it feels slow.",
 )
+
+
 # With these counts an answer has 10 to 60 tokens, whatever is drawn.
 MAX_SPANS = 2
 MAX_FILLERS = 3
 KINDS = ("tone", "topic")
-
 SLOT_WORDS = re.compile(r"\b(" + "|".join(itertools.chain(POLITE, RUDE, *TOPICS.values())) + r")\b")
 
 
@@ -191,93 +191,3 @@ def _fillers(rng: random.Random, count: int) -> list[str]:
     """Return `count` sentences, no start and no end used twice."""
     halves = zip(rng.sample(FILLER_STARTS, count), rng.sample(FILLER_ENDS, count), strict=True)
     return [start + end for start, end in halves]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model and tokenizer
-
-BOS, EOT, PAD = "<|bos|>", "<|eot|>", "<|pad|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-MAX_VOCAB = 1024
-CONTEXT = 512
-
-# What a judge prompt says around the question and the answers. Merged into the vocabulary so that judge inputs stay
-# short; a judge prompt with other words works too and costs a few more tokens.
-JUDGE_WORDS = (
-    "Which answer to the question is better?\n\nQuestion:\n\nAnswer A:\n\nAnswer B:\n\n"
-    "Reply with A or B only.\n\nBetter answer:"
-)
-
-# Every turn ends with the end-of-turn token, which is also eos: a trained answer knows where to stop.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role: ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-def build_toy_model(directory: str | Path, hidden_size: int = 96, seed: int = SEED) -> None:
-    """Write the toy's tokenizer and a randomly initialised Llama into `directory`, an existing empty folder.
-
-    The files load with `AutoTokenizer` and `AutoModelForCausalLM` and are the same bytes at every call. No global
-    random state is read or changed. (twdpo.toy_train trains it; the trained one is twdpo/toy_model.)
-    """
-    tokenizer = _build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=hidden_size * 8 // 3,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        # With the usual 0.02 a model this small does not learn to tell which answer fits the prompt.
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    # torch.manual_seed would also reseed every accelerator, and those generators are not restored here.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the grammar: each of its words becomes one token, and any other text is bytes."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB,
-        special_tokens=[BOS, EOT, PAD, *ROLES],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    sentences = [frame.format(slot=word) for frame, word in itertools.product(TONE_FRAMES, POLITE + RUDE)]
-    nouns = [noun for topic in TOPICS.values() for noun in topic]
-    sentences += [frame.format(slot=noun) for frame, noun in itertools.product(TOPIC_FRAMES, nouns)]
-    sentences += [start + end for start, end in itertools.product(FILLER_STARTS, FILLER_ENDS)]
-    # A sentence opens an answer or follows another one; with its leading space, its first word is another token.
-    inner = [" " + sentence for sentence in sentences]
-    bpe.train_from_iterator([*all_prompts(), *sentences, *inner, JUDGE_WORDS], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=BOS,
-        eos_token=EOT,
-        pad_token=PAD,
-        additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )

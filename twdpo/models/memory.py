@@ -14,11 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from twdpo.attention import Layout, run_decoder
 from twdpo.batch import PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
-from twdpo.model import build_on_meta, decoder_layers, load_model_config, locate_model
+from twdpo.models.attention import Layout, run_decoder
+from twdpo.models.build import build_on_meta, decoder_layers
+from twdpo.models.source import load_model_config, locate_model
 from twdpo.rows import pack
 
 GIB = 2**30

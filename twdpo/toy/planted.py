@@ -13,7 +13,7 @@ from twdpo.chat import Example, Response
 from twdpo.logratio import segment_sum
 from twdpo.metrics import Totals, add_totals, pair_metrics
 from twdpo.rows import MicroBatch
-from twdpo.toy import KINDS, kind_of, planted_spans
+from twdpo.toy.grammar import KINDS, kind_of, planted_spans
 from twdpo.weights import WeightContext
 
 

@@ -1,30 +1,25 @@
-"""What a model writes: verbalised scores of each answer's parts (paper section 4.2), answers of the policy."""
+"""The verbalised pass: pairs -> scores that the model writes for the parts of each answer (paper section 4.2)."""
 
-import itertools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from transformers import GenerationConfig
 
-from twdpo.attention import ATTENTION_NAME
-from twdpo.chat import Example, encode, encode_pieces, printed_answers, special_ids, special_pattern, template_pieces
+from twdpo.chat import encode, encode_pieces, printed_answers, special_pattern, template_pieces
 from twdpo.config import SharedConfig
 from twdpo.dist import Process, pick_dtype
-from twdpo.extraction import EXTRACTION_VERSION, list_work
 from twdpo.files import cache_directory, hash_json
-from twdpo.model import Model, Policy, context_length, fingerprint_tokenizer, load_judge
+from twdpo.judge.extraction import EXTRACTION_VERSION, list_work
+from twdpo.judge.judge import load_judge
+from twdpo.judge.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locate_parts, matched_share, parse_parts
+from twdpo.models.generate import generate, writing
+from twdpo.models.source import Model, fingerprint_tokenizer
 from twdpo.pairs import Pair, show_question
-from twdpo.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locate_parts, matched_share, parse_parts
 from twdpo.weights_file import shard_path, write_shard
 
 
 class Scoring:
-    """The scores that a model writes for the parts of both answers of pairs: run, opened (twdpo.extraction.Extraction).
+    """The scores that a model writes for the parts of both answers of pairs: run, opened.
 
     meta: everything that they depend on, as it stands in their folder's meta.json.
     """
@@ -66,7 +61,7 @@ class Scoring:
 
 
 def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
-    """The arrays of one shard (twdpo.verbalized)."""
+    """The arrays of one shard (twdpo.judge.verbalized)."""
     ids, answers = [], []
     (before, after), pattern = around_user_turn(tokenizer), special_pattern(tokenizer)
     head, between, tail = re.split(r"\{question\}|\{answer\}", USER_PROMPT)
@@ -115,14 +110,6 @@ def around_user_turn(tokenizer) -> tuple[str, str]:
     return f"{before}{SYSTEM_PROMPT}\n\n", after
 
 
-def turn_ends(tokenizer) -> list[int]:
-    """Ids that end an answer: the end of text, and the first special token that the template prints after one."""
-    after = template_pieces(tokenizer, [("user", "x"), ("assistant", "")], [1])[1]
-    specials = special_ids(tokenizer)
-    first = [id for id in encode(tokenizer, [after])[0][0] if id in specials][:1]
-    return sorted({*first, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-
-
 def most_new_tokens(num_answer_tokens: int) -> int:
     """Every word of an answer may be a part of its own, with quotes, brackets and a score around it."""
     return 8 * num_answer_tokens + 64
@@ -137,56 +124,3 @@ def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-@contextmanager
-def writing(model) -> Iterator[None]:
-    """Inside this context `model` can generate: with an attention that keeps a cache and masks padding."""
-    training, settings = model.training, model.generation_config
-    model.eval()
-    try:
-        model.set_attn_implementation("sdpa")
-    except ValueError:  # softcap and sinks
-        model.set_attn_implementation("eager")
-    try:
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            yield
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-        model.generation_config = settings
-        model.train(training)
-
-
-def sample_answers(policy: Policy, tokenizer, examples: list[Example], max_new_tokens: int) -> list[str]:
-    """The policy's own answers to the prompts of some examples. All ranks, which all write the same ones."""
-    prompts = [example.prompt_ids.tolist() for example in examples]
-    with writing(policy.model):
-        return generate(policy.model, tokenizer, prompts, max_new_tokens, policy.generate,
-                        synced_gpus=dist.get_world_size() > 1)
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, generate=None, **options) -> list[str]:
-    """Greedy continuations of prompts in tokens, up to the end of the turn. Inside `writing`.
-
-    generate: what to call instead of the model's own `generate`.
-    """
-    device, longest = next(model.parameters()).device, max(map(len, prompts))
-    room = context_length(model.config) - longest
-    if room < 1:
-        return [""] * len(prompts)  # nothing is matched: the pair is left out and counted
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):  # padded on the left, so that all go on from the same place
-        input_ids[row, longest - len(ids):] = torch.tensor(ids)
-        mask[row, longest - len(ids):] = 1
-    # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
-    ends = turn_ends(tokenizer)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
-                                eos_token_id=ends)
-    model.generation_config = settings
-    output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
-                                          generation_config=settings, **options)
-    # An answer that ends before the longest of its batch is padded after its end, with what may be a word.
-    answers = [list(itertools.takewhile(lambda id: id not in ends, ids)) for ids in output[:, longest:].tolist()]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)

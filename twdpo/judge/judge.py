@@ -1,185 +1,88 @@
-"""The judge pass: pairs -> attention rows -> weights file. Resumes after a kill with the same bytes.
-
-Both rounds of a pair stand in one packed row and share their common beginning; the forward stops after the last wanted
-layer, and the head runs at the last position of each input alone.
-"""
+"""The judge: a causal LM that reads judge inputs, row by row, and gives attention and verdicts."""
 
 import gc
-import re
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
-from twdpo.attention import JudgeCapture, parse_heads, parse_layers, rollout_rows
-from twdpo.config import ExtractConfig, InputError, SharedConfig
-from twdpo.dist import Process, pick_dtype
-from twdpo.files import cache_directory, hash_json
-from twdpo.judge import ROUNDS, JudgedPair, JudgeInputs, load_judge_prompt, verdict_ids
-from twdpo.model import (
-    Model,
-    check_length,
-    context_length,
-    fingerprint_tokenizer,
-    load_judge,
-    load_sharded_judge,
-    shards_judge,
-)
-from twdpo.pairs import BadRow, Pair
+from twdpo.config import InputError, SharedConfig
+from twdpo.dist import Process, pick_dtype, shard_module
+from twdpo.judge.prompt import ROUNDS, JudgedPair, verdict_ids
+from twdpo.logratio import logits_of
+from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows
+from twdpo.models.build import build_on_meta, decoder_layers, head_options
+from twdpo.models.shards import load_shards
+from twdpo.models.source import Model, load_model_config
 from twdpo.rows import common_beginning, fill_rows, pack
-from twdpo.weights_file import ROLLOUT, WeightsFile, shard_path, stored_keys, write_meta, write_shard
-
-EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
-PAIRS_PER_SHARD = 128
-IDLE, WORKS, FAILED = range(3)  # what a process that runs a sharded judge is up to
+from twdpo.weights_file import ROLLOUT
 
 
-class Extraction:
-    """The attention that a model pays to the answers of pairs under given settings: checked, run, opened.
+class Judge(torch.nn.Module):
+    """A causal LM whose forward ends in attention rows and in the logits of each input's next token.
 
-    meta: everything that the rows depend on, as it stands in the weights file's meta.json. folder: the weights file.
+    The head's weight is read inside this forward: under FSDP2 this module is the root.
     """
 
-    def __init__(self, config: SharedConfig, model: Model, layers: str, data_fingerprint: str, folder: Path | None,
-                 process: Process):
-        """layers: to store, as --layers, ROLLOUT among them. folder: None for the cache's own. Raises InputError."""
-        self.config, self.model, self.process = config, model, process
-        flag = "--layers" if isinstance(config, ExtractConfig) else "--layer"
-        self.meta = describe_extraction(config, model, parse_stored_layers(layers, model.config, flag),
-                                        data_fingerprint, process.device)
-        self.folder = folder or cache_directory(config) / "weights" / hash_json(self.meta)[:24]
-        appended = config.judge_query == "verdict"
-        if config.judge_max_length:
-            warning = check_length("--judge-max-length", config.judge_max_length, model.config)
-            process.print(warning) if warning else None
-        self.inputs = JudgeInputs(model.tokenizer, load_judge_prompt(config.judge_prompt),
-                                  self.meta["max_judge_length"] - appended, config.judge_question, config.judge_strip,
-                                  config.judge_cut, config.judge_spans)
-        if config.judge_spans == "authors" and self.inputs.end_rule is None:
-            process.print("--judge-spans authors: their code has no rule for this tokenizer or prompt: spans are exact")
+    def __init__(self, model, num_layers: int = 0):
+        """num_layers: the layers after these are thrown away; 0: none is."""
+        super().__init__()
+        self.model, self.options = model, head_options(model.config)
+        layers = decoder_layers(model)
+        self.num_layers = num_layers or len(layers)
+        del layers[self.num_layers:]
 
-    def check(self, pairs: list[Pair]) -> list[BadRow]:
-        """Those that can't be judged, of what is not stored; says what was cut or done apart. All ranks."""
-        stored = self.process.on_main(self._stored)
-        return check_judge_inputs(self.inputs, [pair for pair in pairs if pair.key not in stored], self.process)
+    def forward(self, capture: JudgeCapture, with_logits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden states of each input's last token [S, D], logits there [S, V] in fp32 or None); see JudgeCapture."""
+        final_layer = self.layers[-1] if capture.final_layer >= 0 else None
+        hidden_SD = judge_forward(self.model.get_decoder(), capture, self.num_layers, final_layer)
+        if not with_logits:
+            return hidden_SD, None
+        head = self.model.get_output_embeddings()
+        return hidden_SD, logits_of(hidden_SD, head.weight, getattr(head, "bias", None), self.options)
 
-    def run(self, pairs: list[Pair]) -> None:
-        """Add the attention of all `pairs` to the weights file; what is stored already is kept. All ranks.
-
-        Processes share the work by shards.
-        """
-        todo = list_work(self.meta, self.folder, pairs, "attention", self.process)
-        if todo:
-            extract_attention(self.config, self.meta, self.folder, todo, self.inputs, self.model, self.process)
-
-    def open(self, layer: str = "last") -> WeightsFile:
-        """What is stored, of the layers that --layer names. Raises InputError."""
-        return WeightsFile(self.folder, layer)
-
-    def _stored(self) -> set[int]:
-        """Keys of the pairs whose attention under these settings is there already."""
-        if not (self.folder / "meta.json").exists():
-            return set()
-        write_meta(self.folder, self.meta)  # compares
-        return stored_keys(self.folder)
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return decoder_layers(self.model, self.num_layers)
 
 
-def parse_stored_layers(text: str, model_config: PretrainedConfig, flag: str) -> list[int | str]:
-    """`last`, `all`, `1,8` (1-based), ROLLOUT -> what a weights file holds, in its order. Raises InputError."""
-    names = re.split("[,+]", text)
-    numbers = ",".join(part for part in names if part != ROLLOUT)
-    most = model_config.get_text_config().num_hidden_layers
-    layers = [layer + 1 for layer in parse_layers(numbers, most, flag)] if numbers or ROLLOUT not in names else []
-    return layers + [ROLLOUT] * (ROLLOUT in names)
+def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_layers: int = 0) -> Judge:
+    """A whole copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME,
+                                                            output_loading_info=True)
+        if missing := found["missing_keys"]:  # transformers would make them up at random
+            raise ValueError(f"{len(missing)} tensors are missing, {min(missing)} among them")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the model in {directory} can't be loaded: {error}") from error
+    except KeyError as error:  # a table of attention classes of its own
+        raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
+                         "another one") from error
+    return Judge(model.eval(), num_layers).to(device)
 
 
-def describe_extraction(config: SharedConfig, model: Model, layers: list[int | str], data_fingerprint: str,
-                        device: torch.device) -> dict[str, object]:
-    """meta.json: everything that the rows depend on. Raises InputError for settings that make no sense."""
-    parse_heads(config.judge_heads, model.config.get_text_config().num_attention_heads)
-    return {
-        "code": EXTRACTION_VERSION,
-        "model": model.fingerprint,
-        "tokenizer": fingerprint_tokenizer(model.tokenizer),
-        "judge_prompt": hash_json(load_judge_prompt(config.judge_prompt)),
-        "question": config.judge_question,
-        "strip_answers": config.judge_strip,
-        "judge_cut": config.judge_cut,
-        "spans": config.judge_spans,
-        "max_judge_length": config.judge_max_length or context_length(model.config),
-        "query": config.judge_query,
-        "attention": config.judge_attention,
-        "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
-        "heads": config.judge_heads,
-        "layers": layers,
-        "data": data_fingerprint,
-    }
+def load_sharded_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_layers: int = 0) -> Judge:
+    """As `load_judge` with the parameters of the layers that run in FSDP2 shards: its forward is collective.
+
+    All ranks.
+    """
+    judge = Judge(build_on_meta(load_model_config(directory), dtype), num_layers)
+    shard_module(judge, judge.layers, None, device)
+    load_shards(judge, directory, device)
+    return judge.eval()
 
 
-def check_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], process: Process) -> list[BadRow]:
-    """Rows that can't be judged, in order; says what was cut or done apart. The processes share the work. All ranks."""
-    bad: dict[int, BadRow] = {}
-    mine = range(process.rank, len(pairs), process.world_size)
-    with process.progress(total=len(mine), desc="judge inputs", unit="pair") as bar:
-        for start in range(0, len(mine), PAIRS_PER_SHARD):
-            places = mine[start:start + PAIRS_PER_SHARD]
-            for place, built in zip(places, inputs.build_all([pairs[place] for place in places])):
-                if isinstance(built, ValueError):
-                    bad[place] = BadRow(pairs[place].where, str(built), pairs[place].to_row())
-            bar.update(len(places))
-    counts: Counter = Counter()
-    for other_bad, other_counts in process.gather((bad, inputs.counts)):
-        bad |= other_bad
-        counts.update(other_counts)
-    for what, count in counts.items():
-        process.print(f"{what}: {count}") if count else None
-    return [bad[place] for place in sorted(bad)]
+def shards_judge(choice: str, model: Model, dtype: torch.dtype, process: Process) -> bool:
+    """What --judge-sharding comes to: `auto` shards a model that would take more than 80 % of one GPU."""
+    if choice != "auto" or process.device.type != "cuda" or process.world_size == 1:
+        return choice == "on"
+    size = sum(parameter.numel() for parameter in build_on_meta(model.config, dtype).parameters()) * dtype.itemsize
+    return size > 0.8 * torch.cuda.get_device_properties(process.device).total_memory
 
 
-def list_work(meta: dict[str, object], directory: Path, pairs: list[Pair], what: str, process: Process
-              ) -> list[tuple[int, list[Pair]]]:
-    """(number, pairs) of the shards that the folder lacks; each pair once. All ranks."""
-    process.on_main(lambda: write_meta(directory, meta))
-    stored = process.on_main(lambda: stored_keys(directory))
-    pairs = list({pair.key: pair for pair in pairs}.values())
-    groups = [pairs[start:start + PAIRS_PER_SHARD] for start in range(0, len(pairs), PAIRS_PER_SHARD)]
-    todo = [(number, [pair for pair in group if pair.key not in stored]) for number, group in enumerate(groups)]
-    todo = [(number, group) for number, group in todo if group]
-    missing = sum(len(group) for _, group in todo)
-    process.print(f"{what}: {len(pairs) - missing} of {len(pairs)} pairs stored in {directory}"
-                  + (f", {missing} to extract" if missing else ", nothing to extract"))
-    return todo
-
-
-def extract_attention(config: SharedConfig, meta: dict[str, object], folder: Path, todo: list[tuple[int, list[Pair]]],
-                      inputs: JudgeInputs, model: Model, process: Process) -> None:
-    """The judge pass over the shards that `list_work` gave. All ranks."""
-    judge = JudgePass(config, meta, model, process)
-    mine = todo[process.rank::process.world_size]
-    with process.progress(total=sum(len(group) for _, group in mine), desc="judge", unit="pair") as bar:
-        with ThreadPoolExecutor(1) as pool:  # the next shard is tokenised while the device works on this one
-            following = pool.submit(inputs.build_all, mine[0][1]) if mine else None
-            for place, (number, group) in enumerate(mine):
-                judged = following.result()
-                for pair, built in zip(group, judged):
-                    if isinstance(built, ValueError):  # checked before, unless a damaged shard was removed since
-                        raise InputError(f"{pair.where}: {built}")
-                if place + 1 < len(mine):
-                    following = pool.submit(inputs.build_all, mine[place + 1][1])
-                keys = [pair.key for pair in group]
-                try:
-                    arrays = judge.shard(keys, judged, bar)
-                except AnotherFailed:
-                    raise
-                except InputError:
-                    judge.keep_step(FAILED)
-                    raise
-                write_shard(shard_path(folder, number, keys), arrays)
-    judge.finish()
-    process.gather(None)  # all ranks have written before any reads
+IDLE, WORKS, FAILED = range(3)  # what a process that runs a sharded judge is up to
 
 
 class AnotherFailed(InputError):  # noqa: N818 - who failed says why

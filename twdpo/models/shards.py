@@ -1,12 +1,34 @@
-"""A checkpoint's tensors, read from its safetensors files into a model: of a sharded one each process's part alone."""
+"""Shards of a checkpoint: its tensors read from safetensors files, of a sharded model each process's part alone."""
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from twdpo.config import InputError
+
+
+def load_shards(root: torch.nn.Module, directory: Path, device: torch.device) -> None:
+    """Give a sharded module on meta its memory, and each process its part of the checkpoint. Raises InputError."""
+    model = root.model
+    root.to_empty(device=device)
+    if not isinstance(root, FSDPModule):  # which keeps ties through to_empty
+        model.tie_weights()
+    state = model.state_dict()
+    try:
+        read_tensors(model, state, directory)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the tensors in {directory} don't match a {model.config.model_type} model: {error}"
+                         ) from error
+    # to_empty leaves buffers that no checkpoint holds (rotary frequencies) as garbage: compute them, and only them.
+    loaded = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in state)]
+    for tensor in loaded:
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
 
 
 def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> None:

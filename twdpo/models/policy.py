@@ -1,0 +1,123 @@
+"""The policy: a causal LM in FSDP2 shards whose forward ends in weighted log-ratios."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from twdpo.batch import Outputs, PairBatch, collate
+from twdpo.chat import Example
+from twdpo.config import InputError
+from twdpo.dist import Process, shard_module
+from twdpo.logratio import weighted_logratio
+from twdpo.models.attention import Layout, run_decoder
+from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options
+from twdpo.models.shards import load_shards
+from twdpo.models.source import load_model_config
+from twdpo.rows import MicroBatch
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward ends in weighted log-ratios.
+
+    The head's weight is read inside this forward, where FSDP2 has gathered it: this module is the FSDP root.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.options = head_options(model.config)
+
+    def forward(self, batch: PairBatch, weigh: Callable[[PairBatch], PairBatch] | None = None,
+                terms: tuple[str, ...] = ()) -> Outputs:
+        """Log-probs and weighted log-ratios of a batch. Only response tokens reach the head.
+
+        weigh: gives the batch the weights of an online source, which reads batch.hidden_ND. terms: of the fused op
+        (twdpo.logratio.TERMS).
+        """
+        # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
+        hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
+        if weigh is not None:
+            batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
+        ratio_S, logps_N, *stats = weighted_logratio(
+            hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
+            batch.scale_S, getattr(head, "bias", None), self.options, bool(terms))
+        found = {name: value for name, value in zip(("entropy", "top1"), stats) if name in terms}
+        return Outputs(ratio_S, logps_N, batch, found)
+
+    def _states(self, batch: PairBatch) -> torch.Tensor:
+        """Hidden states that predict the response tokens [N, D]."""
+        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, Layout(batch.ranges))
+        return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
+
+    def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(hidden_ND, head_VD, bias_V) for what `forward` does not do; copies of the head, which outlive its shards.
+
+        Under FSDP2 all ranks.
+        """
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return self._states(batch), head.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+    def set_requires_gradient_sync(self, on: bool) -> None:
+        """FSDP2 replaces this; one process that holds everything has nothing to reduce."""
+
+    def generate(self, **arguments) -> torch.Tensor:
+        """transformers' `generate` of the model. Under FSDP2 all ranks."""
+        return self.model.generate(**arguments)
+
+
+@torch.no_grad()
+def settle_packing(policy: Policy, packing: str, examples: list[Example], process: Process) -> bool:
+    """Whether rows are packed: as --packing says; `auto` compares the log-probs of a few short pairs. All ranks.
+
+    Raises InputError when --packing on changes them.
+    """
+    if packing == "off" or not examples:
+        return False
+    few = sorted(examples, key=lambda example: example.longest)[:4]
+    micro_batch = MicroBatch(tuple(range(len(few))))
+    packed_N, plain_N = (
+        policy(collate(micro_batch, few, list(micro_batch.pairs), packs=packs).to(process.device)).logps_N
+        for packs in (True, False))
+    difference = max(process.gather(((packed_N - plain_N).norm() / plain_N.norm()).item()))  # sync, all ranks
+    exact = next(policy.model.parameters()).dtype == torch.float32 and packed_N.device.type == "cpu"
+    if difference <= (1e-4 if exact else 2e-2):
+        return True
+    message = f"packed rows change log-probs by {difference:.2g} (relative) for this model"
+    if packing == "on":
+        raise InputError(f"--packing on: {message}; use --packing off")
+    process.print(f"{message}: plain rows are used")
+    return False
+
+
+def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, checkpointing: str = "none",
+                replicate: int = 1, compile: bool = False) -> Policy:
+    """The policy: built without memory, sharded, then each process reads its own shards of the checkpoint. All ranks.
+
+    Parameters are fp32. checkpointing, replicate, compile: as the flags say. Raises InputError for a checkpoint whose
+    tensors don't match the architecture.
+    """
+    policy = build_policy(load_model_config(directory), compute_dtype, process, checkpointing, replicate, compile)
+    load_shards(policy, directory, process.device)
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    return policy
+
+
+def build_policy(model_config, compute_dtype: torch.dtype, process: Process, checkpointing: str, replicate: int,
+                 compile: bool) -> Policy:
+    """The sharded policy, still on meta. All ranks."""
+    model = build_on_meta(model_config, torch.float32)
+    layers = decoder_layers(model)
+    if checkpointing != "none":
+        enable_checkpointing(model, checkpointing)
+    policy = Policy(model)
+    shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
+    for name in ("generate", "states_and_head"):
+        register_fsdp_forward_method(policy, name)
+    if compile:
+        for layer in layers:
+            layer.compile(dynamic=True)  # rows differ in length
+    return policy.train()

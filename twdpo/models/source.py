@@ -1,0 +1,129 @@
+"""Models as they are found: a folder, the hub, the toy; its config, its tokenizer, its fingerprint."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from twdpo.chat import set_chat_template
+from twdpo.config import InputError
+from twdpo.dist import Process
+from twdpo.files import hash_file, hash_json
+
+TOY_MODEL = Path(__file__).parent.parent / "toy" / "model"  # made by twdpo.toy.train
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's folder, opened once and handed on.
+
+    name: what finds it again: a folder as it was given, `toy`, or a hub id with its revision. config: not to be changed
+    (what builds a model from it takes a copy). fingerprint: sha256 over config.json and every weight file.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: object
+    fingerprint: str
+
+
+def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True
+               ) -> Model:
+    """Find a model, load its config and tokenizer, and hash its weights. Raises InputError. All ranks.
+
+    name: as `locate_model` takes it. flag: what names it, for messages.
+    """
+    folder = process.on_main(lambda: locate_model(name, flag))
+    tokenizer = load_tokenizer(folder, chat_template, needs_template)
+    fingerprint = process.on_main(lambda: fingerprint_model(folder))
+    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, fingerprint)
+
+
+def locate_model(name: str, flag: str) -> Path:
+    """A model as a local folder: as it is, fetched from the hub (`id` or `id@revision`), or `toy`. Raises InputError.
+
+    flag: what names it, for messages.
+    """
+    if name == "toy":
+        return TOY_MODEL
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        repository, _, revision = name.partition("@")
+        try:
+            folder = Path(snapshot_download(
+                repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+                ignore_patterns=["original/*"]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise InputError(f"{flag} is {name!r}: no such folder here, and the hub does not give it "
+                             f"({error})") from error
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag} {name}: no config.json in {folder}")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{flag} {name}: no .safetensors file in {folder}; convert the checkpoint "
+                         "(pickled weights are never read)")
+    return folder
+
+
+def resolved_name(name: str, folder: Path) -> str:
+    """A hub id with the revision that was fetched (its folder's name in the hub's cache); other names as they are."""
+    if Path(name).is_dir() or folder.parent.name != "snapshots":
+        return name
+    return f"{name.partition('@')[0]}@{folder.name}"
+
+
+def load_tokenizer(directory: Path, chat_template: str, needs_template: bool = True):
+    """The model's fast tokenizer with a chat template. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer in {directory} can't be loaded: {error}") from error
+    if needs_template:
+        set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def load_model_config(directory: Path):
+    """The model's config. Raises InputError."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the config in {directory} can't be loaded: {error}") from error
+
+
+def fingerprint_model(directory: Path) -> str:
+    """sha256 over config.json and every weight file, by content."""
+    paths = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return hash_json([[path.name, hash_file(path)] for path in paths])
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """sha256 over vocabulary, merges, special tokens and chat template."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]).encode())
+    return digest.hexdigest()
+
+
+def context_length(model_config) -> int:
+    """Positions the model was made for, in tokens; a large number when its config names none."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def is_rotary(model_config) -> bool:
+    """Whether positions past the context are at least defined (rotary) rather than an index out of a table."""
+    text_config = model_config.get_text_config()
+    return any(getattr(text_config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+
+
+def check_length(name: str, length: int, model_config) -> str:
+    """A warning for a longest input past a rotary model's context, "" when it fits; InputError for other models."""
+    context = context_length(model_config)
+    if length <= context:
+        return ""
+    if not is_rotary(model_config):
+        raise InputError(f"{name} reaches {length} tokens, the model has {context} positions: lower it")
+    return f"warning: {name} reaches {length} tokens, the model was made for {context}"
