@@ -35,6 +35,14 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def threads():
+    """A benchmark of one thread leaves the tests after it as many as their child processes have, to the last bit."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def registries():
     """What a test adds to the tables of losses and sources is gone after it."""
     before = dict(LOSSES), dict(WEIGHTS)

@@ -49,12 +49,13 @@ def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, argument
 
 
 def test_packed_and_plain_rows_give_the_same_run(tmp_path, arguments, capsys):
+    """The first margin is 0 to the last bit, with reference log-probs from micro-batches of the same shape: its own."""
     for packing in ("on", "off", "auto"):
-        train.main(arguments(tmp_path / packing, packing=packing, micro_batch_tokens=300))
+        train.main(arguments(tmp_path / packing, packing=packing, micro_batch_tokens=300, cache_dir=tmp_path / "cache"))
     assert_close_rows(read_rows(tmp_path / "on"), read_rows(tmp_path / "off"))
     assert read_rows(tmp_path / "auto") == read_rows(tmp_path / "on")
     assert json.loads((tmp_path / "auto/config.json").read_text())["packing"] == "on"
-    assert "max |margin| at step 0: 0\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("max |margin| at step 0: 0\n") == 3
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
@@ -296,7 +297,7 @@ def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs
                   "--out", str(tmp_path / "weights")])
     train.main(arguments(tmp_path / "folder", weights=tmp_path / "weights"))
     train.main(arguments(tmp_path / "own"))
-    assert read_rows(tmp_path / "folder") == read_rows(tmp_path / "own")
+    assert_close_rows(read_rows(tmp_path / "folder"), read_rows(tmp_path / "own"))  # judged in another order
 
 
 @pytest.mark.parametrize("layer", ["1", "1,2", "1+2", "rollout"])
