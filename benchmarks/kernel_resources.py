@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from twdpo.kernels import weighted_logratio as kernels
 
-KERNELS = ("_tile_statistics_kernel", "_finish_tokens_kernel", "_sum_sequences_kernel", "_logits_gradient_kernel")
+KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel")
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 
 

@@ -35,6 +35,6 @@ def test_every_kernel_fits_its_gpu(compiled):
 
 
 def test_hopper_uses_its_tensor_cores(compiled):
-    for kernel in ("_tile_statistics_kernel", "_logits_gradient_kernel"):
+    for kernel in ("tile_statistics_kernel", "logits_gradient_kernel"):
         assert compiled["9.0", kernel]["tensor_cores"] == "wgmma.mma_async"
         assert compiled["8.0", kernel]["tensor_cores"] == "mma.sync"
