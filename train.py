@@ -256,7 +256,7 @@ def with_means(policy, batches: list[PairBatch], loss, process: Process) -> list
 
 def run_pairs(policy, batch: PairBatch, loss, config: TrainConfig, totals: Totals) -> torch.Tensor:
     """Forward one micro-batch: its losses [P]; its metrics are added to `totals`. All ranks."""
-    ratio_S, logps_N, *stats = policy(batch, config.token_stats)
+    ratio_S, logps_N, *stats = policy(batch, ("entropy", "top1") if config.token_stats else ())
     loss_P, extra = loss(ratio_S, logps_N, batch, config)
     metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta, needs_reference(loss))
     if stats:

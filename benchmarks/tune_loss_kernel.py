@@ -49,12 +49,11 @@ def passes(case, plan: kernels.Plan):
     operands = hidden_ND.detach(), head_VD.detach(), None, batch["targets_N"]
 
     def forward():
-        return kernels.forward(*operands, batch["ref_logps_N"], batch["weights_N"], offsets, batch["scale_S"], plan,
-                               False)
-    (top_N, inverse_total_N), coefficients_N = forward()[2:4], batch["weights_N"] / len(hidden_ND)
+        return kernels.forward(*operands, batch["ref_logps_N"], batch["weights_N"], offsets, batch["scale_S"], plan)
+    softmax, coefficients_N = forward()[2], batch["weights_N"] / len(hidden_ND)
 
     def backward():
-        return kernels.backward(*operands, top_N, inverse_total_N, coefficients_N, plan, (True, True, False))
+        return kernels.backward(*operands, softmax, coefficients_N, None, plan, (True, True, False))
     return forward, backward
 
 

@@ -17,12 +17,23 @@ into waves that fit a fixed buffer. Per wave a kernel makes the logits again and
 product over all tokens writes the wave's rows of the head's gradient, once; another adds to the hidden states' gradient
 in fp32. So every result is bitwise the same from run to run.
 
+Entropy of the policy's distribution p at a token (nats), with c_v = z_v - max z and total = sum over v of exp(c_v):
+
+    mean = sum over v of p_v * c_v
+    entropy = log(total) - mean
+    d entropy / d z_v = -p_v * (log p_v + entropy) = -p_v * (c_v - mean)
+
+Neither of the entropy's two parts is below 0, so nothing cancels, and its gradient takes no logarithm: where p is 1, c
+is 0 and what is left is mean, as exact as it was summed.
+
 Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
 logits, W columns of a wave, R blocks of rows. Needs triton only.
 """
 
 import triton
 import triton.language as tl
+
+LEAST = tl.constexpr(-1e4)  # exp is 0 there in any dtype; 0 * LEAST is 0 as well, where 0 * -inf would be NaN
 
 
 @triton.jit
@@ -89,13 +100,13 @@ def _logits_tile(
 
 @triton.jit(do_not_specialize=["num_tokens"])  # it changes every batch: one compilation is enough
 def tile_statistics_kernel(
-    hidden, head, bias, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride,
+    hidden, head, bias, targets_N, top_LN, total_LN, expected_LN, target_logits_N, num_tokens, hidden_stride,
     head_stride,
     V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of one tile of logits per token; with entropy_LN also its softmax's entropy."""
+    """Maximum and sum of exponentials of one tile of logits per token; with expected_LN also the sum of exp(c) * c."""
     row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     first_row, first_col = row_block * BLOCK_N, col_block * BLOCK_V
     logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
@@ -118,17 +129,15 @@ def tile_statistics_kernel(
     place = col_block.to(tl.int64) * num_tokens + rows
     tl.store(top_LN + place, top, mask=rows < num_tokens)
     tl.store(total_LN + place, total, mask=rows < num_tokens)
-    if entropy_LN is not None:
-        # -sum p log p with p = exps / total; a total of 0 or a term 0 * -inf counts 0, a NaN shows.
-        expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)
-        entropy = tl.where(total == 0, 0.0, tl.log(total) - expected / total)
-        tl.store(entropy_LN + place, entropy, mask=rows < num_tokens)
+    if expected_LN is not None:
+        expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)  # LEAST would take more registers here
+        tl.store(expected_LN + place, expected, mask=rows < num_tokens)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def finish_tokens_kernel(
-    top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N, weighted_N,
-    entropy_N, top1_N, num_tokens,
+    top_LN, total_LN, expected_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N, mean_N,
+    weighted_N, entropy_N, top1_N, num_tokens,
     L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Reduce the tiles of each token: what its softmax needs, log-prob of the target, weighted log-ratio."""
@@ -155,19 +164,22 @@ def finish_tokens_kernel(
     weights = tl.load(weights_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
     tl.store(weighted_N + tokens, weights * (logps - ref_logps), mask=real)  # a^t r^t, the summand of Eq. 5
 
-    if entropy_LN is not None:
-        entropy = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
+    if top1_N is not None:
+        tl.store(top1_N + tokens, target_logit >= top, mask=real)
+    if entropy_N is not None:
+        expected = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
         for first in range(0, L, TILE_BLOCK):
             tiles = first + tl.arange(0, TILE_BLOCK)
             inside = (tiles < L)[:, None] & real[None, :]
             place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-            # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
-            tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
-            share = tl.load(total_LN + place, mask=inside, other=0.0) * tl.exp(tile_top - top[None, :]) / total[None, :]
-            within = tl.load(entropy_LN + place, mask=inside, other=0.0)
-            entropy += tl.sum(tl.where(share == 0, 0.0, share * (within - tl.log(share))), axis=0)
-        tl.store(entropy_N + tokens, entropy, mask=real)
-        tl.store(top1_N + tokens, target_logit >= top, mask=real)
+            # A tile counted from its own maximum.
+            below = tl.maximum(tl.load(top_LN + place, mask=inside, other=float("-inf")) - top[None, :], LEAST)
+            tile_total = tl.load(total_LN + place, mask=inside, other=0.0)
+            tile_expected = tl.load(expected_LN + place, mask=inside, other=0.0)
+            expected += tl.sum(tl.exp(below) * (tile_expected + tile_total * below), axis=0)
+        mean = expected / total
+        tl.store(mean_N + tokens, mean, mask=real)
+        tl.store(entropy_N + tokens, tl.log(total) - mean, mask=real)
 
 
 @triton.jit
@@ -187,12 +199,11 @@ def sum_sequences_kernel(weighted_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.co
 
 @triton.jit(do_not_specialize=["num_tokens", "first_wave_col", "end_wave_col"])
 def logits_gradient_kernel(
-    hidden, head, bias, targets_N, top_N, inverse_total_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens,
-    first_wave_col, end_wave_col, hidden_stride, head_stride, wave_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    hidden, head, bias, targets_N, top_N, inverse_total_N, mean_N, coefficients_N, grad_entropy_N, gradient_NW,
+    bias_gradient_RW, num_tokens, first_wave_col, end_wave_col, hidden_stride, head_stride, wave_stride,
+    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BUFFER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BUFFER: tl.constexpr,
 ):  # fmt: skip
     """One tile of dL/d(hidden @ head.T), and its column sums when there is a bias."""
     num_cols = end_wave_col - first_wave_col
@@ -208,8 +219,11 @@ def logits_gradient_kernel(
     bias_at = bias_gradient_RW + row_block.to(tl.int64) * wave_stride + wave_cols if bias is not None else None
 
     coefficients = tl.load(coefficients_N + rows, mask=rows < num_tokens, other=0.0)
-    # Not max(abs()): that would take a NaN for a zero and hide it.
-    if tl.sum((coefficients != 0).to(tl.int32), axis=0) == 0:
+    used = coefficients != 0  # not max(abs()): that would take a NaN for a zero and hide it
+    if grad_entropy_N is not None:
+        grad_entropy = tl.load(grad_entropy_N + rows, mask=rows < num_tokens, other=0.0)
+        used |= grad_entropy != 0
+    if tl.sum(used.to(tl.int32), axis=0) == 0:
         nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=BUFFER)
         if DESCRIPTORS:
             gradient_NW.store([first_row, col_block * BLOCK_V], nothing)
@@ -226,7 +240,12 @@ def logits_gradient_kernel(
     inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
     # d logp / d logits = onehot - p. The onehot goes in before any rounding: 1 - p of a sure token is all its gradient.
     onehot = (cols[None, :] == targets[:, None]).to(ACCUMULATE)
-    gradient = coefficients[:, None] * (onehot - tl.exp(logits - top[:, None]) * inverse_total[:, None])
+    centred = logits - top[:, None]
+    p = tl.exp(centred) * inverse_total[:, None]
+    gradient = coefficients[:, None] * (onehot - p)
+    if grad_entropy_N is not None:
+        mean = tl.load(mean_N + rows, mask=rows < num_tokens, other=0.0)
+        gradient -= grad_entropy[:, None] * (p * (tl.maximum(centred, LEAST) - mean[:, None]))
     if SOFTCAP is not None:
         gradient *= 1.0 - (logits / SOFTCAP) * (logits / SOFTCAP)
     if LOGIT_SCALE is not None:

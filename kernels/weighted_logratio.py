@@ -8,6 +8,7 @@ logits, W columns of a wave, R blocks of rows. Needs torch and triton only.
 
 import contextlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -59,6 +60,15 @@ class Plan:
     softcap: float | None
     tiles: Tiles
     wave_mib: float
+    terms: tuple[str, ...] = ()
+
+
+class Softmax(NamedTuple):
+    """What a token's softmax is made from again, [N] each; see tile_kernels.py."""
+
+    top_N: torch.Tensor  # the largest logit
+    inverse_total_N: torch.Tensor  # 1 / sum of exp(logit - top)
+    mean_N: torch.Tensor | None  # of logit - top; for the entropy alone
 
 
 def default_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True) -> Tiles:
@@ -105,11 +115,10 @@ def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
     return operands, constants
 
 
-def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan, stats: bool):
-    """(ratio_S, logps_N, top_N, inverse_total_N, entropy_N or None, top1_N or None).
+def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan):
+    """(ratio_S, logps_N, Softmax, {name: [N]} of the terms that `plan` asks for).
 
-    top_N, inverse_total_N: maximum of a token's logits, and 1 / sum of exp(logits - maximum). offsets: int64 [S + 1],
-    first token of each sequence and N, on the device.
+    offsets: int64 [S + 1], first token of each sequence and N, on the device.
     """
     (num_tokens, _), vocabulary = hidden_ND.shape, head_VD.shape[0]
     num_tiles = triton.cdiv(vocabulary, plan.tiles.block_v)
@@ -120,22 +129,24 @@ def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offse
 
     logps_N, top_N, inverse_total_N, weighted_N = (empty(num_tokens) for _ in range(4))
     ratio_S = empty(len(scale_S))
-    entropy_N, top1_N = (empty(num_tokens), empty(num_tokens, dtype=torch.bool)) if stats else (None, None)
+    terms = {name: empty(num_tokens, dtype=torch.bool if name == "top1" else accumulate) for name in plan.terms}
+    with_entropy = "entropy" in terms
+    mean_N = empty(num_tokens) if with_entropy else None
     if num_tokens:
         top_LN, total_LN = empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)
-        entropy_LN = empty(num_tiles, num_tokens) if stats else None
+        expected_LN = empty(num_tiles, num_tokens) if with_entropy else None
         # No tile owns a target that is not in the vocabulary: its log-prob is NaN, not what memory happened to hold.
         target_logits_N = torch.full_like(logps_N, float("nan"))
         operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
         tile_statistics_kernel[(triton.cdiv(num_tokens, plan.tiles.block_n) * num_tiles,)](
-            *operands, bias_V, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens,
+            *operands, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N, num_tokens,
             hidden_ND.stride(0), head_VD.stride(0), **constants)
         finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
-            top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
-            weighted_N, entropy_N, top1_N, num_tokens, L=num_tiles, TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK,
-            ACCUMULATE=constants["ACCUMULATE"])
+            top_LN, total_LN, expected_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
+            mean_N, weighted_N, terms.get("entropy"), terms.get("top1"), num_tokens, L=num_tiles,
+            TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK, ACCUMULATE=constants["ACCUMULATE"])
     sum_sequences(weighted_N, offsets, scale_S, ratio_S)
-    return ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N
+    return ratio_S, logps_N, Softmax(top_N, inverse_total_N, mean_N), terms
 
 
 def sum_sequences(weighted_N, offsets, scale_S, ratio_S) -> None:
@@ -152,13 +163,13 @@ def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: 
     return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
 
 
-def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, plan: Plan,
+def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N, plan: Plan,
              needs: tuple[bool, bool, bool]):
-    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps; None where `needs` says no."""
+    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no."""
     (num_tokens, _), vocabulary, tiles = hidden_ND.shape, head_VD.shape[0], plan.tiles
-    accumulate = top_N.dtype
+    accumulate, device = softmax.top_N.dtype, softmax.top_N.device
     needs_hidden, needs_head, needs_bias = needs
-    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=top_N.device) if needs_hidden else None
+    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=device) if needs_hidden else None
     if not num_tokens:
         return (grad_hidden_ND, *(torch.zeros_like(operand) if needed else None
                                   for operand, needed in ((head_VD, needs_head), (bias_V, needs_bias))))
@@ -168,9 +179,9 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coef
     # Casts of the interpreter truncate: it keeps the buffer unrounded.
     buffer_dtype = accumulate if INTERPRETED else hidden_ND.dtype
     width = wave_columns(num_tokens, vocabulary, buffer_dtype.itemsize, plan.wave_mib, tiles.block_v)
-    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=top_N.device)
+    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=device)
     row_blocks = triton.cdiv(num_tokens, tiles.block_n)
-    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=top_N.device) if bias_V is not None else None
+    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=device) if bias_V is not None else None
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
     with _full_precision_reductions():
         for first in range(0, vocabulary, width):
@@ -180,7 +191,7 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coef
             if constants["DESCRIPTORS"]:
                 out = TensorDescriptor.from_tensor(gradient_NW, [tiles.block_n, tiles.block_v])
             logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tiles.block_v),)](
-                *operands, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, out, sums_RW, num_tokens,
+                *operands, bias_V, targets_N, *softmax, coefficients_N, grad_entropy_N, out, sums_RW, num_tokens,
                 first, end, hidden_ND.stride(0), head_VD.stride(0), width, BUFFER=_triton_dtype(buffer_dtype),
                 **constants)
             if needs_head:
@@ -225,57 +236,62 @@ def _full_precision_reductions():
 
 
 class WeightedLogratio(torch.autograd.Function):
-    """(ratio_S, logps_N, entropy_N, top1_N): the first two with gradients for any upstream."""
+    """(ratio_S, logps_N, then the terms of the plan): all but top1 with gradients for any upstream."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan, stats):
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan):
         # The kernels index these by stride 1.
         targets_N, ref_logps_N, weights_N, scale_S = (
             tensor.contiguous() for tensor in (targets_N, ref_logps_N, weights_N, scale_S))
         bias_V = None if bias_V is None else bias_V.contiguous()
         # Pageable memory is staged before the copy returns: the host does not wait for the device.
         offsets = torch.nn.functional.pad(seq_lens_S.cumsum(0), (1, 0)).to(hidden_ND.device, non_blocking=True)
-        ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N = forward(
-            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan, stats)
+        ratio_S, logps_N, softmax, terms = forward(
+            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-                              top_N, inverse_total_N)
+                              *softmax)
         ctx.plan = plan
-        if stats:
-            ctx.mark_non_differentiable(entropy_N, top1_N)
-        return ratio_S, logps_N, entropy_N, top1_N
+        ctx.set_materialize_grads(False)  # an entropy that nothing is asked of costs the backward pass nothing
+        if "top1" in terms:
+            ctx.mark_non_differentiable(terms["top1"])
+        return ratio_S, logps_N, *terms.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ratio_S, grad_logps_N, *_):
-        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N, top_N,
-         inverse_total_N) = ctx.saved_tensors
+    def backward(ctx, grad_ratio_S, grad_logps_N, *grad_terms):
+        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
+         *softmax) = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        grad_ratio_S = logps_N.new_zeros(len(scale_S)) if grad_ratio_S is None else grad_ratio_S
+        grad_logps_N = torch.zeros_like(logps_N) if grad_logps_N is None else grad_logps_N
+        grad_entropy_N = dict(zip(ctx.plan.terms, grad_terms)).get("entropy")
         scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(logps_N))
         grad_operands = (None, None, None)
         if any(needs[:3]):
             coefficients_N = grad_logps_N + scaled_N * weights_N
-            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N,
-                                     ctx.plan, needs[:3])
+            grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.contiguous()
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*softmax), coefficients_N,
+                                     grad_entropy_N, ctx.plan, needs[:3])
         ratio_N = logps_N - ref_logps_N
         grad_scale_S = None
         if needs[6]:
             grad_scale_S = torch.empty_like(scale_S, dtype=grad_ratio_S.dtype)
             sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S.contiguous(), grad_scale_S)
         return (*grad_operands, None, -scaled_N * weights_N if needs[4] else None,
-                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None, None)
+                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None)
 
 
 def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S, bias_V=None,
-                             logit_scale: float | None = None, softcap: float | None = None, stats: bool = False,
-                             tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
-    """(ratio_S, logps_N), and with `stats` also (entropy_N, top1_N), which carry no gradient.
+                             logit_scale: float | None = None, softcap: float | None = None,
+                             terms: tuple[str, ...] = (), tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
+    """(ratio_S, logps_N, {name: [N]} of `terms`), all but top1 differentiable.
 
     hidden_ND [N, D], head_VD [V, D], bias_V [V] or None: bf16, fp16 or fp32 of one dtype on one CUDA device (fp64 too
     under TRITON_INTERPRET=1). targets_N: int64 in [0, V); an entry outside gives NaN. ref_logps_N, weights_N: [N].
-    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64); entropy in nats; top1 tells
-    whether no token is likelier than the target. tiles: None picks them by dtype and device. wave_mib: size of the
-    backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
-    operands and refuses a DTensor: call that.
+    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64). terms: "entropy" in nats,
+    "top1" (bool): whether no token is likelier than the target. tiles: None picks them by dtype and device. wave_mib:
+    size of the backward pass's buffer, MiB. The host never waits for the device.
+    `twdpo.logratio.weighted_logratio` checks the operands and terms and refuses a DTensor: call that.
     """
     hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
                           else matrix.contiguous() for matrix in (hidden_ND, head_VD))
@@ -284,8 +300,8 @@ def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights
         if not INTERPRETED:
             tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device),
                                   _has_aligned_rows(hidden_ND, head_VD))
-    plan = Plan(logit_scale, softcap, tiles, wave_mib)
+    plan = Plan(logit_scale, softcap, tiles, wave_mib, terms)
     with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device; autograd sets it for the backward
-        outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S,
-                                         seq_lens_S, plan, stats)
-    return outputs if stats else outputs[:2]
+        ratio_S, logps_N, *values = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N,
+                                                           weights_N, scale_S, seq_lens_S, plan)
+    return ratio_S, logps_N, dict(zip(terms, values))

@@ -47,7 +47,9 @@ def kl_estimate(logps_N: torch.Tensor, batch: PairBatch) -> torch.Tensor:
 
 
 def token_metrics(entropy_N: torch.Tensor, top1_N: torch.Tensor, batch: PairBatch) -> dict[str, torch.Tensor]:
-    """Means over the response tokens of each pair: the policy's entropy, and how often the token is its likeliest."""
+    """Means over the response tokens of each pair, without gradient: the policy's entropy, and how often the token is
+    its likeliest."""
+    entropy_N = entropy_N.detach()
     tokens_P = batch.seq_lens_S.to(entropy_N.device).view(-1, 2).sum(dim=1)
     return {name: segment_sum(value_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
             for name, value_N in (("token_entropy", entropy_N), ("token_top1", top1_N.to(entropy_N.dtype)))}

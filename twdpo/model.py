@@ -207,15 +207,17 @@ class Policy(torch.nn.Module):
         self.model = model
         self.options = head_options(model.config)
 
-    def forward(self, batch: PairBatch, stats: bool = False) -> tuple[torch.Tensor, ...]:
-        """(ratio_S, logps_N) of a batch, with `stats` also (entropy_N, top1_N).
+    def forward(self, batch: PairBatch, terms: tuple[str, ...] = ()) -> tuple[torch.Tensor, ...]:
+        """(ratio_S, logps_N) of a batch, followed by the op's `terms` (`twdpo.logratio.TERMS`).
 
         Only response tokens reach the head.
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
         hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
-        return weighted_logratio(hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N,
-                                 batch.seq_lens_S, batch.scale_S, getattr(head, "bias", None), self.options, stats)
+        ratio_S, logps_N, values = weighted_logratio(
+            hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
+            batch.scale_S, getattr(head, "bias", None), self.options, terms)
+        return ratio_S, logps_N, *values.values()
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""
