@@ -23,11 +23,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from twdpo.kernels import weighted_logratio as kernels
 
-KERNELS = ("_tile_statistics_kernel", "_finish_tokens_kernel", "_sum_sequences_kernel", "_logits_gradient_kernel")
+KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel")
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 
 
-def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, stats: bool, vocabulary=128256, hidden=4096):
+def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabulary=128256, hidden=4096):
     """{kernel name: (arguments, constants)} of one forward and backward pass, on tensors without memory."""
     launches = {}
 
@@ -49,8 +49,9 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, stats: b
         kernels._set_product = kernels._add_product = lambda *_: None
         operands = (meta(num_tokens, hidden, dtype=dtype), meta(vocabulary, hidden, dtype=dtype),
                     meta(vocabulary, dtype=dtype) if bias else None, meta(num_tokens, dtype=torch.int64))
-        kernels.forward(*operands, meta(num_tokens), meta(num_tokens), meta(5, dtype=torch.int64), meta(4), plan, stats)
-        kernels.backward(*operands, meta(num_tokens), meta(num_tokens), meta(num_tokens), plan, (True, True, bias))
+        _, logps_N, softmax, terms = kernels.forward(*operands, meta(num_tokens), meta(num_tokens),
+                                                     meta(5, dtype=torch.int64), meta(4), plan)
+        kernels.backward(*operands, softmax, logps_N, terms.get("entropy"), plan, (True, True, bias))
     finally:
         for name, value in before.items():
             setattr(kernels, name, value)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--softcap", type=float)
-    parser.add_argument("--stats", action="store_true")
+    parser.add_argument("--terms", default="", help="comma-separated: entropy, top1")
     flags = parser.parse_args(argv)
     if kernels.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
@@ -121,8 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         if flags.tiles:
             *sizes, last = flags.tiles.split(",") if "descriptors" in flags.tiles else (*flags.tiles.split(","), "")
             tiles = kernels.Tiles(*map(int, sizes), descriptors=last == "descriptors")
-        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB)
-        for name, launch in record_launches(plan, dtype, flags.bias, flags.stats).items():
+        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, tuple(filter(None, flags.terms.split(","))))
+        for name, launch in record_launches(plan, dtype, flags.bias).items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 row = resources(compile_launch(name, *launch, capability))

@@ -1,6 +1,6 @@
 """Other ways to the same token-weighted DPO loss, each behind one signature, for loss_kernel.py.
 
-A method's `op(hidden_ND, head_VD, batch)` returns (ratio_S, logps_N) as `twdpo.logratio.weighted_logratio` does. A
+A method's `op(hidden_ND, head_VD, batch)` returns (ratio_S, logps_N) as `twdpo.logratio.weighted_logratio` begins. A
 reference row returns a scalar instead: it computes gradients in its forward pass, for one loss of its own, and takes no
 gradient per token; its time tells what 6 N V D operations cost, not what this loss costs.
 """
@@ -37,7 +37,7 @@ def find_methods(device: torch.device, softcap: float | None) -> list[Method]:
 
 
 def _call(op, options: HeadOptions, hidden_ND, head_VD, batch):
-    return op(hidden_ND, head_VD, **batch, options=options)
+    return op(hidden_ND, head_VD, **batch, options=options)[:2]
 
 
 def _from_logps(logps_of, hidden_ND, head_VD, batch):

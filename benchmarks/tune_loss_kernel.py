@@ -49,19 +49,18 @@ def passes(case, plan: kernels.Plan):
     operands = hidden_ND.detach(), head_VD.detach(), None, batch["targets_N"]
 
     def forward():
-        return kernels.forward(*operands, batch["ref_logps_N"], batch["weights_N"], offsets, batch["scale_S"], plan,
-                               False)
-    (top_N, inverse_total_N), coefficients_N = forward()[2:4], batch["weights_N"] / len(hidden_ND)
+        return kernels.forward(*operands, batch["ref_logps_N"], batch["weights_N"], offsets, batch["scale_S"], plan)
+    softmax, coefficients_N = forward()[2], batch["weights_N"] / len(hidden_ND)
 
     def backward():
-        return kernels.backward(*operands, top_N, inverse_total_N, coefficients_N, plan, (True, True, False))
+        return kernels.backward(*operands, softmax, coefficients_N, None, plan, (True, True, False))
     return forward, backward
 
 
 def parts(case, plan: kernels.Plan, device, seconds: float) -> dict[str, float]:
     """Median milliseconds of each part of a forward and backward pass, all its calls together."""
     calls = Calls()
-    launched = ("_tile_statistics_kernel", "_finish_tokens_kernel", "_sum_sequences_kernel", "_logits_gradient_kernel")
+    launched = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel")
     before = {name: getattr(kernels, name) for name in (*launched, "_set_product", "_add_product")}
 
     class Launcher:
@@ -93,7 +92,7 @@ def try_tiles(case, tiles: kernels.Tiles, device, seconds: float) -> dict[str, o
     row: dict[str, object] = {"tiles": tiles}
     try:
         times = parts(case, kernels.Plan(None, None, tiles, kernels.WAVE_MIB), device, seconds)
-        row |= {"forward_ms": times["_tile_statistics_kernel"], "gradient_ms": times["_logits_gradient_kernel"]}
+        row |= {"forward_ms": times["tile_statistics_kernel"], "gradient_ms": times["logits_gradient_kernel"]}
         operations = 2 * case[0].numel() * len(case[1]) / 1e9
         result = f"{operations / row['forward_ms']:16.0f} {operations / row['gradient_ms']:11.0f}"
     except OutOfResources as error:
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{8 * nvd / rate / 1e9:.2f} ms\n{'part':28} {'ms':>8} {'TFLOP/s':>8}")
         for name, time_ms in parts(case, kernels.Plan(None, None, default, kernels.WAVE_MIB), device,
                                    flags.seconds).items():
-            gemms = {"whole forward": 2, "whole backward": 6, "_finish_tokens_kernel": 0, "_sum_sequences_kernel": 0}
+            gemms = {"whole forward": 2, "whole backward": 6, "finish_tokens_kernel": 0, "sum_sequences_kernel": 0}
             tflops = gemms.get(name, 2) * nvd / time_ms / 1e9
             print(f"{name:28} {time_ms:8.3f} {tflops:8.0f}", flush=True)
             report["parts"].append({"tokens": num_tokens, "part": name, "ms": time_ms, "tflops": tflops,

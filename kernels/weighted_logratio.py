@@ -1,21 +1,6 @@
-"""Log-probs of response tokens and their weighted log-ratios in Triton, without full-vocabulary logits.
+"""The fused op in Triton: its launchers, its autograd function and `weighted_logratio_triton`.
 
-`weighted_logratio_triton` replaces this (paper Eq. 5 with scale |y|):
-
-    logits_NV = logit_scale * (hidden_ND @ head_VD.T + bias_V)
-    logits_NV = softcap * tanh(logits_NV / softcap)
-    logps_N = logits_NV.log_softmax(-1)[n, targets_N[n]]
-    ratio_S[s] = scale_S[s] * sum over n in s of weights_N[n] * (logps_N[n] - ref_logps_N[n])
-
-Forward, 2 N V D operations: each program makes one [BLOCK_N, BLOCK_V] tile of logits in registers and stores its
-log-sum-exp as maximum and sum (one fp32 number would round away log p of a sure token); the program that owns a token's
-target stores that logit. A second kernel reduces the tiles of each token and goes on to the weighted log-ratio, a third
-sums each sequence. Nothing is locked, nothing added atomically.
-
-Backward, 6 N V D: all coefficients dL/dlogps are known before it starts, so the vocabulary (and not the tokens) is cut
-into waves that fit a fixed buffer. Per wave a kernel makes the logits again and stores their gradients dZ; one matrix
-product over all tokens writes the wave's rows of the head's gradient, once; another adds to the hidden states' gradient
-in fp32. So every result is bitwise the same from run to run.
+What is computed, and why so, stands at the top of tile_kernels.py, which holds the kernels.
 
 Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
 logits, W columns of a wave, R blocks of rows. Needs torch and triton only.
@@ -23,12 +8,20 @@ logits, W columns of a wave, R blocks of rows. Needs torch and triton only.
 
 import contextlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from twdpo.kernels.tile_kernels import (
+    finish_tokens_kernel,
+    logits_gradient_kernel,
+    sum_sequences_kernel,
+    tile_statistics_kernel,
+)
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
 WAVE_MIB = 160  # buffer for the gradients of one wave's logits
@@ -59,227 +52,6 @@ TILES = {
 INTERPRETED_TILES = Tiles(64, 128, 64, 1, 1)
 
 
-# Device code
-
-
-@triton.jit
-def _tile_place(num_row_blocks, num_col_blocks, GROUP_N: tl.constexpr):
-    """(row block, column block) of this program: row blocks run fastest, GROUP_N at a time."""
-    program = tl.program_id(0)
-    programs_in_group = GROUP_N * num_col_blocks
-    first_row = program // programs_in_group * GROUP_N
-    rows_in_group = tl.minimum(num_row_blocks - first_row, GROUP_N)
-    within = program % programs_in_group
-    return first_row + within % rows_in_group, within // rows_in_group
-
-
-@triton.jit
-def _tanh(x, OPERAND: tl.constexpr):
-    """tanh, for operands of 16 bits to their precision, else to a few units in the last place."""
-    if OPERAND == tl.bfloat16 or OPERAND == tl.float16:
-        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-    # That would cancel near 0.
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
-    power = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - power) / (1.0 + power)
-    return tl.where(square < 0.05, series, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _logits_tile(
-    hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """The logits of one tile as the model means them, [BLOCK_N, BLOCK_V] in registers; forward and backward agree
-    to the bit because both call this."""
-    rows = first_row + tl.arange(0, BLOCK_N)
-    cols = first_col + tl.arange(0, BLOCK_V)
-    # 64-bit offsets to the tile, 32-bit within it: whole blocks of 64-bit addresses would not fit the registers.
-    units = tl.arange(0, BLOCK_D)
-    if not DESCRIPTORS:
-        hidden += first_row.to(tl.int64) * hidden_stride
-        head += first_col.to(tl.int64) * head_stride
-        hidden_within = tl.arange(0, BLOCK_N)[:, None] * hidden_stride + units[None, :]
-        head_within = tl.arange(0, BLOCK_V)[:, None] * head_stride + units[None, :]
-    logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACCUMULATE)
-    for start in range(0, D, BLOCK_D):
-        if DESCRIPTORS:  # out of bounds reads give zeros
-            hidden_tile = hidden.load([first_row, start])
-            head_tile = head.load([first_col, start])
-        else:
-            inside = (start + units < D)[None, :]
-            hidden_tile = tl.load(hidden + start + hidden_within, mask=(rows < num_tokens)[:, None] & inside, other=0.0)
-            head_tile = tl.load(head + start + head_within, mask=(cols < V)[:, None] & inside, other=0.0)
-        logits = tl.dot(hidden_tile.to(OPERAND), tl.trans(head_tile).to(OPERAND), logits,
-                        input_precision=PRECISION, out_dtype=ACCUMULATE)
-    if bias is not None:
-        logits += tl.load(bias + cols, mask=cols < V, other=0.0).to(ACCUMULATE)[None, :]
-    if LOGIT_SCALE is not None:
-        logits *= LOGIT_SCALE
-    if SOFTCAP is not None:
-        logits = SOFTCAP * _tanh(logits / SOFTCAP, OPERAND)
-    return logits
-
-
-@triton.jit(do_not_specialize=["num_tokens"])  # it changes every batch: one compilation is enough
-def _tile_statistics_kernel(
-    hidden, head, bias, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens, hidden_stride,
-    head_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
-    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Maximum and sum of exponentials of one tile of logits per token; with entropy_LN also its softmax's entropy."""
-    row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
-    first_row, first_col = row_block * BLOCK_N, col_block * BLOCK_V
-    logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
-                          LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
-    rows = first_row + tl.arange(0, BLOCK_N)
-    cols = first_col + tl.arange(0, BLOCK_V)
-    if V % BLOCK_V != 0:
-        logits = tl.where((cols < V)[None, :], logits, float("-inf"))
-
-    targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
-    target_logit = tl.sum(tl.where(cols[None, :] == targets[:, None], logits, 0.0), axis=1)
-    owned = (rows < num_tokens) & (targets >= first_col) & (targets < tl.minimum(first_col + BLOCK_V, V))
-    tl.store(target_logits_N + rows, target_logit, mask=owned)
-
-    top = tl.max(logits, axis=1)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile that a bias of -inf rules out has no probability at all
-    centred = logits - shift[:, None]
-    exps = tl.exp(centred)
-    total = tl.sum(exps, axis=1)
-    place = col_block.to(tl.int64) * num_tokens + rows
-    tl.store(top_LN + place, top, mask=rows < num_tokens)
-    tl.store(total_LN + place, total, mask=rows < num_tokens)
-    if entropy_LN is not None:
-        # -sum p log p with p = exps / total; a total of 0 or a term 0 * -inf counts 0, a NaN shows.
-        expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)
-        entropy = tl.where(total == 0, 0.0, tl.log(total) - expected / total)
-        tl.store(entropy_LN + place, entropy, mask=rows < num_tokens)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _finish_tokens_kernel(
-    top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N, terms_N,
-    entropy_N, top1_N, num_tokens,
-    L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """Reduce the tiles of each token: what its softmax needs, log-prob of the target, weighted log-ratio."""
-    tokens = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    real = tokens < num_tokens
-    top = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
-    total = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
-    for first in range(0, L, TILE_BLOCK):
-        tiles = first + tl.arange(0, TILE_BLOCK)
-        inside = (tiles < L)[:, None] & real[None, :]
-        place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
-        tile_total = tl.load(total_LN + place, mask=inside, other=0.0)
-        new_top = tl.maximum(top, tl.max(tile_top, axis=0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tile_total * tl.exp(tile_top - shift[None, :]), axis=0)
-        top = new_top
-    target_logit = tl.load(target_logits_N + tokens, mask=real, other=0.0)
-    logps = (target_logit - top) - tl.log(total)
-    tl.store(top_N + tokens, top, mask=real)
-    tl.store(inverse_total_N + tokens, 1.0 / total, mask=real)
-    tl.store(logps_N + tokens, logps, mask=real)
-    ref_logps = tl.load(ref_logps_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
-    weights = tl.load(weights_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
-    tl.store(terms_N + tokens, weights * (logps - ref_logps), mask=real)  # a^t r^t, the summand of Eq. 5
-
-    if entropy_LN is not None:
-        entropy = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
-        for first in range(0, L, TILE_BLOCK):
-            tiles = first + tl.arange(0, TILE_BLOCK)
-            inside = (tiles < L)[:, None] & real[None, :]
-            place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-            # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
-            tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
-            share = tl.load(total_LN + place, mask=inside, other=0.0) * tl.exp(tile_top - top[None, :]) / total[None, :]
-            within = tl.load(entropy_LN + place, mask=inside, other=0.0)
-            entropy += tl.sum(tl.where(share == 0, 0.0, share * (within - tl.log(share))), axis=0)
-        tl.store(entropy_N + tokens, entropy, mask=real)
-        tl.store(top1_N + tokens, target_logit >= top, mask=real)
-
-
-@triton.jit
-def _sum_sequences_kernel(terms_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """scale times the sum of one sequence's terms; always in the same order."""
-    sequence = tl.program_id(0)
-    start = tl.load(offsets + sequence)
-    end = tl.load(offsets + sequence + 1)
-    sums = tl.zeros((SUM_BLOCK,), dtype=ACCUMULATE)
-    while start < end:
-        tokens = start + tl.arange(0, SUM_BLOCK)
-        sums += tl.load(terms_N + tokens, mask=tokens < end, other=0.0)
-        start += SUM_BLOCK
-    scale = tl.load(scale_S + sequence).to(ACCUMULATE)
-    tl.store(ratio_S + sequence, scale * tl.sum(sums, axis=0))
-
-
-@triton.jit(do_not_specialize=["num_tokens", "first_wave_col", "end_wave_col"])
-def _logits_gradient_kernel(
-    hidden, head, bias, targets_N, top_N, inverse_total_N, coefficients_N, gradient_NW, bias_gradient_RW, num_tokens,
-    first_wave_col, end_wave_col, hidden_stride, head_stride, wave_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
-    ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BUFFER: tl.constexpr,
-):  # fmt: skip
-    """One tile of dL/d(hidden @ head.T), and its column sums when there is a bias."""
-    num_cols = end_wave_col - first_wave_col
-    row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(num_cols, BLOCK_V), GROUP_N)
-    first_row, first_col = row_block * BLOCK_N, first_wave_col + col_block * BLOCK_V
-    rows = first_row + tl.arange(0, BLOCK_N)
-    cols = first_col + tl.arange(0, BLOCK_V)
-    wave_cols = col_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (rows < num_tokens)[:, None] & (wave_cols < num_cols)[None, :]
-    if not DESCRIPTORS:
-        gradient_at = (gradient_NW + first_row.to(tl.int64) * wave_stride
-                       + tl.arange(0, BLOCK_N)[:, None] * wave_stride + wave_cols[None, :])
-    bias_at = bias_gradient_RW + row_block.to(tl.int64) * wave_stride + wave_cols if bias is not None else None
-
-    coefficients = tl.load(coefficients_N + rows, mask=rows < num_tokens, other=0.0)
-    # Not max(abs()): that would take a NaN for a zero and hide it.
-    if tl.sum((coefficients != 0).to(tl.int32), axis=0) == 0:
-        nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=BUFFER)
-        if DESCRIPTORS:
-            gradient_NW.store([first_row, col_block * BLOCK_V], nothing)
-        else:
-            tl.store(gradient_at, nothing, mask=inside)
-        if bias is not None:
-            tl.store(bias_at, tl.zeros((BLOCK_V,), dtype=ACCUMULATE), mask=wave_cols < num_cols)
-        return
-
-    logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
-                          LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
-    targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
-    top = tl.load(top_N + rows, mask=rows < num_tokens, other=0.0)
-    inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
-    # d logp / d logits = onehot - p. The onehot goes in before any rounding: 1 - p of a sure token is all its gradient.
-    onehot = (cols[None, :] == targets[:, None]).to(ACCUMULATE)
-    gradient = coefficients[:, None] * (onehot - tl.exp(logits - top[:, None]) * inverse_total[:, None])
-    if SOFTCAP is not None:
-        gradient *= 1.0 - (logits / SOFTCAP) * (logits / SOFTCAP)
-    if LOGIT_SCALE is not None:
-        gradient *= LOGIT_SCALE
-    if bias is not None:
-        tl.store(bias_at, tl.sum(tl.where((rows < num_tokens)[:, None], gradient, 0.0), axis=0),
-                 mask=wave_cols < num_cols)
-    if DESCRIPTORS:  # out of bounds writes are left out
-        gradient_NW.store([first_row, col_block * BLOCK_V], gradient.to(BUFFER))
-    else:
-        tl.store(gradient_at, gradient.to(BUFFER), mask=inside)
-
-
-# Launchers
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one call needs to know besides its tensors."""
@@ -288,6 +60,15 @@ class Plan:
     softcap: float | None
     tiles: Tiles
     wave_mib: float
+    terms: tuple[str, ...] = ()
+
+
+class Softmax(NamedTuple):
+    """What a token's softmax is made from again, [N] each; see tile_kernels.py."""
+
+    top_N: torch.Tensor  # the largest logit
+    inverse_total_N: torch.Tensor  # 1 / sum of exp(logit - top)
+    mean_N: torch.Tensor | None  # of logit - top; for the entropy alone
 
 
 def default_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True) -> Tiles:
@@ -334,11 +115,10 @@ def _tile_arguments(hidden_ND, head_VD, plan: Plan) -> tuple[tuple, dict]:
     return operands, constants
 
 
-def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan, stats: bool):
-    """(ratio_S, logps_N, top_N, inverse_total_N, entropy_N or None, top1_N or None).
+def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan):
+    """(ratio_S, logps_N, Softmax, {name: [N]} of the terms that `plan` asks for).
 
-    top_N, inverse_total_N: maximum of a token's logits, and 1 / sum of exp(logits - maximum). offsets: int64 [S + 1],
-    first token of each sequence and N, on the device.
+    offsets: int64 [S + 1], first token of each sequence and N, on the device.
     """
     (num_tokens, _), vocabulary = hidden_ND.shape, head_VD.shape[0]
     num_tiles = triton.cdiv(vocabulary, plan.tiles.block_v)
@@ -347,31 +127,33 @@ def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offse
     def empty(*shape: int, dtype: torch.dtype = accumulate) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
 
-    logps_N, top_N, inverse_total_N, terms_N = (empty(num_tokens) for _ in range(4))
+    logps_N, top_N, inverse_total_N, weighted_N = (empty(num_tokens) for _ in range(4))
     ratio_S = empty(len(scale_S))
-    entropy_N, top1_N = (empty(num_tokens), empty(num_tokens, dtype=torch.bool)) if stats else (None, None)
+    terms = {name: empty(num_tokens, dtype=torch.bool if name == "top1" else accumulate) for name in plan.terms}
+    with_entropy = "entropy" in terms
+    mean_N = empty(num_tokens) if with_entropy else None
     if num_tokens:
         top_LN, total_LN = empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)
-        entropy_LN = empty(num_tiles, num_tokens) if stats else None
+        expected_LN = empty(num_tiles, num_tokens) if with_entropy else None
         # No tile owns a target that is not in the vocabulary: its log-prob is NaN, not what memory happened to hold.
         target_logits_N = torch.full_like(logps_N, float("nan"))
         operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
-        _tile_statistics_kernel[(triton.cdiv(num_tokens, plan.tiles.block_n) * num_tiles,)](
-            *operands, bias_V, targets_N, top_LN, total_LN, entropy_LN, target_logits_N, num_tokens,
+        tile_statistics_kernel[(triton.cdiv(num_tokens, plan.tiles.block_n) * num_tiles,)](
+            *operands, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N, num_tokens,
             hidden_ND.stride(0), head_VD.stride(0), **constants)
-        _finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
-            top_LN, total_LN, entropy_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
-            terms_N, entropy_N, top1_N, num_tokens, L=num_tiles, TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK,
-            ACCUMULATE=constants["ACCUMULATE"])
-    sum_sequences(terms_N, offsets, scale_S, ratio_S)
-    return ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N
+        finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
+            top_LN, total_LN, expected_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
+            mean_N, weighted_N, terms.get("entropy"), terms.get("top1"), num_tokens, L=num_tiles,
+            TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK, ACCUMULATE=constants["ACCUMULATE"])
+    sum_sequences(weighted_N, offsets, scale_S, ratio_S)
+    return ratio_S, logps_N, Softmax(top_N, inverse_total_N, mean_N), terms
 
 
-def sum_sequences(terms_N, offsets, scale_S, ratio_S) -> None:
-    """ratio_S[s] = scale_S[s] * sum of terms_N over sequence s."""
+def sum_sequences(weighted_N, offsets, scale_S, ratio_S) -> None:
+    """ratio_S[s] = scale_S[s] * sum of weighted_N over sequence s."""
     if len(ratio_S):
-        _sum_sequences_kernel[(len(ratio_S),)](terms_N, offsets, scale_S, ratio_S, SUM_BLOCK=SUM_BLOCK,
-                                               ACCUMULATE=_triton_dtype(terms_N.dtype))
+        sum_sequences_kernel[(len(ratio_S),)](weighted_N, offsets, scale_S, ratio_S, SUM_BLOCK=SUM_BLOCK,
+                                               ACCUMULATE=_triton_dtype(weighted_N.dtype))
 
 
 def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: float, block_v: int) -> int:
@@ -381,13 +163,13 @@ def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: 
     return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
 
 
-def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, plan: Plan,
+def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N, plan: Plan,
              needs: tuple[bool, bool, bool]):
-    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps; None where `needs` says no."""
+    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no."""
     (num_tokens, _), vocabulary, tiles = hidden_ND.shape, head_VD.shape[0], plan.tiles
-    accumulate = top_N.dtype
+    accumulate, device = softmax.top_N.dtype, softmax.top_N.device
     needs_hidden, needs_head, needs_bias = needs
-    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=top_N.device) if needs_hidden else None
+    grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=device) if needs_hidden else None
     if not num_tokens:
         return (grad_hidden_ND, *(torch.zeros_like(operand) if needed else None
                                   for operand, needed in ((head_VD, needs_head), (bias_V, needs_bias))))
@@ -397,9 +179,9 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coef
     # Casts of the interpreter truncate: it keeps the buffer unrounded.
     buffer_dtype = accumulate if INTERPRETED else hidden_ND.dtype
     width = wave_columns(num_tokens, vocabulary, buffer_dtype.itemsize, plan.wave_mib, tiles.block_v)
-    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=top_N.device)
+    buffer_NW = torch.empty(num_tokens, width, dtype=buffer_dtype, device=device)
     row_blocks = triton.cdiv(num_tokens, tiles.block_n)
-    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=top_N.device) if bias_V is not None else None
+    sums_RW = torch.empty(row_blocks, width, dtype=accumulate, device=device) if bias_V is not None else None
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan)
     with _full_precision_reductions():
         for first in range(0, vocabulary, width):
@@ -408,8 +190,8 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coef
             out = gradient_NW
             if constants["DESCRIPTORS"]:
                 out = TensorDescriptor.from_tensor(gradient_NW, [tiles.block_n, tiles.block_v])
-            _logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tiles.block_v),)](
-                *operands, bias_V, targets_N, top_N, inverse_total_N, coefficients_N, out, sums_RW, num_tokens,
+            logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tiles.block_v),)](
+                *operands, bias_V, targets_N, *softmax, coefficients_N, grad_entropy_N, out, sums_RW, num_tokens,
                 first, end, hidden_ND.stride(0), head_VD.stride(0), width, BUFFER=_triton_dtype(buffer_dtype),
                 **constants)
             if needs_head:
@@ -454,57 +236,62 @@ def _full_precision_reductions():
 
 
 class WeightedLogratio(torch.autograd.Function):
-    """(ratio_S, logps_N, entropy_N, top1_N): the first two with gradients for any upstream."""
+    """(ratio_S, logps_N, then the terms of the plan): all but top1 with gradients for any upstream."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan, stats):
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan):
         # The kernels index these by stride 1.
         targets_N, ref_logps_N, weights_N, scale_S = (
             tensor.contiguous() for tensor in (targets_N, ref_logps_N, weights_N, scale_S))
         bias_V = None if bias_V is None else bias_V.contiguous()
         # Pageable memory is staged before the copy returns: the host does not wait for the device.
         offsets = torch.nn.functional.pad(seq_lens_S.cumsum(0), (1, 0)).to(hidden_ND.device, non_blocking=True)
-        ratio_S, logps_N, top_N, inverse_total_N, entropy_N, top1_N = forward(
-            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan, stats)
+        ratio_S, logps_N, softmax, terms = forward(
+            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-                              top_N, inverse_total_N)
+                              *softmax)
         ctx.plan = plan
-        if stats:
-            ctx.mark_non_differentiable(entropy_N, top1_N)
-        return ratio_S, logps_N, entropy_N, top1_N
+        ctx.set_materialize_grads(False)  # an entropy that nothing is asked of costs the backward pass nothing
+        if "top1" in terms:
+            ctx.mark_non_differentiable(terms["top1"])
+        return ratio_S, logps_N, *terms.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ratio_S, grad_logps_N, *_):
-        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N, top_N,
-         inverse_total_N) = ctx.saved_tensors
+    def backward(ctx, grad_ratio_S, grad_logps_N, *grad_terms):
+        (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
+         *softmax) = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        grad_ratio_S = logps_N.new_zeros(len(scale_S)) if grad_ratio_S is None else grad_ratio_S
+        grad_logps_N = torch.zeros_like(logps_N) if grad_logps_N is None else grad_logps_N
+        grad_entropy_N = dict(zip(ctx.plan.terms, grad_terms)).get("entropy")
         scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(logps_N))
         grad_operands = (None, None, None)
         if any(needs[:3]):
             coefficients_N = grad_logps_N + scaled_N * weights_N
-            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, coefficients_N,
-                                     ctx.plan, needs[:3])
+            grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.contiguous()
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*softmax), coefficients_N,
+                                     grad_entropy_N, ctx.plan, needs[:3])
         ratio_N = logps_N - ref_logps_N
         grad_scale_S = None
         if needs[6]:
             grad_scale_S = torch.empty_like(scale_S, dtype=grad_ratio_S.dtype)
             sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S.contiguous(), grad_scale_S)
         return (*grad_operands, None, -scaled_N * weights_N if needs[4] else None,
-                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None, None)
+                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None)
 
 
 def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S, bias_V=None,
-                             logit_scale: float | None = None, softcap: float | None = None, stats: bool = False,
-                             tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
-    """(ratio_S, logps_N), and with `stats` also (entropy_N, top1_N), which carry no gradient.
+                             logit_scale: float | None = None, softcap: float | None = None,
+                             terms: tuple[str, ...] = (), tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
+    """(ratio_S, logps_N, {name: [N]} of `terms`), all but top1 differentiable.
 
     hidden_ND [N, D], head_VD [V, D], bias_V [V] or None: bf16, fp16 or fp32 of one dtype on one CUDA device (fp64 too
     under TRITON_INTERPRET=1). targets_N: int64 in [0, V); an entry outside gives NaN. ref_logps_N, weights_N: [N].
-    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64); entropy in nats; top1 tells
-    whether no token is likelier than the target. tiles: None picks them by dtype and device. wave_mib: size of the
-    backward pass's buffer, MiB. The host never waits for the device. `twdpo.logratio.weighted_logratio` checks the
-    operands and refuses a DTensor: call that.
+    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64). terms: "entropy" in nats,
+    "top1" (bool): whether no token is likelier than the target. tiles: None picks them by dtype and device. wave_mib:
+    size of the backward pass's buffer, MiB. The host never waits for the device.
+    `twdpo.logratio.weighted_logratio` checks the operands and terms and refuses a DTensor: call that.
     """
     hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
                           else matrix.contiguous() for matrix in (hidden_ND, head_VD))
@@ -513,8 +300,8 @@ def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights
         if not INTERPRETED:
             tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device),
                                   _has_aligned_rows(hidden_ND, head_VD))
-    plan = Plan(logit_scale, softcap, tiles, wave_mib)
+    plan = Plan(logit_scale, softcap, tiles, wave_mib, terms)
     with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device; autograd sets it for the backward
-        outputs = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S,
-                                         seq_lens_S, plan, stats)
-    return outputs if stats else outputs[:2]
+        ratio_S, logps_N, *values = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N,
+                                                           weights_N, scale_S, seq_lens_S, plan)
+    return ratio_S, logps_N, dict(zip(terms, values))

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
+from twdpo.logratio import TERMS, HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -37,15 +37,16 @@ def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bi
     }
 
 
-def results(op, given: dict, options: HeadOptions | None = None) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of a mixture of both outputs with upstreams of both signs."""
-    ratio_S, logps_N = op(**given, options=options)
+def results(op, given: dict, options: HeadOptions | None = None, terms=()) -> dict[str, torch.Tensor]:
+    """Outputs, and gradients of a mixture of them with upstreams of both signs. terms: "entropy" or none."""
+    ratio_S, logps_N, values = op(**given, options=options, terms=terms)
+    outputs = {"ratio_S": ratio_S, "logps_N": logps_N} | values
     generator = torch.Generator("cuda").manual_seed(3)
     upstream = [torch.randn(len(output), generator=generator, device="cuda", dtype=torch.float64).to(output.dtype)
-                for output in (ratio_S, logps_N)]
+                for output in outputs.values()]
     leaves = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad}
-    grads = torch.autograd.grad((ratio_S, logps_N), list(leaves.values()), upstream)
-    return {"ratio_S": ratio_S.detach(), "logps_N": logps_N.detach()} | dict(zip(leaves, grads))
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
+    return {name: output.detach() for name, output in outputs.items()} | dict(zip(leaves, grads))
 
 
 def fp64(given: dict) -> dict:
@@ -71,6 +72,36 @@ def test_error_is_that_of_torch(num_tokens, vocabulary, hidden, bias, dtype, opt
         error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
         size = truth[name].norm()
         assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+
+
+@pytest.mark.parametrize("options", [HeadOptions(), HeadOptions(softcap=30.0, logit_scale=0.5)],
+                         ids=["plain", "softcap and scale"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden, bias", [(1024, 32000, 1024, False), (1003, 50257, 771, True)])
+def test_entropy_errors_are_those_of_torch(num_tokens, vocabulary, hidden, bias, dtype, options):
+    """Three-way, the entropy beside the log-probs: at most a few times the error of full logits in the same dtype."""
+    given = case(num_tokens, vocabulary, hidden, dtype, bias)
+    truth = results(weighted_logratio_chunked, fp64(given), options, ("entropy",))
+    same = results(weighted_logratio_spec, given, options, ("entropy",))
+    for name, ours in results(weighted_logratio, given, options, ("entropy",)).items():
+        error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
+        size = truth[name].norm()
+        assert error <= 4 * allowed + 3e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+
+
+@pytest.mark.parametrize("top", [20, 1e4])
+def test_the_entropy_gradient_of_sure_tokens_is_exact(top):
+    """p = 1 - 1e-6, and 1: each entry is right in itself, where plain fp32 autograd keeps but two digits."""
+    given = case(50, 256, 256) | {"head_VD": torch.eye(256, device="cuda", dtype=torch.bfloat16)}
+    logits_NV = torch.randn(50, 256, device="cuda").bfloat16()
+    logits_NV[torch.arange(50), given["targets_N"]] = top
+    gradients = []
+    for op, operands in ((weighted_logratio, given), (weighted_logratio_spec, given | {
+            "head_VD": given["head_VD"].double()})):
+        leaf_NV = logits_NV.to(operands["head_VD"].dtype).requires_grad_()
+        entropy_N = op(**operands | {"hidden_ND": leaf_NV}, terms=("entropy",))[2]["entropy"]
+        gradients.append(torch.autograd.grad(entropy_N.sum(), leaf_NV)[0].double())
+    torch.testing.assert_close(*gradients, atol=0, rtol=1e-2)
 
 
 def test_fp32_is_not_rounded_to_tf32():
@@ -129,8 +160,8 @@ def test_the_host_never_waits():
     leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        *outputs, _, _ = weighted_logratio(**given, stats=True)
-        torch.autograd.grad(outputs, leaves, upstream)
+        ratio_S, logps_N, values = weighted_logratio(**given, terms=TERMS)
+        torch.autograd.grad((ratio_S, logps_N, values["entropy"]), leaves, (*upstream, upstream[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

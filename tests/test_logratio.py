@@ -11,7 +11,7 @@ from precision_of_tests import assert_as_exact, assert_exact
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
-from twdpo.logratio import HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
+from twdpo.logratio import TERMS, HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 # Lanes past the end of a tensor compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -32,7 +32,7 @@ def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
         given = given | tensors
     outputs = kernel.weighted_logratio_triton(*args, **given, logit_scale=options.logit_scale, softcap=options.softcap,
                                               tiles=tiles)
-    return tuple(output.cpu() for output in outputs)
+    return outputs[0].cpu(), outputs[1].cpu(), {name: value.cpu() for name, value in outputs[2].items()}
 
 
 triton_op_large_tiles = partial(triton_op, tiles=kernel.Tiles(64, 128, 64, 8, 1))
@@ -76,15 +76,17 @@ def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True)
     }
 
 
-def gradients(op, given: dict, options=None) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of a random mixture of both outputs with upstreams of both signs."""
-    ratio_S, logps_N = op(**given, options=options)
+def gradients(op, given: dict, options=None, terms=()) -> dict[str, torch.Tensor]:
+    """Outputs, and gradients of a random mixture of those that are no bool, with upstreams of both signs."""
+    ratio_S, logps_N, values = op(**given, options=options, terms=terms)
+    outputs = {"ratio_S": ratio_S, "logps_N": logps_N} | values
+    mixed = [output for output in outputs.values() if output.is_floating_point()]
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(len(output), generator=generator, dtype=torch.float64).to(output.dtype)
-                for output in (ratio_S, logps_N)]
+                for output in mixed]
     leaves = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad}
-    grads = torch.autograd.grad((ratio_S, logps_N), list(leaves.values()), upstream)
-    return {"ratio_S": ratio_S, "logps_N": logps_N} | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
+    grads = torch.autograd.grad(mixed, list(leaves.values()), upstream)
+    return outputs | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
 
 
 def double(given: dict) -> dict:
@@ -93,11 +95,11 @@ def double(given: dict) -> dict:
                     if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
-def assert_equal_to_specification(op, given: dict, options=None, floor: float = 2e-6) -> None:
+def assert_equal_to_specification(op, given: dict, options=None, terms=(), floor: float = 2e-6) -> None:
     """In fp64 equal; in a smaller dtype as exact as the specification is in that dtype."""
-    same = gradients(weighted_logratio_spec, given, options)
-    exact = gradients(weighted_logratio_spec, double(given), options)
-    for name, ours in gradients(op, given, options).items():
+    same = gradients(weighted_logratio_spec, given, options, terms)
+    exact = gradients(weighted_logratio_spec, double(given), options, terms)
+    for name, ours in gradients(op, given, options, terms).items():
         if ours.dtype == torch.float64:
             assert_exact(ours, exact[name], name)
         else:
@@ -114,17 +116,17 @@ def calm(given: dict) -> dict:
     return given | {name: 0.2 * given[name].detach() for name in ("hidden_ND", "bias_V")}
 
 
-def assert_statistics(op, given: dict, options) -> tuple[torch.Tensor, ...]:
+def assert_statistics(op, given: dict, options) -> tuple:
     """Entropy and top-1 are those of the logits. Returns the op's outputs."""
-    outputs = op(**given, options=options, stats=True)
+    outputs = op(**given, options=options, terms=TERMS)
     same_NV, exact_NV = (logratio.logits_of(each["hidden_ND"], each["head_VD"], each["bias_V"], options).detach()
                          for each in (given, double(given)))
     entropies = [torch.distributions.Categorical(logits=logits_NV).entropy() for logits_NV in (same_NV, exact_NV)]
-    assert_as_exact(outputs[2], *entropies, "entropy")
+    assert_as_exact(outputs[2]["entropy"].detach(), *entropies, "entropy")
     best_N2 = exact_NV.topk(2, dim=-1).values
     clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-4  # not within rounding of each other
     expected_N = exact_NV.argmax(dim=-1) == given["targets_N"]
-    assert clear_N.double().mean() >= 0.9 and torch.equal(outputs[3][clear_N], expected_N[clear_N])
+    assert clear_N.double().mean() >= 0.9 and torch.equal(outputs[2]["top1"][clear_N], expected_N[clear_N])
     return outputs
 
 
@@ -160,8 +162,8 @@ def test_gradcheck(op, options, monkeypatch):
     given = operands([2, 0, 3], vocabulary=37, hidden=3)
     names = ["hidden_ND", "head_VD", "bias_V", "ref_logps_N", "weights_N", "scale_S"]
     leaves = [given[name].detach().double().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *leaves: op(**given | dict(zip(names, leaves)), options=options), leaves,
-                                    fast_mode=op is triton_op_many_waves)
+    assert torch.autograd.gradcheck(lambda *leaves: op(**given | dict(zip(names, leaves)), options=options)[:2],
+                                    leaves, fast_mode=op is triton_op_many_waves)
 
 
 # Awkward sizes, fp32
@@ -204,7 +206,7 @@ def test_order_of_sequences_does_not_matter(op):
     permuted |= {name: given[name][order] for name in ("seq_lens_S", "scale_S")}
 
     def run(op, given):
-        ratio_S, logps_N = op(**given)
+        ratio_S, logps_N, _ = op(**given)
         return ratio_S, logps_N, torch.autograd.grad(ratio_S.square().sum(), given["hidden_ND"])[0]
     plain, exact = run(weighted_logratio_spec, given), run(weighted_logratio_spec, double(given))
     for ours, each, truth, places in zip(run(op, permuted), plain, exact, (order, tokens, tokens)):
@@ -248,8 +250,7 @@ def test_vocabulary_that_a_bias_rules_out(op, monkeypatch):
     given["targets_N"] %= 20
     given["bias_V"] = torch.where(torch.arange(100) < 20, 0.0, float("-inf"))
     assert_equal_to_specification(op, given)
-    outputs = op(**given, stats=True)
-    assert all(output.isfinite().all() for output in outputs)
+    assert op(**given, terms=TERMS)[2]["entropy"].isfinite().all()
 
 
 @IMPLEMENTATIONS
@@ -268,14 +269,14 @@ def test_zero_weights_and_upstream_give_zero_gradients(op):
 def test_what_is_not_finite_shows(op):
     """A NaN upstream, a NaN hidden state, and a target outside the vocabulary: no number hides them."""
     given = operands([20, 20], dtype=torch.float32)
-    _, logps_N = op(**given)
+    _, logps_N, _ = op(**given)
     upstream = torch.zeros(40).index_fill(0, torch.tensor(30), float("nan"))
     grad_hidden_ND, = torch.autograd.grad(logps_N, given["hidden_ND"], upstream)
     assert grad_hidden_ND[30].isnan().all() and grad_hidden_ND[:16].isfinite().all()
     broken = given | {"hidden_ND": given["hidden_ND"].detach().index_fill(0, torch.tensor(7), float("nan"))}
-    ratio_S, logps_N, entropy_N, _ = op(**broken, stats=True)
-    assert logps_N.isnan().nonzero().tolist() == entropy_N.isnan().nonzero().tolist() == [[7]]
-    _, logps_N = op(**given | {"targets_N": given["targets_N"].index_fill(0, torch.tensor(3), 37)})
+    ratio_S, logps_N, values = op(**broken, terms=("entropy",))
+    assert logps_N.isnan().nonzero().tolist() == values["entropy"].isnan().nonzero().tolist() == [[7]]
+    _, logps_N, _ = op(**given | {"targets_N": given["targets_N"].index_fill(0, torch.tensor(3), 37)})
     assert logps_N.isnan().nonzero().tolist() == [[3]]
 
 
@@ -300,10 +301,10 @@ def test_entropy_and_top1(op, columns, options, monkeypatch):
     given = calm(operands([30, 20], vocabulary=101, dtype=torch.float32))
     logits_NV = logratio.logits_of(given["hidden_ND"], given["head_VD"], given["bias_V"], options)
     given["targets_N"][::2] = logits_NV.argmax(dim=-1)[::2]
-    ratio_S, logps_N, entropy_N, top1_N = assert_statistics(op, given, options)
-    assert 0.5 <= top1_N.double().mean() < 0.7 and not entropy_N.requires_grad
+    ratio_S, logps_N, values = assert_statistics(op, given, options)
+    assert 0.5 <= values["top1"].double().mean() < 0.7 and not values["top1"].requires_grad
     plain = op(**given, options=options)
-    assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N)
+    assert torch.equal(plain[0], ratio_S) and torch.equal(plain[1], logps_N) and plain[2] == {}
 
 
 @IMPLEMENTATIONS
@@ -318,7 +319,7 @@ def test_without_gradients_log_probs_are_the_same_bits(op):
 
 def test_a_second_backward_pass_gives_the_same():
     given = operands([2, 3])
-    _, logps_N = weighted_logratio_chunked(**given)
+    _, logps_N, _ = weighted_logratio_chunked(**given)
     first, second = [torch.autograd.grad(logps_N.sum(), given["hidden_ND"], retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(first, second)
 
@@ -339,7 +340,7 @@ def test_strides_do_not_matter(op):
     assert_equal_to_specification(op, views)
     given["weights_N"] = torch.ones(1).expand(17)
     names = ("hidden_ND", "scale_S")
-    gradients_ = [torch.autograd.grad(sum(output.sum() for output in way(**each)), [each[name] for name in names])
+    gradients_ = [torch.autograd.grad(sum(output.sum() for output in way(**each)[:2]), [each[name] for name in names])
                   for way, each in three_ways(op, given)]
     for name, *values in zip(names, *gradients_):
         assert_as_exact(*values, name)
@@ -356,7 +357,7 @@ def test_a_second_derivative_is_refused(op):
 @IMPLEMENTATIONS
 def test_no_sequences(op):
     given = operands([], dtype=torch.float32)
-    ratio_S, logps_N = op(**given | {"seq_lens_S": torch.zeros(0, dtype=torch.int64)})
+    ratio_S, logps_N, _ = op(**given | {"seq_lens_S": torch.zeros(0, dtype=torch.int64)})
     assert ratio_S.shape == logps_N.shape == (0,)
 
 
@@ -387,12 +388,136 @@ def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
     assert_equal_to_specification(op, operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False))
 
 
+# The entropy and its gradient
+
+WAYS = [pytest.param(weighted_logratio_chunked, 10, id="chunked"),
+        pytest.param(weighted_logratio_chunked, None, id="one chunk, kept"),
+        pytest.param(triton_op, None, id="triton")]
+
+
+@pytest.fixture
+def columns(request, monkeypatch):
+    """Vocabulary entries of a chunk; None: the default, which is all of them here."""
+    if request.param:
+        set_chunk_columns(monkeypatch, request.param)
+
+
+def ways(*more):
+    return pytest.mark.parametrize("op, columns", [*WAYS, *more], indirect=["columns"])
+
+
+@interpreted
+@ways(pytest.param(weighted_logratio_spec, None, id="spec"))
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck_of_the_entropy(op, columns, alone, options):
+    given = operands([2, 0, 3], vocabulary=37, hidden=3)
+    names = ["hidden_ND", "head_VD", "bias_V"]
+
+    def outputs(*leaves):
+        ratio_S, logps_N, values = op(**given | dict(zip(names, leaves)), options=options, terms=("entropy",))
+        return values["entropy"] if alone else (ratio_S, logps_N, values["entropy"])
+    assert torch.autograd.gradcheck(outputs, [given[name] for name in names], fast_mode=op is triton_op)
+
+
+@ways(pytest.param(triton_op_many_waves, None, id="one-tile waves"))
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden, bias", [
+    (1, 1, 4, False), (1, 33, 4, True), (17, 32, 16, False), (33, 131, 36, True),
+])
+def test_entropy_at_ragged_sizes(op, columns, options, num_tokens, vocabulary, hidden, bias):
+    given = operands([num_tokens // 2, num_tokens - num_tokens // 2], vocabulary, hidden, torch.float32, bias)
+    given |= {name: given[name].detach().mul(0.5).requires_grad_() for name in ("hidden_ND", "head_VD")}
+    assert_equal_to_specification(op, given, options, ("entropy",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op, columns", [*WAYS[:2], pytest.param(triton_op_large_tiles, None, id="triton")],
+                         indirect=["columns"])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
+def test_entropy_errors_are_those_of_torch(op, columns, dtype, options):
+    """Three-way: against fp64 truth, at most a few times the error of the specification in the same dtype."""
+    given = operands([40, 60], vocabulary=503, hidden=64, dtype=dtype, bias=False)
+    given["hidden_ND"] = (given["hidden_ND"].detach() * torch.linspace(0, 1, 100)[:, None]).to(dtype).requires_grad_()
+    truth = given | {name: given[name].detach().double().requires_grad_() for name in ("hidden_ND", "head_VD")}
+    exact, same = [gradients(weighted_logratio_spec, case, options, ("entropy",)) for case in (truth, given)]
+    for name, ours in gradients(op, given, options, ("entropy",)).items():
+        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
+        assert error <= 4 * allowed + 1e-6 * exact[name].norm(), name
+
+
+@ways()
+@pytest.mark.parametrize("top", [20, 1e4])
+def test_the_entropy_gradient_of_sure_tokens_is_exact(op, columns, top):
+    """p = 1 - 1e-6, and 1: each entry is right in itself, where plain fp32 autograd keeps but two digits."""
+    given = operands([20, 30], vocabulary=256, hidden=256, dtype=torch.float32, bias=False)
+    logits_NV = torch.randn(50, 256)
+    logits_NV[torch.arange(50), given["targets_N"]] = top
+
+    def gradient(op, dtype):
+        leaf_NV = logits_NV.to(dtype).requires_grad_()
+        values = op(**given | {"head_VD": torch.eye(256, dtype=dtype), "hidden_ND": leaf_NV}, terms=("entropy",))[2]
+        return torch.autograd.grad(values["entropy"].sum(), leaf_NV)[0]
+    expected_NV = gradient(weighted_logratio_spec, torch.float64)
+    assert (expected_NV[torch.arange(50), given["targets_N"]] < 0).all() == (top == 20)
+    torch.testing.assert_close(gradient(op, torch.float32).double(), expected_NV, atol=0, rtol=1e-4)
+
+
+@ways()
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]])
+def test_entropy_of_a_vocabulary_that_a_bias_rules_out(op, columns, options):
+    """An entry of probability 0 gives 0 and gets 0, alone in its tile or beside others."""
+    given = operands([4, 5], vocabulary=100, dtype=torch.float32)
+    given["targets_N"] %= 20
+    given["bias_V"] = torch.where(torch.arange(100) < 20, 0.0, float("-inf")).requires_grad_()
+    ours = gradients(op, given, options, ("entropy",))
+    assert all(value.isfinite().all() for value in ours.values()) and (ours["grad of bias_V"][20:] == 0).all()
+    assert_equal_to_specification(op, given, options, ("entropy",))
+    expected = gradients(weighted_logratio_spec, given, options, ("entropy",))
+    part = given | {name: given[name].detach()[:20] for name in ("head_VD", "bias_V")}
+    alone_N = weighted_logratio_spec(**part, options=options, terms=("entropy",))[2]["entropy"]
+    torch.testing.assert_close(expected["entropy"], alone_N)
+
+
+@ways()
+@pytest.mark.parametrize("upstream", ["zero", "none"])
+def test_an_entropy_without_upstream_changes_no_bit(op, columns, upstream):
+    given = operands([20, 30], vocabulary=101, hidden=40, dtype=torch.float32)
+    leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
+    results = []
+    for terms in ((), ("top1", "entropy")):
+        ratio_S, logps_N, values = op(**given, options=OPTIONS[3], terms=terms)
+        loss = ratio_S.square().sum() - logps_N.square().sum()
+        if terms and upstream == "zero":
+            loss = loss + (0 * values["entropy"]).sum()
+        results.append((ratio_S, logps_N, *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(mine, plain) for plain, mine in zip(*results))
+
+
+@IMPLEMENTATIONS
+def test_terms_come_by_name(op):
+    given = operands([2, 3], dtype=torch.float32)
+    expected = gradients(op, given, terms=("entropy",))
+    ours = gradients(op, given, terms=("top1", "entropy"))
+    assert all(torch.equal(ours[name], value) for name, value in expected.items()) and ours["top1"].dtype == torch.bool
+    assert list(op(**given, terms=("top1",))[2]) == ["top1"]
+
+
 # Dispatch and refusals
+
+
+@pytest.mark.parametrize("op", [weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec])
+def test_an_unknown_term_is_refused_and_a_repeated_one_is_one(op):
+    with pytest.raises(ValueError, match="unknown term 'entropie': it must be of entropy, top1"):
+        op(**operands([2, 3]), terms=("top1", "entropie"))
+    given = operands([2, 3])
+    expected, ours = [gradients(op, given, terms=("entropy",) * times) for times in (1, 2)]
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 def test_the_cpu_takes_the_chunked_path(monkeypatch):
     monkeypatch.setattr(logratio, "weighted_logratio_chunked", lambda *args: args[-1])
-    assert weighted_logratio(**operands([2, 3]), stats="taken") == "taken"
+    assert weighted_logratio(**operands([2, 3]), terms=("top1",)) == ("top1",)
 
 
 @pytest.mark.parametrize("changes, message", [

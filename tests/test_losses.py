@@ -8,7 +8,7 @@ import torch
 
 from twdpo.config import InputError, TrainConfig
 from twdpo.losses import LOSSES, dpo, loss_needs, needs_reference
-from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors
+from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.plugins import bind_options, describe, options_of
 from twdpo.weights import WEIGHTS, normalize, source_needs
 
@@ -320,6 +320,16 @@ def test_rewards_and_kl_by_hand():
     assert metrics["kl"].tolist() == pytest.approx([(2 * up + down) / 3, down / 3], rel=1e-6)
     without = pair_metrics(torch.zeros(2), {}, Batch().ratio(LOGPS), LOGPS, Batch(), 0.1, has_reference=False)
     assert "kl" not in without
+
+
+def test_token_metrics_by_hand():
+    """Without gradient: totals of a step would keep every micro-batch's graph."""
+    batch = Batch()
+    batch.terms = {"entropy": torch.arange(6.0, requires_grad=True),
+                   "top1": torch.tensor([True, False, True, True, False, False])}
+    metrics = token_metrics(batch, ("entropy", "top1"))
+    assert metrics["token_entropy"].tolist() == [1.0, 4.0] and not metrics["token_entropy"].requires_grad
+    assert metrics["token_top1"].tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_means_and_standard_errors_are_those_of_all_pairs():

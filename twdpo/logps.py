@@ -210,6 +210,6 @@ class Contrast:
             heads.append(factor * head_VD[:vocabulary])
             biases.append(factor * bias_V[:vocabulary] if bias_V is not None else head_VD.new_zeros(vocabulary))
         # One matrix product over both hidden states is the weighted sum of both logits: V is never written out.
-        _, logps_N = weighted_logratio(torch.cat(hidden, 1), torch.cat(heads, 1), batch.targets_N, batch.ref_logps_N,
-                                       batch.weights_N, batch.seq_lens_S, batch.scale_S, sum(biases), HeadOptions())
+        logps_N = weighted_logratio(torch.cat(hidden, 1), torch.cat(heads, 1), batch.targets_N, batch.ref_logps_N,
+                                    batch.weights_N, batch.seq_lens_S, batch.scale_S, sum(biases), HeadOptions())[1]
         return Outputs(None, logps_N, batch, {})

@@ -19,7 +19,9 @@ CHUNK_BYTES = 16 * 2**20
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
 
-TERMS = ("entropy", "top1")  # what the op can give beside log-probs
+# What the op gives beside log-probs where it is asked to: the entropy (nats) of the policy's distribution at a response
+# token, and whether no token is likelier than the target (bool, without gradient).
+TERMS = ("entropy", "top1")
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -64,30 +66,48 @@ def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tenso
 
 
 def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                           bias_V=None, options: HeadOptions | None = None):
+                           bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()):
     """The specification, in plain autograd: see `weighted_logratio`."""
+    terms = check_terms(terms)
     logits_NV = logits_of(hidden_ND, head_VD, bias_V, options or HeadOptions())
-    logps_N = logits_NV.log_softmax(dim=-1).gather(-1, targets_N[:, None])[:, 0]
-    return combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S), logps_N
+    logps_NV = logits_NV.log_softmax(dim=-1)
+    logps_N = logps_NV.gather(-1, targets_N[:, None])[:, 0]
+    values = {}
+    for name in terms:
+        if name == "entropy":
+            finite_NV = logps_NV.masked_fill(logps_NV == float("-inf"), 0)  # 0 log 0 is 0, and so is its gradient
+            values[name] = -(logps_NV.exp() * finite_NV).sum(dim=-1)
+        elif name == "top1":
+            values[name] = logits_NV.gather(-1, targets_N[:, None])[:, 0] >= logits_NV.amax(dim=-1)
+    return combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S), logps_N, values
 
 
 def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                      bias_V=None, options: HeadOptions | None = None, stats: bool = False) -> tuple[torch.Tensor, ...]:
-    """(ratio_S, logps_N), both differentiable with any upstream gradient.
+                      bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()
+                      ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(ratio_S, logps_N, {name: [N]} of `terms`), differentiable together with any upstream gradients.
 
     hidden_ND, head_VD, bias_V: bf16, fp16, fp32 or fp64, of one dtype. targets_N: int64 in [0, V). ref_logps_N,
-    weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. Outputs fp32 (fp64 for fp64
-    operands). With `stats` also (entropy_N in nats, top1_N: whether no token is likelier than the target), without
-    gradient. Raises ValueError for shapes and dtypes that don't fit and for a DTensor.
+    weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. terms: of TERMS. Outputs fp32 (fp64
+    for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't fit, for a
+    DTensor and for an unknown term.
     """
     check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
-    options = options or HeadOptions()
+    options, terms = options or HeadOptions(), check_terms(terms)
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
         from twdpo.kernels.weighted_logratio import weighted_logratio_triton  # Triton exists where CUDA does
         return weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                        bias_V, options.logit_scale, options.softcap, stats)
+                                        bias_V, options.logit_scale, options.softcap, terms)
     return weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                     bias_V, options, stats)
+                                     bias_V, options, terms)
+
+
+def check_terms(terms: tuple[str, ...]) -> tuple[str, ...]:
+    """The terms, each once. Raises ValueError for an unknown one."""
+    for name in terms:
+        if name not in TERMS:
+            raise ValueError(f"unknown term {name!r}: it must be of {', '.join(TERMS)}")
+    return tuple(dict.fromkeys(terms))
 
 
 def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> None:
@@ -123,22 +143,23 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
 
 
 def weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                              bias_V=None, options: HeadOptions | None = None, stats: bool = False):
+                              bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()):
     """`weighted_logratio` in torch alone, on any device."""
-    logps_N, entropy_N, top1_N = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(),
-                                                    stats)
+    terms = check_terms(terms)
+    logps_N, *values = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(), terms)
     ratio_S = combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
-    return (ratio_S, logps_N, entropy_N, top1_N) if stats else (ratio_S, logps_N)
+    return ratio_S, logps_N, dict(zip(terms, values))
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """log_softmax(logits)[n, targets[n]] by chunks of the vocabulary; backward makes each chunk's logits again.
+    """(log_softmax(logits)[n, targets[n]], then the terms) by chunks of the vocabulary; backward makes each chunk's
+    logits again. The entropy's formula stands in kernels/tile_kernels.py.
 
     Chunks of tokens would read and write the head's whole gradient once a chunk.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, options, stats):
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, options, terms):
         num_tokens, vocabulary = len(targets_N), len(head_VD)
         logps_dtype = accumulation_dtype(hidden_ND)
         width, fits = chunk_columns(num_tokens, vocabulary, logps_dtype)
@@ -146,61 +167,69 @@ class ChunkedLogps(torch.autograd.Function):
         # Stays NaN for a target outside the vocabulary.
         target_logits_N = hidden_ND.new_full((num_tokens,), float("nan"), dtype=logps_dtype)
         # The log-sum-exp is kept as maximum and sum: one fp32 number would round away log p of a sure token.
-        top_parts, total_parts, entropy_parts = [], [], []
+        top_parts, total_parts, expected_parts = [], [], []
         for first in range(0, vocabulary, width):
             logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
             inside_N, places_N = targets_in_chunk(targets_N, first, logits_NW.shape[1])
             target_logits_N = torch.where(inside_N, logits_NW.gather(-1, places_N[:, None])[:, 0], target_logits_N)
             # Finite, as -inf - -inf would be NaN.
             top_parts.append(logits_NW.amax(dim=-1).clamp_min(torch.finfo(logps_dtype).min))
-            centred_NW = logits_NW.sub_(top_parts[-1][:, None])
-            exps_NW = centred_NW.exp() if stats else centred_NW.exp_()
+            exps_NW = logits_NW.sub_(top_parts[-1][:, None]).exp_()
             total_parts.append(exps_NW.sum(dim=-1))
-            if stats:
-                expected_N = (exps_NW * centred_NW.clamp_min(torch.finfo(logps_dtype).min)).sum(dim=-1)
-                entropy_N = total_parts[-1].log() - expected_N / total_parts[-1]
-                entropy_parts.append(torch.where(total_parts[-1] == 0, 0, entropy_N))
+            if "entropy" in terms:
+                expected_parts.append(torch.xlogy(exps_NW, exps_NW).sum(dim=-1))
         top_CN = torch.stack(top_parts)
         top_N = top_CN.amax(dim=0)
-        totals_CN = torch.stack(total_parts) * (top_CN - top_N).exp()
+        below_CN = top_CN - top_N
+        totals_CN = torch.stack(total_parts) * below_CN.exp()
         total_N = totals_CN.sum(dim=0)
-        logps_N = (target_logits_N - top_N) - total_N.log()
-        entropy_N = top1_N = None
-        if stats:
-            # Entropy of a mixture of disjoint parts: sum of share * (entropy within the part - log share).
-            share_CN = totals_CN / total_N
-            parts_CN = share_CN * (torch.stack(entropy_parts) - share_CN.log())
-            entropy_N = torch.where(share_CN == 0, 0, parts_CN).sum(dim=0)
-            top1_N = target_logits_N >= top_N
-            ctx.mark_non_differentiable(entropy_N, top1_N)
+        mean_N, values = None, {}
+        if "entropy" in terms:
+            # A chunk counted from its own maximum.
+            expected_CN = torch.stack(expected_parts) * below_CN.exp() + totals_CN * below_CN
+            mean_N = expected_CN.sum(dim=0) / total_N
+            values["entropy"] = total_N.log() - mean_N
+        if "top1" in terms:
+            values["top1"] = target_logits_N >= top_N
+            ctx.mark_non_differentiable(values["top1"])
         kept = fits and options.softcap is None and any(ctx.needs_input_grad)
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, top_N, 1 / total_N, exps_NW if kept else None)
-        ctx.options, ctx.width = options, width
-        return logps_N, entropy_N, top1_N
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, top_N, 1 / total_N, mean_N,
+                              exps_NW if kept else None)
+        ctx.options, ctx.terms, ctx.width = options, terms, width
+        ctx.set_materialize_grads(False)  # an entropy that nothing is asked of costs the backward pass nothing
+        return (target_logits_N - top_N) - total_N.log(), *(values[name] for name in terms)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N, *_):
-        hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, kept_exps_NV = ctx.saved_tensors
+    def backward(ctx, grad_N, *grad_terms):
+        hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, mean_N, kept_exps_NV = ctx.saved_tensors
         options, width = ctx.options, ctx.width
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=top_N.dtype) if needs_hidden else None
         grad_head_VD = torch.empty_like(head_VD) if needs_head else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
         buffer = top_N.new_empty(len(top_N) * width)
+        grad_N = torch.zeros_like(top_N) if grad_N is None else grad_N
+        grad_entropy_N = dict(zip(ctx.terms, grad_terms)).get("entropy")
         scale_N = -grad_N * inverse_total_N
         for first in range(0, len(head_VD), width):
-            # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
             slope_NW = None
             if kept_exps_NV is not None:
-                gradient_NW = torch.mul(kept_exps_NV, scale_N[:, None], out=buffer.view_as(kept_exps_NV))
+                exps_NW, gradient_NW = kept_exps_NV, buffer.view_as(kept_exps_NV)
             else:
                 logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
                 if options.softcap is not None:
                     slope_NW = 1 - (logits_NW / options.softcap) ** 2
-                gradient_NW = logits_NW.sub_(top_N[:, None]).exp_().mul_(scale_N[:, None])
+                exps_NW = gradient_NW = logits_NW.sub_(top_N[:, None]).exp_()
+            entropy_NW = None
+            if grad_entropy_N is not None:
+                entropy_NW = entropy_gradient(exps_NW, mean_N, grad_entropy_N * inverse_total_N)
+            # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
+            torch.mul(exps_NW, scale_N[:, None], out=gradient_NW)
             inside_N, places_N = targets_in_chunk(targets_N, first, gradient_NW.shape[1])
             gradient_NW.scatter_add_(-1, places_N[:, None], torch.where(inside_N, grad_N, 0)[:, None])
+            if entropy_NW is not None:
+                gradient_NW += entropy_NW
             if slope_NW is not None:
                 gradient_NW *= slope_NW
             if options.logit_scale is not None:
@@ -215,6 +244,11 @@ class ChunkedLogps(torch.autograd.Function):
                 add_product(grad_hidden_ND, gradient_NW, head_VD[rows])
         return (None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_head_VD, grad_bias_V,
                 None, None, None)
+
+
+def entropy_gradient(exps_NW, mean_N, scale_N) -> torch.Tensor:
+    """scale * d entropy / d logits, times each token's sum of exps: -exps * (log exps - mean), 0 where exps is."""
+    return (exps_NW * mean_N[:, None]).sub_(torch.xlogy(exps_NW, exps_NW)).mul_(scale_N[:, None])
 
 
 def chunk_columns(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:

@@ -41,10 +41,9 @@ class Policy(torch.nn.Module):
         hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
         if weigh is not None:
             batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
-        ratio_S, logps_N, *stats = weighted_logratio(
+        ratio_S, logps_N, found = weighted_logratio(
             hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
-            batch.scale_S, getattr(head, "bias", None), self.options, bool(terms))
-        found = {name: value for name, value in zip(("entropy", "top1"), stats) if name in terms}
+            batch.scale_S, getattr(head, "bias", None), self.options, terms)
         return Outputs(ratio_S, logps_N, batch, found)
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
