@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 import extract
-from twdpo.pages.weights import describe_weights, render_page, shade
+from twdpo.pages.weights import COLUMNS, break_lines, describe_weights, draw_pairs, render_page, shade
 from twdpo.pairs import Pair
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import JudgedAnswer
@@ -92,6 +93,28 @@ def test_shading_shows_every_character_once():
     assert shaded.count("<span") == 3 and "a = 0.25000, n&middot;a = 1.00" in shaded  # both tokens of one character
 
 
+def test_picture_is_xml_that_shows_both_answers_and_shades_by_weight(stored):
+    """Chosen 'abcde' has n a = (1, .8, 1.6, .8, .8), rejected 'a<' (1.5, .5); the darkest shade is that of 5. What XML
+    can't hold is a space."""
+    pair = Pair((("user", "<which>\x0b & why?"),), "abcde", "a<", "x:1")
+    stored.answers[pair.key] = stored.answers[PAIR.key]
+    picture = draw_pairs(stored, [pair], "raw", 1, 5)
+    root = ElementTree.fromstring(picture)
+    texts = ["".join(each.itertext()) for each in root.findall(".//{*}text")]
+    assert texts[:5] == ["<which>  & why?", "chosen, 5 tokens", "abcde", "rejected, 2 tokens", "a<"]
+    shades = [float(each.get("fill-opacity")) for each in root.findall(".//{*}rect") if each.get("class") == "shade"]
+    expected = [0.85 * ratio / 5 for ratio in (1, 0.8, 1.6, 0.8, 0.8, 1.5, 0.5)]
+    assert shades == pytest.approx(expected, abs=0.0051)
+
+
+def test_lines_of_the_picture_hold_every_character_once():
+    text = "one two\n\n" + "x" * (COLUMNS + 3) + " end " + "word " * COLUMNS
+    lines = break_lines(text, COLUMNS)
+    assert "".join(text[start:end] for start, end in lines) == text
+    assert all(0 < end - start <= COLUMNS for start, end in lines)
+    assert [text[start:end] for start, end in lines[:4]] == ["one two\n", "\n", "x" * COLUMNS, "xxx end " + 8 * "word "]
+
+
 def test_report_of_an_extraction(tmp_path, toy_model, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:6]))
@@ -104,6 +127,7 @@ def test_report_of_an_extraction(tmp_path, toy_model, capsys):
     assert set(report["verdicts"]) == {"position consistency", "agreement with the label"}
     page = Path(tmp_path / "report/weights.html").read_text()
     assert page.count("<article") == 3
+    assert len(ElementTree.parse(tmp_path / "report/weights.svg").findall(".//{*}text")) > 8
     printed = capsys.readouterr().out
     assert "most weighted in chosen" in printed and "correlation of the rounds" in printed
     assert AutoTokenizer.from_pretrained(toy_model).decode([report["most_weighted_tokens"]["chosen"][0]["id"]]) == (

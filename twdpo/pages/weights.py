@@ -1,4 +1,4 @@
-"""What token weights look like: the paper's statistics of them, and a page that shows them on real answers.
+"""What token weights look like: the paper's statistics of them, and a page and a picture of them on real answers.
 
 Tables 1 and 2, the first tokens' shares before the sink fix (section 3), and Appendix B's delta = max_t |n a_t - 1|.
 Legend: J judge tokens of one answer, L stored layers.
@@ -7,6 +7,7 @@ Legend: J judge tokens of one answer, L stored layers.
 import html
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from twdpo.weights_file import JudgedAnswer, WeightsFile
 
 SIDES = ("chosen", "rejected")
 MOST_WEIGHTED = 10
+DARKEST = 5.0  # n a of the darkest shade
+WIDTH, MARGIN, COLUMNS, CHARACTER, LINE = 920, 18, 52, 8.0, 22  # of the picture: pixels, but for COLUMNS of an answer
 
 
 def fixed_weights(mass_J: np.ndarray, sink_k: int, sink_k_min: int) -> np.ndarray:
@@ -111,14 +114,16 @@ def format_report(report: dict[str, object]) -> str:
 
 def write_report(directory: Path, weights_file: WeightsFile, pairs: list[Pair], tokenizer, rounds: str, sink_k: int,
                  sink_k_min: int, min_count: int, num_shown: int, seed: int) -> str:
-    """Write report.json and weights.html into `directory`; the statistics as text."""
+    """Write report.json, weights.html and weights.svg into `directory`; the statistics as text."""
     make_directory(directory, "--report")
     report = describe_weights(weights_file, pairs, tokenizer, rounds, sink_k, sink_k_min, min_count)
     write_json(directory / "report.json", report)
     chosen = np.random.default_rng(seed).permutation(len(pairs))[:num_shown]
     shown = [pairs[place] for place in sorted(chosen.tolist())]
     page = render_page(report, weights_file, shown, rounds, sink_k, sink_k_min)
-    write_atomic(directory / "weights.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    picture = draw_pairs(weights_file, shown[:1] + shown[1:][-1:], rounds, sink_k, sink_k_min)
+    for name, text in (("weights.html", page), ("weights.svg", picture)):
+        write_atomic(directory / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     return format_report(report)
 
 
@@ -128,8 +133,7 @@ def render_page(report: dict[str, object], weights_file: WeightsFile, pairs: lis
     articles, shown = [], shown_layer(weights_file.layers)
     for number, pair in enumerate(pairs, 1):
         panels = []
-        for side, answer in zip(SIDES, weights_file[pair.key]):
-            weights_J = fixed_weights(average_rounds(answer.attention_LRJ[shown], rounds), sink_k, sink_k_min)
+        for side, answer, weights_J in shown_answers(weights_file, pair, rounds, sink_k, sink_k_min):
             panels.append(f'<div><h3>{side}, {len(weights_J)} tokens</h3><div class="answer">'
                           + shade(getattr(pair, side), answer.spans_J2, weights_J) + "</div></div>")
         prompt = "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
@@ -155,24 +159,114 @@ sink fix.</p>
 """
 
 
-def shade(text: str, spans_J2: np.ndarray, weights_J: np.ndarray) -> str:
-    """The answer with each judge token in a span whose opacity is its weight; text no token covers stays plain."""
+def shown_answers(weights_file: WeightsFile, pair: Pair, rounds: str, sink_k: int, sink_k_min: int
+                  ) -> list[tuple[str, JudgedAnswer, np.ndarray]]:
+    """(side, judged answer, its weights [J] in the layer that is shown) of both sides."""
+    shown = shown_layer(weights_file.layers)
+    return [(side, answer, fixed_weights(average_rounds(answer.attention_LRJ[shown], rounds), sink_k, sink_k_min))
+            for side, answer in zip(SIDES, weights_file[pair.key])]
+
+
+def shaded_spans(spans_J2: np.ndarray, weights_J: np.ndarray) -> list[list]:
+    """[start, end, weight] of what is shaded as one, in characters: a character of several tokens once, with their
+    weights together."""
     shown: list[list] = []
     for (start, end), weight in zip(spans_J2.tolist(), weights_J.tolist()):
-        if shown and end <= shown[-1][1]:  # a character of several tokens is shown once, with their weights together
+        if shown and end <= shown[-1][1]:
             shown[-1][2] += weight
         else:
             shown.append([max(start, shown[-1][1]) if shown else start, end, weight])
+    return shown
+
+
+def opacity(ratio: float) -> float:
+    """Of the shade of n a."""
+    return min(ratio / DARKEST, 1) * 0.85
+
+
+def shade(text: str, spans_J2: np.ndarray, weights_J: np.ndarray) -> str:
+    """The answer with each judge token in a span whose opacity is its weight; text no token covers stays plain."""
     parts, place = [], 0
-    for start, end, weight in shown:
+    for start, end, weight in shaded_spans(spans_J2, weights_J):
         ratio = len(weights_J) * weight
         parts.append(html.escape(text[place:start]))
         token = html.escape(json.dumps(text[start:end], ensure_ascii=False))
-        parts.append(f'<span style="--a:{min(ratio / 5, 1) * 0.85:.3f}" title="{token}  a = {weight:.5f}, '
+        parts.append(f'<span style="--a:{opacity(ratio):.3f}" title="{token}  a = {weight:.5f}, '
                      f'n&middot;a = {ratio:.2f}">{html.escape(text[start:end])}</span>')
         place = end
     return "".join(parts) + html.escape(text[place:])
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+
+def draw_pairs(weights_file: WeightsFile, pairs: list[Pair], rounds: str, sink_k: int, sink_k_min: int) -> str:
+    """SVG: pairs as on the page, on paper of its own, so that it can be read on any background."""
+    parts, top = [], MARGIN
+    for pair in pairs:
+        prompt, top = draw_text("\n".join(text for _, text in pair.messages), MARGIN, top, 2 * COLUMNS, "soft")
+        parts.append(prompt)
+        bottoms = []
+        answers = shown_answers(weights_file, pair, rounds, sink_k, sink_k_min)
+        for left, (side, answer, weights_J) in zip((MARGIN, (WIDTH + MARGIN) / 2), answers):
+            head, below = draw_text(f"{side}, {len(weights_J)} tokens", left, top + 6, COLUMNS, "soft")
+            text = getattr(pair, side)
+            shades = [(end - len(text[start:end].lstrip()), end, opacity(len(weights_J) * weight))
+                      for start, end, weight in shaded_spans(answer.spans_J2, weights_J)]
+            drawn, bottom = draw_text(text, left, below, COLUMNS, "ink", shades)
+            parts += [head, drawn]
+            bottoms.append(bottom)
+        top = max(bottoms) + 20
+    legend, height = draw_text("n\u00b7a, weight times number of tokens: 0", MARGIN, top, COLUMNS, "soft")
+    parts += [legend, f'<rect x="{MARGIN + 38 * CHARACTER:.0f}" y="{top + 3}" width="{12 * CHARACTER:.0f}" height="16" '
+                      'fill="url(#shades)"/>']
+    parts.append(draw_text(f"{DARKEST:.0f} and more; 1 everywhere in plain DPO", MARGIN + 51 * CHARACTER, top, COLUMNS,
+                           "soft")[0])
+    style = ("text{font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
+             ".ink{fill:#1b1b1f}.soft{fill:#6b6a66}.shade{fill:#c54a14}")
+    ends = "".join(f'<stop offset="{place}" stop-color="#c54a14" stop-opacity="{opacity(DARKEST * place)}"/>'
+                   for place in (0, 1))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + MARGIN}" role="img" '
+            f'aria-label="answers shaded by token weight"><style>{style}</style>'
+            f'<defs><linearGradient id="shades">{ends}</linearGradient></defs>'
+            f'<rect width="100%" height="100%" rx="8" fill="#fdfdfb"/>{"".join(parts)}</svg>\n')
+
+
+def draw_text(text: str, left: float, top: float, columns: int, style: str, shades: Iterable[tuple] = ()
+              ) -> tuple[str, float]:
+    """(SVG of a text in lines of at most so many characters, shades [start, end, opacity] behind it; where it ends)."""
+    parts = []
+    for start, end in break_lines(text, columns):
+        for first, last, dark in shades:
+            first, last = max(first, start), min(last, end)
+            if first < last and dark >= 0.01:
+                parts.append(f'<rect class="shade" x="{left + (first - start) * CHARACTER:.0f}" y="{top + 1:.0f}" '
+                             f'width="{(last - first) * CHARACTER:.0f}" height="{LINE - 2}" rx="3" '
+                             f'fill-opacity="{dark:.2f}"/>')
+        line = "".join(letter if letter.isprintable() else " " for letter in text[start:end]).rstrip()
+        if line:  # its length is set, so that shades fit whatever the font
+            parts.append(f'<text class="{style}" x="{left:.0f}" y="{top + 16:.0f}" textLength='
+                         f'"{len(line) * CHARACTER:.0f}" lengthAdjust="spacingAndGlyphs">{html.escape(line)}</text>')
+        top += LINE
+    return "".join(parts), top
+
+
+def break_lines(text: str, columns: int) -> list[tuple[int, int]]:
+    """(start, end) of lines of at most `columns` characters, broken after spaces and line breaks if there are any."""
+    lines, start = [], 0
+    while start < len(text):
+        end = min(start + columns, len(text))
+        if (found := text.find("\n", start, end)) >= 0:
+            end = found + 1
+        elif end < len(text):
+            end = text.rfind(" ", start, end) + 1 or end
+        lines.append((start, end))
+        start = end
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of the page
 
 def statistics_table(report: dict[str, object]) -> str:
     names = list(dict.fromkeys(name for side in SIDES for name in report["sides"][side]))
