@@ -11,7 +11,7 @@ from pathlib import Path
 from twdpo.authors_columns import export_columns
 from twdpo.config import ExtractConfig, InputError, TrainConfig, parse_config
 from twdpo.dist import Process, run_script
-from twdpo.files import make_directory
+from twdpo.files import check_directory
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import describe_left_out
@@ -31,7 +31,7 @@ def extract(config: ExtractConfig, process: Process) -> None:
     if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in (config.data,
                                                                                             config.eval_data)}:
         raise InputError(f"--export {config.export} is a file that is read: choose another name")
-    out = process.on_main(lambda: make_directory(Path(config.out), "--out"))
+    out = process.on_main(lambda: check_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data, empty_answers=config.empty_answers)
     pairs = dataset.train + dataset.held_out
     total = len(pairs) + len(dataset.bad_rows)

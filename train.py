@@ -19,7 +19,7 @@ import torch
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
-from twdpo.config import InputError, TrainConfig, parse_config
+from twdpo.config import InputError, TrainConfig, parse_config, to_json
 from twdpo.dist import Process, clip_gradients, pick_dtype, run_script
 from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
@@ -151,6 +151,8 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     for need in needs:
         need.prepare_with_policy(config, inputs, policy, rows)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if wandb_runs and wandb_runs[0]:
+        wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
     run = Run(config, process, objective, model, inputs.train, inputs.held_out, open_context(config, needs), policy,
               optimizer, rows, inputs.steps(config), StageClock(config.profile, process.device), folder,
               process.on_main(lambda: run_identity(config, inputs, needs)), wandb_runs[0] if wandb_runs else None)

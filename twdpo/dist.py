@@ -1,5 +1,6 @@
 """Process group, progress on the first process, and the FSDP2 plan. One process runs the same code as many."""
 
+import hashlib
 import math
 import os
 import sys
@@ -89,13 +90,20 @@ def run_script(name: str, read_config: Callable[[], object], function: Callable[
         process = start()
         function(config, process)
     except InputError as error:
-        if process is None or process.is_main:
-            print(f"{name}: error: {error}", file=sys.stderr)
-        else:  # most likely what the first process says at length, but never silent
-            print(f"[rank {process.rank}] {name}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        if is_first_to_say(str(error)):
+            place = "" if process is None or process.is_main else f"[rank {process.rank}] "
+            print(f"{place}{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         stop()
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other process has said this: all of them may find the same error, and one is to print it."""
+    if not dist.is_initialized():  # nothing but the command line has been read, which is the same on all
+        return int(os.environ.get("RANK", 0)) == 0
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
 
 
 def start() -> Process:

@@ -1,5 +1,6 @@
 """Files that are never half written, and hashes that name their content."""
 
+import errno
 import hashlib
 import json
 import os
@@ -60,9 +61,18 @@ def write_json(path: Path, value: object) -> None:
 
 def make_directory(path: Path, flag: str) -> Path:
     """Make a folder that a flag names, if it is not there. Raises InputError, also when it can't be written to."""
+    check_directory(path, flag)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def check_directory(path: Path, flag: str) -> Path:
+    """Raise InputError when a folder that a flag names can't be made or written to. Makes nothing."""
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise InputError(f"{flag} {path}: the folder can't be made or written to ({error.strerror})") from error
     return path

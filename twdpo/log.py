@@ -106,6 +106,7 @@ def start_wandb(config: TrainConfig, run_dir: Path):
     except ImportError as error:
         raise InputError("--wandb needs the wandb package: pip install wandb") from error
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         return wandb.init(project=config.wandb, config=to_json(config), dir=run_dir, name=run_dir.name)
     except wandb.errors.Error as error:
         raise InputError(f"--wandb {config.wandb}: {error}. WANDB_MODE=offline needs no account") from error

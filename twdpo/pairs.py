@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from twdpo.config import InputError
+from twdpo.config import PAPER_DATA, InputError
 from twdpo.files import hash_json, hash_to_int64, write_atomic
 from twdpo.toy.grammar import toy_rows
 
@@ -149,8 +149,10 @@ def load_hub_splits(data: str):
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{data} is no .jsonl or .json file; directories and hub ids need the datasets library: "
-                         "pip install 'twdpo[hub]'") from error
+        implied = data in PAPER_DATA.values()
+        raise InputError(f"--data {data}{' (what the paper trains on; name your own pairs with --data FILE)' * implied}"
+                         " is no .jsonl or .json file: data sets of the hub and folders need the datasets library: "
+                         "pip install -e '.[hub]', or pip install datasets") from error
     try:
         repository, _, revision = (data, "", "") if Path(data).exists() else data.partition("@")
         loaded = datasets.load_dataset(repository, revision=revision or None)

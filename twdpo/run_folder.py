@@ -7,7 +7,7 @@ from pathlib import Path
 
 from twdpo.config import InputError, TrainConfig, changed_settings, key_name, to_json
 from twdpo.dist import Process
-from twdpo.files import make_directory, remove, remove_temporaries, write_json
+from twdpo.files import check_directory, remove, remove_temporaries, write_json
 
 MANIFEST = "manifest.json"
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")
@@ -42,7 +42,7 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
         if config.resume == "auto":
             raise InputError("--resume needs --output-dir, the folder of the run to go on with")
         run_dir = Path(config.resume).resolve().parent.parent
-    make_directory(run_dir, "--output-dir")
+    check_directory(run_dir, "--output-dir")
     checkpoint = find_checkpoint(run_dir, config.resume) if config.resume else None
     config = replace(config, output_dir=str(run_dir))
     # The run that the checkpoint is of may stand in another folder.
