@@ -1,13 +1,27 @@
-"""The README's promises that a test can check: its two commands, its file table, its example."""
+"""The promises of README and docs that a test can check: commands, file tree and import order, links, figures."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+METHODS, BENCHMARKS = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("methods", "benchmarks"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "twdpo/toy/model/README.md")]
+PAGES += (ROOT / "docs").glob("*.md")
+
+# A file imports only from files before it. README's order, but that folders stand last there.
+IMPORT_ORDER = """
+    config files dist plugins toy/grammar pairs chat rows weights_file align postprocess judge/verbalized weights
+    authors_columns batch kernels/tile_kernels kernels/weighted_logratio logratio losses objective metrics models/source
+    models/attention models/build models/shards models/policy models/generate models/memory judge/prompt judge/judge
+    judge/extraction judge/verbalize logps inputs run_folder checkpoint log pages/style pages/run pages/weights
+    toy/planted toy/train
+""".split()
 
 
 def test_first_two_blocks_set_up_and_run():
@@ -15,16 +29,100 @@ def test_first_two_blocks_set_up_and_run():
     for block, last in zip(blocks, ("torchrun train.py", "python -m pytest")):
         lines = block.splitlines()
         assert lines[0] == "python3 -m venv .venv" and lines[-1].endswith(last) and "$" not in block
+    assert blocks[2] == "source .venv/bin/activate\n"  # what every later command takes for granted
 
 
-def test_file_table_lists_the_package_in_import_order():
-    listed = re.findall(r"^\| `twdpo/(\w+)\.py`", README, re.MULTILINE)
-    assert sorted(listed) == sorted(path.stem for path in (ROOT / "twdpo").glob("*.py") if path.stem != "__init__")
-    for place, name in enumerate(listed):
-        source = (ROOT / "twdpo" / f"{name}.py").read_text(encoding="utf-8")
-        used = set(re.findall(r"^\s*from twdpo\.(\w+) import", source, re.MULTILINE))
-        used |= set(re.findall(r"^\s*from twdpo import (\w+)", source, re.MULTILINE))
-        assert used <= set(listed[:place]), f"{name}.py imports from files below it: {used - set(listed[:place])}"
+def test_readme_is_a_front_door():
+    assert len(README.encode()) <= 9500
+
+
+def test_links_lead_to_files_and_headings():
+    """Every relative link of a page; behind a # a heading, as GitHub spells its anchor."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)", text) if "://" not in link]
+        for link in links:
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.is_relative_to(ROOT) and target.exists(), f"{page.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in anchors, f"{page.name}: {link}"
+    assert sum("](" in page.read_text(encoding="utf-8") for page in PAGES) > 6
+
+
+def listed_files() -> list[str]:
+    """Files of the README's tree by their paths, folders with a / at the end."""
+    (tree,) = re.findall(r"^(    train\.py .*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    folders, listed = [], []
+    for line in tree.splitlines():
+        names = re.match(r" {4}( {0,4})((?:[\w/]+(?:\.py|/)(?:, )?)+)(?:  |$)", line)
+        if not names:
+            assert line.startswith(" " * 20), line  # the line above goes on
+            continue
+        folders = folders[:len(names[1]) // 2]
+        for name in names[2].split(", "):
+            listed.append("".join(folders) + name)
+        folders = folders + [name] if name.endswith("/") else folders
+    return listed
+
+
+def package_files() -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "twdpo").rglob("*.py") if path.name != "__init__.py"}
+
+
+def test_file_tree_lists_every_file_once():
+    listed = listed_files()
+    assert len(listed) == len(set(listed))
+    assert {name for name in listed if name.startswith("twdpo/") and name.endswith(".py")} == package_files()
+    assert {"train.py", "extract.py", "kernels/", "tests/", "benchmarks/", "docs/"} <= set(listed)
+    assert all((ROOT / name).exists() for name in listed)
+    tree = README[README.index("    train.py "):]
+    for folder in ("kernels", "docs"):
+        assert all(path.stem in tree for path in (ROOT / folder).glob("*.[mp][dy]"))
+
+
+def test_file_tree_is_in_the_order_of_the_pipeline():
+    """Files of the package before its folders, in import order."""
+    listed = [name for name in listed_files() if name.startswith("twdpo/")]
+    files = [name[6:-3] for name in listed if name.count("/") == 1 and name.endswith(".py")]
+    assert files == [name for name in IMPORT_ORDER if "/" not in name]
+    assert listed[1:len(files) + 1] == [f"twdpo/{name}.py" for name in files]
+
+
+def imported_files(path: Path) -> set[str]:
+    """Files of this project that a file imports anywhere in it, as IMPORT_ORDER names them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports by full names"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            place = name.replace(".", "/")
+            if place in ("train", "extract"):
+                found.add(place)
+            elif place.startswith("twdpo/"):
+                place = place.removeprefix("twdpo/")
+                folder = ROOT if place.startswith("kernels/") else ROOT / "twdpo"
+                found |= {place} if (folder / f"{place}.py").exists() else set()
+    return found
+
+
+def test_files_import_only_from_files_before_them():
+    kernels = {f"kernels/{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
+    assert sorted(IMPORT_ORDER) == sorted({name[6:-3] for name in package_files()} | kernels)
+    imports = 0
+    for place, name in enumerate(IMPORT_ORDER):
+        path = ROOT / f"{name}.py" if name in kernels else ROOT / "twdpo" / f"{name}.py"
+        used = imported_files(path)
+        imports += len(used)
+        late = used - set(IMPORT_ORDER[:place])
+        assert not late, f"{name}.py imports from files after it: {late}"
+    assert imports > 150
 
 
 def test_example_loss_and_source_run():
@@ -41,6 +139,30 @@ def test_example_loss_and_source_run():
     assert LOSSES["squared_hinge"](torch.tensor([1.0, 0.0]), None, batch, config, edge=0.5)[0].tolist() == [0.0]
 
 
+def test_the_picture_is_small_and_shows_a_pair_of_either_kind():
+    """docs/shaded-tokens.svg: the answers of two held-out pairs of the toy, word by word."""
+    from twdpo.toy.grammar import kind_of, toy_rows
+    picture = ROOT / "docs/shaded-tokens.svg"
+    assert picture.stat().st_size < 150_000 and "](docs/shaded-tokens.svg)" in README
+    root = ElementTree.parse(picture).getroot()
+    answers = {}  # words by the side of the picture that they stand on
+    for text in root.findall(".//{*}text[@class='ink']"):
+        answers.setdefault(float(text.get("x")) > 400, []).extend(text.text.split())
+    pairs = [row for row in toy_rows()[1]
+             if all(f" {' '.join(row[side].split())} " in f" {' '.join(answers[place])} "
+                    for place, side in enumerate(("chosen", "rejected")))]
+    assert sorted(kind_of(row["chosen"]) for row in pairs) == ["tone", "topic"]
+    for place, side in enumerate(("chosen", "rejected")):
+        assert sum(len(row[side].split()) for row in pairs) == len(answers[place])
+    assert len(root.findall(".//{*}rect[@class='shade']")) > 30
+
+
+def test_counts_of_losses_and_sources():
+    from twdpo.losses import LOSSES
+    from twdpo.weights import WEIGHTS
+    assert f"{len(LOSSES)} losses and {len(WEIGHTS)} sources" in README
+
+
 def test_tables_of_losses_and_sources_are_their_docstrings():
     from twdpo.losses import LOSSES, loss_needs
     from twdpo.plugins import describe
@@ -49,14 +171,14 @@ def test_tables_of_losses_and_sources_are_their_docstrings():
         bar = "\\|"  # a bare | would begin another cell
         lines = [f"| `{name}` | {what} | {needs} | {options.replace('|', bar)} |"
                  for name, what, needs, options in rows]
-        assert "\n".join(lines) in README
+        assert "\n".join(lines) in METHODS
 
 
 def test_figures_of_the_fused_op_are_those_of_the_committed_run():
-    """Every row of the README's table, against benchmarks/results/cpu/loss_kernel.json."""
+    """Every row of the table in docs/benchmarks.md, against benchmarks/results/cpu/loss_kernel.json."""
     report = json.loads((ROOT / "benchmarks/results/cpu/loss_kernel.json").read_text())
     rows = {(row["vocabulary"], row["tokens"], row["method"]): row for row in report["rows"]}
-    table = re.findall(r"^\| V ([\d,]+), D 512 \| ([\d,]+) \| (.+?) \| (.+?) \| (.+?) MiB \| (.+?) MiB \|$", README,
+    table = re.findall(r"^\| V ([\d,]+), D 512 \| ([\d,]+) \| (.+?) \| (.+?) \| (.+?) MiB \| (.+?) MiB \|$", BENCHMARKS,
                        re.MULTILINE)
     assert len(table) == len({key[:2] for key in rows})
     for vocabulary, tokens, *figures in table:
@@ -71,7 +193,8 @@ def test_figures_of_the_fused_op_are_those_of_the_committed_run():
 
 def test_figures_of_the_extraction_are_those_of_the_committed_run():
     report = json.loads((ROOT / "benchmarks/results/cpu/extraction.json").read_text())
-    table = re.findall(r"^\| ([\d,]+) \| (.+?) s \| (.+?) \| (.+?) x \| (.+?) MiB \| (.+?) \|$", README, re.MULTILINE)
+    table = re.findall(r"^\| ([\d,]+) \| (.+?) s \| (.+?) \| (.+?) x \| (.+?) MiB \| (.+?) \|$", BENCHMARKS,
+                       re.MULTILINE)
     ours = [row for row in report["rows"] if row["way"] == "ours"]
     assert len(table) == len(ours) == 2
     for cells, row in zip(table, ours):
@@ -86,7 +209,7 @@ def test_figures_of_the_training_step_are_those_of_the_committed_run():
     assert len(rows) >= 5
     for row in rows:
         assert (f"| {row['way']} | {row['pairs_per_s']:.3f} | {row['ours_faster']:.2f} x | {row['peak_gib']:.2f} "
-                f"| {row['ours_memory']:.2f} x |\n") in README
+                f"| {row['ours_memory']:.2f} x |\n") in BENCHMARKS
 
 
 def test_no_package_is_called_kernels():
@@ -125,5 +248,5 @@ def test_the_table_of_sources_is_that_of_the_committed_run():
     assert (results / "methods.md").read_text() == table + "\n"
     assert (results / "methods.svg").read_text() == methods.draw_plot(rows)
     lines = [line for line in table.splitlines() if line.startswith(("| loss", "| `twdpo`"))]
-    assert all(line in README for line in lines) and len(lines) > 8
+    assert all(line in METHODS for line in lines) and len(lines) > 8
     assert len({row["seed"] for row in rows}) >= 3 and {row["pairs"] for row in rows} == {64, 256, 1024}

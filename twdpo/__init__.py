@@ -1,23 +1,18 @@
 """Token-weighted Direct Preference Optimization (TwDPO) and AttentionPO (arXiv 2605.21883).
 
-The files of this package are the pipeline, in this order; a file imports only from files above it:
+The files are the pipeline; a file imports only from files above it (tests/test_readme.py holds the order):
 
-    config, files          one flat config per entry point; atomic writes and content hashes
-    toy, pairs, chat       the embedded default; preference pairs; chat template and tokens
-    rows                   which pairs share a micro-batch, on which process; packed rows
-    judge, attention       the judge prompt in both orders; the attention of all models, and the row of a verdict
-    align, weights_file    judge tokens -> training tokens; raw attention on disk
-    verbalized             the verbalised self-judge: its prompt, its output, its scores on disk
-    weights, batch         weight sources and their post-processing; collate and the label shift
-    columns, report        the authors' columns; statistics and a page of token weights
-    logratio, losses       log-probs and weighted log-ratios; pair losses
-    metrics, planted       what a step and an evaluation report; what is known of the toy's answers
-    dist, model            process group and FSDP2 plan; the policy and its tokenizer
-    extraction, generate   the judge pass; generation in batches
-    reference, inputs      the reference pass and its cache; what a run is made from, checked before weights are loaded
-    objective, auxiliary   the loss and source that the flags name; log-probs under auxiliary models
-    checkpoint, log        save, resume, export; metrics.jsonl, console, wandb
-    toy_train              how the toy's model was made
+    config, files, dist, plugins     every setting; atomic writes and hashes; processes and FSDP2; options of functions
+    toy/grammar, pairs, chat, rows   the embedded default; preference pairs; their tokens; which share a micro-batch
+    weights_file, align, postprocess raw attention on disk; judge tokens -> training tokens; raw attention -> a_t
+    weights, authors_columns, batch  weight sources; the authors' columns; collate and the label shift
+    logratio, losses, objective      the fused op (kernels/ has it in Triton); pair losses; a loss and a source, bound
+    metrics                          what a step and an evaluation report
+    models/                          found, their attention, built, read in shards, the policy, generation, memory
+    judge/                           the judge's prompt, the judge, the pass over all pairs; verbalised scores
+    logps, inputs                    log-probs of frozen models; what a run is made from, checked first
+    run_folder, checkpoint, log      a run's folder; save, load, export; metrics.jsonl, console, wandb
+    pages/, toy/                     pages of runs and weights; what is planted in the toy, how its model was made
 """
 
 from pathlib import Path
