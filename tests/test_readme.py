@@ -201,6 +201,8 @@ def test_figures_of_the_extraction_are_those_of_the_committed_run():
         assert list(cells) == [f"{row['tokens']:,}", f"{row['seconds_a_pair']:.2f}", f"{row['over_limit']:.2f}",
                                f"{row['speed_over_eager']:.1f}", f"{row['peak_extra_mib']:.0f}",
                                f"{row['memory_over_eager']:.3f}"]
+    least, most = sorted(row["speed_over_eager"] for row in ours)
+    assert f"extraction {least:.1f} to {most:.1f} times as fast as eager attention" in README
 
 
 def test_figures_of_the_training_step_are_those_of_the_committed_run():
@@ -210,6 +212,8 @@ def test_figures_of_the_training_step_are_those_of_the_committed_run():
     for row in rows:
         assert (f"| {row['way']} | {row['pairs_per_s']:.3f} | {row['ours_faster']:.2f} x | {row['peak_gib']:.2f} "
                 f"| {row['ours_memory']:.2f} x |\n") in BENCHMARKS
+    (trl,) = (row for row in rows if row["way"] == "TRL")
+    assert f"a training step is {trl['ours_faster']:.1f} times as fast as TRL's" in README
 
 
 def test_no_package_is_called_kernels():
