@@ -47,7 +47,7 @@ class SharedConfig:
         "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
         "Instruct's second pairs; empty: toy for --data toy, else paper")
     config: str = flag("", "data", "JSON file of settings, keys as in OUT/config.json; empty: none", free=True)
-    cache_dir: str = flag("", "data", "attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache", free=True)
+    cache_dir: str = flag("", "data", "attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME, ~/.cache", free=True)
 
     judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
     judge_max_length: int = flag(0, "judge", "tokens of its input; longer are cut; 0: the model's context", settled=True)
@@ -151,7 +151,7 @@ class TrainConfig(SharedConfig):
         "least that fits by the memory plan", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
-    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (held whole); off: on all", free=True)
+    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (held whole); off: all", free=True)
 
     output_dir: str = flag("", "output", "folder of the run; empty: runs/NAME-TIME", free=True)
     resume: str = flag("", "output", "from --output-dir's newest checkpoint (auto) or this folder; empty: off",
