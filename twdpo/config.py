@@ -47,10 +47,10 @@ class SharedConfig:
         "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
         "Instruct's second pairs; empty: toy for --data toy, else paper")
     config: str = flag("", "data", "JSON file of settings, keys as in OUT/config.json; empty: none", free=True)
-    cache_dir: str = flag("", "data", "attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME, ~/.cache", free=True)
+    cache_dir: str = flag("", "data", "of its passes; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache", free=True)
 
     judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
-    judge_max_length: int = flag(0, "judge", "tokens of its input; longer are cut; 0: the model's context", settled=True)
+    judge_max_length: int = flag(0, "judge", "tokens of an input; longer are cut; 0: its context", settled=True)
     judge_query: Literal["prompt", "verdict"] = flag(
         "prompt", "judge", "who attends: the prompt's last token, or its verdict (2 forwards)")
     judge_heads: str = flag("mean", "judge", "mean of all heads, or of these: 1-based, separated by commas")
@@ -151,7 +151,7 @@ class TrainConfig(SharedConfig):
         "least that fits by the memory plan", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
-    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (held whole); off: all", free=True)
+    no_sync: bool = flag(False, "hardware", "reduce gradients at the last micro-batch alone; off: at all", free=True)
 
     output_dir: str = flag("", "output", "folder of the run; empty: runs/NAME-TIME", free=True)
     resume: str = flag("", "output", "from --output-dir's newest checkpoint (auto) or this folder; empty: off",
