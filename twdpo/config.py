@@ -1,4 +1,4 @@
-"""Every setting of `extract.py` and `train.py`: one flat dataclass per entry point, its command line made from it.
+"""Settings of `extract.py` and `train.py`: one flat dataclass per entry point, its command line made from it.
 
 Precedence, lowest first: the field's default, the preset, `--config FILE.json`, an explicit flag.
 """
