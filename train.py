@@ -19,8 +19,8 @@ import torch
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
-from twdpo.config import InputError, TrainConfig, parse_config, to_json
-from twdpo.dist import Process, clip_gradients, pick_dtype, run_script
+from twdpo.config import TrainConfig, parse_config, to_json
+from twdpo.dist import Process, check_copies, clip_gradients, pick_dtype, run_script
 from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
@@ -126,9 +126,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     objective = find_objective(config, process)
     needs = open_needs(config, objective, process)
     config = replace(config, weights=config.weights or objective.source_name)
-    if process.world_size % config.replicate:
-        raise InputError(f"--replicate is {config.replicate}: {process.world_size} processes can't hold as many equal "
-                         "copies")
+    check_copies(config.replicate, process.world_size)
     config, folder, checkpoint = open_run(config, process)
     dtype = pick_dtype(config.dtype, process.device)
     describe_start(config, objective, folder, dtype, process)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loss_kernel import finish, interleave, machine, peak_memory_mib, result_path
+from harness import finish, interleave, machine, peak_memory_mib, result_path
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
 from twdpo.models.build import decoder_layers
 from twdpo.rows import pack

@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import methods_lab
-from loss_kernel import finish, machine
+from harness import finish, machine
 from methods_lab import Lab, arm_config, arm_loss, train_arm
 from twdpo import dist
 from twdpo.config import to_json

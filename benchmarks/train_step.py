@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py
 
-from loss_kernel import finish, installed_version, machine, result_path
+from harness import finish, installed_version, machine, result_path
 from train import Run, train_step
 from twdpo import dist
 from twdpo.batch import collate, plan_micro_batches
@@ -241,6 +241,27 @@ def summarize(name: str, runs: list[dict[str, object]], flags) -> dict[str, obje
     return row | {key: value for key, value in runs[-1].items() if key not in row}
 
 
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The table; rows get their ratios to ours."""
+    print(f"{'way':34} {'pairs/s':>8} {'ours is':>8} {'s a step':>9} {'reference':>10} {'peak GiB':>9} {'ours is':>8} "
+          f"{'loss':>9} {'gradient':>9}")
+    ours = next((row for row in rows if row["way"].startswith("ours") and "note" not in row), None)
+    for row in rows:
+        if "note" in row:
+            print(f"{row['way']:34} {row['note']}")
+            continue
+        faster = memory = "-"
+        if ours:
+            row |= {"ours_faster": ours["pairs_per_s"] / row["pairs_per_s"],
+                    "ours_memory": ours["peak_gib"] / row["peak_gib"]}
+            faster, memory = f"{row['ours_faster']:.2f}x", f"{row['ours_memory']:.2f}x"
+        print(f"{row['way']:34} {row['pairs_per_s']:8.3f} {faster:>8} {row['step_seconds']:9.2f} "
+              f"{row['reference_seconds_a_pair']:10.3f} {row['peak_gib']:9.2f} {memory:>8} "
+              f"{row['loss']:9.5f} {row['gradient_norm']:9.4f}"
+              + (f"  {row['tflops']:.0f} TFLOP/s" if "tflops" in row else "")
+              + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""))
+
+
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -288,24 +309,8 @@ def main(argv: list[str] | None = None) -> None:
                     runs[name].append(json.loads(child.stdout.strip().splitlines()[-1]))
                 print(f"round {number + 1}: {name}: " + (runs[name][-1].get("note") or "steps of " + ", ".join(
                     f"{seconds:.2f}" for seconds in runs[name][-1]["step_seconds"]) + " s"), flush=True)
-    print(f"{'way':34} {'pairs/s':>8} {'ours is':>8} {'s a step':>9} {'reference':>10} {'peak GiB':>9} {'ours is':>8} "
-          f"{'loss':>9} {'gradient':>9}")
     report["rows"] = [summarize(name, runs[name], flags) for name in names]
-    ours = next((row for row in report["rows"] if row["way"].startswith("ours") and "note" not in row), None)
-    for row in report["rows"]:
-        if "note" in row:
-            print(f"{row['way']:34} {row['note']}")
-            continue
-        faster = memory = "-"
-        if ours:
-            row |= {"ours_faster": ours["pairs_per_s"] / row["pairs_per_s"],
-                    "ours_memory": ours["peak_gib"] / row["peak_gib"]}
-            faster, memory = f"{row['ours_faster']:.2f}x", f"{row['ours_memory']:.2f}x"
-        print(f"{row['way']:34} {row['pairs_per_s']:8.3f} {faster:>8} {row['step_seconds']:9.2f} "
-              f"{row['reference_seconds_a_pair']:10.3f} {row['peak_gib']:9.2f} {memory:>8} "
-              f"{row['loss']:9.5f} {row['gradient_norm']:9.4f}"
-              + (f"  {row['tflops']:.0f} TFLOP/s" if "tflops" in row else "")
-              + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""))
+    print_table(report["rows"])
     finish(flags.out or result_path(device, "train_step.json"), report)
 
 

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from loss_kernel import finish, interleave, machine, make_case, matrix_products, result_path, write_result
+from harness import finish, interleave, machine, result_path, write_result
+from loss_kernel import make_case, matrix_products
 from twdpo.kernels import weighted_logratio as kernels
 
 SHAPES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 3),

@@ -1,4 +1,4 @@
-"""A source on hidden states and a loss on the op's entropy, from files outside the package (those of docs/methods.md)."""
+"""A source on hidden states, and a loss on the entropy, from files outside the package (those of docs/methods.md)."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Carry the mass of judge tokens over to training tokens, by the characters of the answer.
+"""Alignment of judge tokens with training tokens: mass carried over by the characters of the answer.
 
 Equal tokenisations copy exactly; elsewhere mass moves through characters, and none of the kept text's is lost.
 Tokens may repeat, overlap or have empty spans. J judge tokens, N training tokens.

@@ -1,4 +1,4 @@
-"""Collate a micro-batch. The label shift happens here, once: after this file index n is a response token everywhere.
+"""Micro-batches as tensors. The label shift happens here, once: after this file index n is a response token everywhere.
 
 Legend: P pairs, S = 2P sequences (2i chosen, 2i+1 rejected), R rows (S plain ones, or one packed row) of T tokens, N
 response tokens of all sequences one after another.

@@ -1,4 +1,4 @@
-"""From text to tokens: chat template, one tokenisation with offsets, truncation.
+"""Chat template, and tokens with their characters: one tokenisation with offsets, truncation.
 
 A rendered conversation is tokenised in one call, so that its ids are those of `apply_chat_template(tokenize=True)`.
 Only text of the data that spells a special token is tokenised apart, so that no row can end a turn.

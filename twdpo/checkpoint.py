@@ -1,4 +1,4 @@
-"""Save, resume, export. No pickle is ever written or read.
+"""Checkpoints saved and loaded, models exported. No pickle is ever written or read.
 
 OUT/checkpoints/step-0000500/  sharded tensors (model, AdamW moments, RNG states) and manifest.json, which holds the
                                step, the world size, and size and sha256 of each file. It is written last, and the

@@ -1,4 +1,4 @@
-"""Every setting of `extract.py` and `train.py`: one flat dataclass per entry point, its command line made from it.
+"""Settings of `extract.py` and `train.py`: one flat dataclass per entry point, its command line made from it.
 
 Precedence, lowest first: the field's default, the preset, `--config FILE.json`, an explicit flag.
 """
@@ -47,12 +47,10 @@ class SharedConfig:
         "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
         "Instruct's second pairs; empty: toy for --data toy, else paper")
     config: str = flag("", "data", "JSON file of settings, keys as in OUT/config.json; empty: none", free=True)
-    cache_dir: str = flag("", "data", "of attention, log-probs; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache",
-                          free=True)
+    cache_dir: str = flag("", "data", "of its passes; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache", free=True)
 
     judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
-    judge_max_length: int = flag(0, "judge", "tokens of one judge input; longer ones are cut; 0: the model's context",
-                                 settled=True)
+    judge_max_length: int = flag(0, "judge", "tokens of an input; longer are cut; 0: its context", settled=True)
     judge_query: Literal["prompt", "verdict"] = flag(
         "prompt", "judge", "who attends: the prompt's last token, or its verdict (2 forwards)")
     judge_heads: str = flag("mean", "judge", "mean of all heads, or of these: 1-based, separated by commas")
@@ -93,10 +91,8 @@ class ExtractConfig(SharedConfig):
     layers: str = flag("last", "judge", "layers to store: last, all, or 1-based numbers separated by commas")
     rollout: bool = flag(False, "judge", "store attention rollout too (keeps a batch's queries and keys); off: none")
     verbalized: bool = flag(False, "judge", "the model writes scores instead (paper section 4.2); off: attention")
-    out: str = flag("", "output", "weights file's folder (required); one of the same extraction is completed",
-                    free=True)
-    export: str = flag("", "output", ".jsonl with the authors' columns (and FILE_held_out.jsonl); empty: off",
-                       free=True)
+    out: str = flag("", "output", "weights file's folder (required); the same extraction is completed", free=True)
+    export: str = flag("", "output", ".jsonl of the authors' columns (and FILE_held_out.jsonl); empty: off", free=True)
     report: str = flag("", "output", "folder for statistics of the weights and a page; empty: off", free=True)
     report_pairs: int = flag(24, "output", "pairs shown on that page", free=True)
     report_min_count: int = flag(100, "output", "tokens of the most weighted ones occur at least so often", free=True)
@@ -117,8 +113,7 @@ class ExtractConfig(SharedConfig):
 class TrainConfig(SharedConfig):
     """`train.py`: pairs -> judge -> weights -> TwDPO -> evaluated checkpoint. Defaults: paper Table 6."""
 
-    imports: str = flag("", "data", "Python files that add losses or weight sources, by commas; empty: none",
-                        name="import")
+    imports: str = flag("", "data", "Python files that add losses or sources, by commas; empty: none", name="import")
 
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
     loss_options: str = flag("", "objective", "of the loss: NAME=VALUE separated by commas; empty: its defaults")
@@ -147,18 +142,16 @@ class TrainConfig(SharedConfig):
     eval_fraction: float = flag(0.05, "held-out", "share held out, by prompt, without a test split; 0: no evaluation")
     eval_every: int = flag(500, "held-out", "steps between evaluations; first and last always; 0: only those")
 
-    dtype: Dtype = flag("auto", "hardware", "of computation alone; auto: bfloat16 on CUDA, float32 on CPU",
-                        settled=True)
+    dtype: Dtype = flag("auto", "hardware", "to compute in; auto: bfloat16 on CUDA, float32 on CPU", settled=True)
     micro_batch_tokens: int = flag(0, "hardware", "of one pass; 0: 4096 on CPU, on CUDA 16384 or by plan", free=True)
-    packing: Switch = flag("auto", "hardware", "rows of many pairs, unpadded; off: of a sequence; auto: after a check",
+    packing: Switch = flag("auto", "hardware", "many pairs a row, unpadded; off: a sequence; auto: after a check",
                            settled=True)
     checkpointing: Literal["auto", "none", "selective", "full"] = flag(
         "auto", "hardware", "activations computed again: of every second layer, or all; auto: none on CPU, on CUDA the "
         "least that fits by the memory plan", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
-    no_sync: bool = flag(False, "hardware", "reduce gradients on the last micro-batch (holds them whole); off: on all",
-                         free=True)
+    no_sync: bool = flag(False, "hardware", "reduce gradients at the last micro-batch alone; off: at all", free=True)
 
     output_dir: str = flag("", "output", "folder of the run; empty: runs/NAME-TIME", free=True)
     resume: str = flag("", "output", "from --output-dir's newest checkpoint (auto) or this folder; empty: off",

@@ -126,6 +126,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def check_copies(replicate: int, world_size: int) -> None:
+    """Raise InputError when the processes can't hold so many equal copies of the parameters."""
+    if world_size % replicate:
+        raise InputError(f"--replicate is {replicate}: {world_size} processes can't hold as many equal copies")
+
+
 def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dtype: torch.dtype | None, device,
                  replicate: int = 1) -> None:
     """FSDP2: one group a layer, then the rest (embedding, norm, head) as the root, whose forward reads the head.
@@ -137,8 +143,7 @@ def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dty
     One process without a dtype to gather as is left alone: sharding would only keep everything twice.
     """
     world_size = dist.get_world_size()
-    if world_size % replicate:
-        raise InputError(f"--replicate is {replicate}: {world_size} processes can't hold as many equal copies")
+    check_copies(replicate, world_size)
     if world_size == 1 and param_dtype is None:
         return
     if replicate == 1:

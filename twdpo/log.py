@@ -1,4 +1,4 @@
-"""metrics.jsonl, the console line and wandb: the same rows in three places; sampled answers; the clock of --profile;
+"""Logs of a run: metrics.jsonl, the console line and wandb, the same rows; sampled answers; the clock of --profile;
 the summary at the end."""
 
 import json

@@ -137,8 +137,11 @@ def open_aux_models(config: TrainConfig, policy_model: Model, examples: list[Exa
     if not 1 <= len(names) <= 2:
         raise InputError(f"--aux-model is {config.aux_model!r}: this weight source needs one model or two, POSITIVE or "
                          "POSITIVE,NEGATIVE (without the second: the policy's starting weights)")
-    models = [policy_model if name in (policy_model.name, config.model) else
-              open_model(name, process, flag="--aux-model", needs_template=False) for name in names]
+    opened = {policy_model.name: policy_model, config.model: policy_model}
+    for name in names:
+        if name not in opened:
+            opened[name] = open_model(name, process, flag="--aux-model", needs_template=False)
+    models = [opened[name] for name in names]
     longest = max(example.longest for example in examples)
     for model in models:
         warning = check_length(f"the longest sequence (for --aux-model {model.folder})", longest, model.config)

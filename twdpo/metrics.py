@@ -1,4 +1,4 @@
-"""What a training step and an evaluation report. Rewards are beta times summed log-ratios.
+"""Metrics of a training step and of an evaluation. Rewards are beta times summed log-ratios.
 
 reward_* are unweighted sums (as TRL's rewards/accuracies and rewards/margins of DPO; losses on averages report those
 as average_*); weighted_reward_* use the token weights. A tie

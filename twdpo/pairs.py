@@ -1,4 +1,4 @@
-"""Read and validate preference pairs; split off the held-out ones.
+"""Preference pairs: read, validated, some held out; bad rows.
 
 Accepted rows: {prompt: str, chosen: str, rejected: str}; {prompt?, chosen: messages, rejected: messages} with whole
 conversations; {prompt: messages, chosen: [assistant], rejected: [assistant]}. Other columns are ignored.

@@ -1,4 +1,4 @@
-"""What losses and weight sources have in common: options from their signatures, a line about each from its docstring.
+"""Options of losses and weight sources, from their signatures; a line about each, from its docstring; --import.
 
 An option is a keyword-only parameter with a default, which gives its type; a Literal annotation gives its choices.
 """

@@ -1,4 +1,4 @@
-"""From the judge's raw attention to a_t: rounds averaged, aligned to training tokens, sink fixed, normalised.
+"""Post-processing of raw attention into a_t: rounds averaged, aligned to training tokens, sink fixed, normalised.
 
 Legend: N response tokens, J judge tokens of one answer, R rounds, L layers.
 """

@@ -255,7 +255,7 @@ def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple
     parts = []
     for raw in raw_N.double().split(seq_lens_S.tolist()):
         total = raw.sum()
-        parts.append(raw / total if total > 0 else torch.full_like(raw, 1 / max(len(raw), 1)))
+        parts.append(torch.where(total > 0, raw / total, 1 / max(len(raw), 1)))  # no sync
     scale_S = seq_lens_S.float()
     if norm == "pair_min":
         scale_S = scale_S.view(-1, 2).amin(dim=1).repeat_interleave(2)

@@ -1,4 +1,4 @@
-"""What training costs, known from a model's config alone: memory of one process, and floating-point operations.
+"""Memory of one process, and floating-point operations, of training: known from a model's config alone.
 
 The memory of the layers is counted by running them once on the meta device, forward and backward, with a tally of what
 is alive.

@@ -1,4 +1,4 @@
-"""report.html of a run: its curves, held-out figures and sampled answers on one page that needs no network."""
+"""The page of a run, report.html: its curves, held-out figures and sampled answers; it needs no network."""
 
 import html
 import json

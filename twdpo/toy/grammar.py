@@ -1,4 +1,4 @@
-"""The embedded default: preference pairs from a small grammar, and a tiny Llama with its tokenizer.
+"""The grammar of the toy's preference pairs.
 
 `train.py` runs on this when it is given neither a model nor data. No network is needed.
 

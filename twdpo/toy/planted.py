@@ -1,4 +1,4 @@
-"""What is known of the toy's answers, which tokens are planted slot words and which are filler, and figures of it.
+"""Planted words of the toy's answers: which tokens are slot words and which filler, and figures of it.
 
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected), P pairs.
 """

@@ -1,4 +1,4 @@
-"""Train the toy's model: a tiny Llama that writes the grammar's answers and judges pairs of them.
+"""Training of the toy's model: a tiny Llama that writes the grammar's answers and judges pairs of them.
 
     python -m twdpo.toy.train --out toy_model                 about four minutes on two cores
     python -m twdpo.toy.train --out other --seed 1 --no-probe

@@ -1,0 +1,64 @@
+"""What a run needs is found once: each model is opened and hashed once, each need checked before weights are loaded."""
+
+import shutil
+
+import pytest
+import torch
+
+import train
+from twdpo import inputs
+from twdpo.config import TrainConfig
+from twdpo.losses import LOSSES
+from twdpo.models import policy, source
+from twdpo.objective import bind_objective
+from twdpo.weights import WEIGHTS
+
+
+@pytest.fixture
+def other_model(toy_model, tmp_path):
+    """Another model of the same tokenizer."""
+    from transformers import AutoModelForCausalLM
+    shutil.copytree(toy_model, tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(toy_model)
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("second", ["the policy's start", "named", "left out"])
+def test_each_model_is_hashed_once(second, tmp_path, run_arguments, toy_model, other_model, monkeypatch):
+    hashed, original = [], source.fingerprint_model
+    monkeypatch.setattr(source, "fingerprint_model", lambda folder: hashed.append(folder) or original(folder))
+    models = {"the policy's start": f"{other_model},{toy_model}", "named": f"{other_model}, {other_model}",
+              "left out": str(other_model)}[second]
+    train.main(run_arguments(tmp_path / "run", weights="tis", loss="dpo", aux_model=models, max_steps=1))
+    assert sorted(hashed) == sorted([toy_model, other_model])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--weights", "tis"], "--aux-model is ''"),
+    (["--weights", "attention", "--layer", "9"], "--layer is '9': the model has layers 1 to 2"),
+    (["--judge-heads", "7"], "--judge-heads is '7'"),
+    (["--weights", "verbalized", "--aux-model", "x"], "the weight source reads no such model"),
+])
+def test_needs_are_checked_before_weights_are_loaded(flags, message, tmp_path, run_arguments, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise AssertionError("weights were loaded")
+    monkeypatch.setattr(policy, "load_shards", fails)
+    monkeypatch.setattr("twdpo.judge.judge.load_judge", fails)
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run"), *flags])
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_needs_of_loss_and_source_are_united_in_the_order_they_are_made(process):
+    def open_names(loss: str, name: str) -> list[type]:
+        objective = bind_objective(LOSSES[loss], WEIGHTS[name], name)
+        return [type(need) for need in inputs.open_needs(TrainConfig(aux_model="x" if name == "tis" else ""), objective,
+                                                         process)]
+    assert open_names("twdpo", "attention") == [inputs.Attention, inputs.Reference]
+    assert open_names("simpo", "uniform") == []
+    assert open_names("simpo", "attention_surprise") == [inputs.Attention, inputs.Reference]
+    assert open_names("dpo", "tis") == [inputs.Auxiliary, inputs.Reference]
+    assert open_names("simpo", "verbalized") == [inputs.Scores]
