@@ -101,7 +101,7 @@ def test_picture_is_xml_that_shows_both_answers_and_shades_by_weight(stored):
     picture = draw_pairs(stored, [pair], "raw", 1, 5)
     root = ElementTree.fromstring(picture)
     texts = ["".join(each.itertext()) for each in root.findall(".//{*}text")]
-    assert texts[:5] == ["<which>  & why?", "chosen, 5 tokens", "abcde", "rejected, 2 tokens", "a<"]
+    assert texts[:11] == ["<which>", "&", "why?", "chosen,", "5", "tokens", "abcde", "rejected,", "2", "tokens", "a<"]
     shades = [float(each.get("fill-opacity")) for each in root.findall(".//{*}rect") if each.get("class") == "shade"]
     expected = [0.85 * ratio / 5 for ratio in (1, 0.8, 1.6, 0.8, 0.8, 1.5, 0.5)]
     assert shades == pytest.approx(expected, abs=0.0051)

@@ -6,6 +6,7 @@ Legend: J judge tokens of one answer, L stored layers.
 
 import html
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -243,10 +244,11 @@ def draw_text(text: str, left: float, top: float, columns: int, style: str, shad
                 parts.append(f'<rect class="shade" x="{left + (first - start) * CHARACTER:.0f}" y="{top + 1:.0f}" '
                              f'width="{(last - first) * CHARACTER:.0f}" height="{LINE - 2}" rx="3" '
                              f'fill-opacity="{dark:.2f}"/>')
-        line = "".join(letter if letter.isprintable() else " " for letter in text[start:end]).rstrip()
-        if line:  # its length is set, so that shades fit whatever the font
-            parts.append(f'<text class="{style}" x="{left:.0f}" y="{top + 16:.0f}" textLength='
-                         f'"{len(line) * CHARACTER:.0f}" lengthAdjust="spacingAndGlyphs">{html.escape(line)}</text>')
+        line = "".join(letter if letter.isprintable() else " " for letter in text[start:end])
+        for word in re.finditer(r"\S+", line):  # each has its place and length, so that shades fit whatever the font
+            parts.append(f'<text class="{style}" x="{left + word.start() * CHARACTER:.0f}" y="{top + 16:.0f}" '
+                         f'textLength="{len(word[0]) * CHARACTER:.0f}" lengthAdjust="spacingAndGlyphs">'
+                         f'{html.escape(word[0])}</text>')
         top += LINE
     return "".join(parts), top
 
