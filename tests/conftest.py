@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
 
+import train
 from twdpo import dist
 from twdpo.losses import LOSSES
 from twdpo.toy.grammar import toy_rows
@@ -91,7 +92,7 @@ def run_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_arguments(toy_model, run_pairs, run_cache):
     """Flags of a small run of train.py into a folder."""
     def make(output_dir, **flags) -> list[str]:
@@ -100,3 +101,25 @@ def run_arguments(toy_model, run_pairs, run_cache):
                  "eval_every": 3, "eval_fraction": 0.2, "save_every": 0, "output_dir": output_dir} | flags
         return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_run(run_arguments, tmp_path_factory) -> Path:
+    """The folder of a finished run with the flags of `run_arguments`, on a cache of its own. To be read only."""
+    folder = tmp_path_factory.mktemp("plain")
+    train.main(run_arguments(folder / "run", cache_dir=folder / "cache"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def toy_flags(run_cache) -> list[str]:
+    """Flags of the default run of the toy, cut to one step."""
+    return ["--cache-dir", str(run_cache), "--max-steps", "1", "--warmup-ratio", "0", "--save-every", "0"]
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_flags, tmp_path_factory) -> Path:
+    """The folder of that run. To be read only."""
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    train.main([*toy_flags, "--output-dir", str(folder)])
+    return folder

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from precision_of_tests import InDouble, assert_as_exact
+from processes_of_tests import run_and_die, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
@@ -22,7 +20,7 @@ from twdpo.pairs import load_dataset
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile, shard_paths, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent
+SMALL_SHARDS = {"twdpo.judge.extraction.PAIRS_PER_SHARD": 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +30,15 @@ def pairs_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(extraction, "PAIRS_PER_SHARD", 2)
+@pytest.fixture(autouse=True, scope="module")
+def small_shards():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in SMALL_SHARDS.items():
+            monkeypatch.setattr(name, value)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arguments(toy_model, pairs_file):
     def make(out, *extra) -> list[str]:
         return ["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "1,2",
@@ -45,17 +46,24 @@ def arguments(toy_model, pairs_file):
     return make
 
 
+@pytest.fixture(scope="module")
+def whole(arguments, small_shards, tmp_path_factory) -> Path:
+    """The weights file of `arguments` alone. To be read only."""
+    out = tmp_path_factory.mktemp("whole") / "w"
+    extract.main(arguments(out))
+    return out
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_stored_attention_is_that_of_the_whole_maps(tmp_path, arguments, toy_model, pairs_file):
-    extract.main(arguments(tmp_path / "w"))
+def test_stored_attention_is_that_of_the_whole_maps(whole, toy_model, pairs_file):
     model = AutoModelForCausalLM.from_pretrained(toy_model, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 512)
     for layer in (1, 2):
-        weights_file = WeightsFile(tmp_path / "w", str(layer))
+        weights_file = WeightsFile(whole, str(layer))
         for pair in load_dataset(str(pairs_file), "").train:
             judged = inputs.build(pair)
             for turn in (0, 1):
@@ -122,13 +130,13 @@ def test_the_forward_stops_after_the_last_wanted_layer(tmp_path, arguments, monk
     assert WeightsFile(tmp_path / "w").verdict_statistics([]) == {}
 
 
-def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, arguments, monkeypatch, pairs_file, capsys):
-    extract.main(arguments(tmp_path / "packed"))
+def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, arguments, monkeypatch, pairs_file, whole,
+                                                               capsys):
     monkeypatch.setattr(judge.JudgePass, "check_packing", lambda self: False)
     extract.main(arguments(tmp_path / "alone"))
     assert "judge inputs run one by one" in capsys.readouterr().out
     for pair in load_dataset(str(pairs_file), "").train:
-        np.testing.assert_allclose(WeightsFile(tmp_path / "packed")[pair.key][1].attention_LRJ,
+        np.testing.assert_allclose(WeightsFile(whole)[pair.key][1].attention_LRJ,
                                    WeightsFile(tmp_path / "alone")[pair.key][1].attention_LRJ, atol=1e-6)
 
 
@@ -173,8 +181,7 @@ def test_rotary_embeddings_that_adapt_do_not_remember(rope, tmp_path, arguments,
     assert exact_J.max() > 0.01  # far above what the bound lets pass
 
 
-def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, capsys):
-    extract.main(arguments(tmp_path / "whole"))
+def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, whole, capsys):
     written = []
 
     def dies_at_the_third(path, arrays):
@@ -191,21 +198,20 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monk
     extract.main(arguments(tmp_path / "killed"))
     assert "4 of 7 pairs stored" in capsys.readouterr().out
     after = {name: data for name, data in contents(tmp_path / "killed").items() if not name.endswith(".tmp")}
-    assert after == contents(tmp_path / "whole")
-    extract.main(arguments(tmp_path / "whole"))
+    assert after == contents(whole)
+    extract.main(arguments(tmp_path / "killed"))
     assert "nothing to extract" in capsys.readouterr().out
 
 
-def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, arguments, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_share_the_shards_and_write_the_same_bytes(tmp_path, arguments):
     """With shards of one judge: one process runs along while the other has work."""
-    monkeypatch.undo()  # shards of the real size, as the child processes have
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:140]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:5]))
     extract.main(arguments(tmp_path / "one", "--data", str(path)))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    "extract.py", *arguments(tmp_path / "two", "--data", str(path)), "--judge-sharding", "on"],
-                   cwd=ROOT, check=True, capture_output=True, timeout=200)
-    assert len(shard_paths(tmp_path / "two")) == 2
+    run_ranks("extract", arguments(tmp_path / "two", "--data", str(path), "--judge-sharding", "on"),
+              constants=SMALL_SHARDS)
+    assert len(shard_paths(tmp_path / "two")) == 3
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -243,22 +249,14 @@ def test_a_sharded_judge_gives_the_same_bytes(extra, tmp_path, arguments, monkey
     assert contents(tmp_path / "whole") == contents(tmp_path / "sharded")
 
 
-def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, arguments):
-    extract.main(arguments(tmp_path / "whole"))
-    number, out = 2, tmp_path / "killed"
-    program = ("import os, signal, sys; from twdpo import files; from twdpo.judge import extraction; import extract\n"
-               "extraction.PAIRS_PER_SHARD = 2\nreplace, calls = os.replace, []\n"
-               "def dies(source, target):\n"
-               "    calls.append(str(target).endswith('.safetensors'))\n"
-               f"    if sum(calls) == {number}: os.kill(os.getpid(), signal.SIGKILL)\n"
-               "    replace(source, target)\n"
-               "os.replace = dies\nextract.main(sys.argv[1:])")
-    child = subprocess.run([sys.executable, "-c", program, *arguments(out)], cwd=ROOT, capture_output=True,
-                           timeout=200)
-    assert child.returncode == -signal.SIGKILL and len(shard_paths(out)) == number - 1
+@pytest.mark.slow
+def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, arguments, whole):
+    out = tmp_path / "killed"
+    run_and_die("extract", arguments(out), "os.replace", 3, SMALL_SHARDS)  # after meta.json and one shard
+    assert len(shard_paths(out)) == 1 and list(out.glob(".shard*.tmp"))
     extract.main(arguments(out))
     left = {name: data for name, data in contents(out).items() if not name.startswith(".")}
-    assert left == contents(tmp_path / "whole")
+    assert left == contents(whole)
 
 
 @pytest.mark.parametrize("extra, word", [(["--judge-query", "verdict"], "query"), (["--layers", "2"], "layers"),
@@ -266,7 +264,8 @@ def test_a_sigkill_in_the_middle_of_a_write_resumes_to_the_same_bytes(tmp_path, 
                                          (["--judge-heads", "1"], "heads"), (["--model", "OTHER"], "model"),
                                          (["--judge-prompt", "PROMPT"], "judge_prompt"), (["--data", "OTHER"], "data"),
                                          (["--chat-template", "TEMPLATE"], "tokenizer")])
-def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, toy_model, capsys):
+def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_path, arguments, toy_model, whole,
+                                                             capsys):
     if extra[1:] == ["OTHER"] and extra[0] == "--model":
         shutil.copytree(toy_model, tmp_path / "model")
         model = AutoModelForCausalLM.from_pretrained(toy_model)
@@ -283,27 +282,24 @@ def test_another_extraction_is_refused_and_says_what_differs(extra, word, tmp_pa
         template = AutoTokenizer.from_pretrained(toy_model).chat_template
         (tmp_path / "template.jinja").write_text(template + " ")
         extra = ["--chat-template", str(tmp_path / "template.jinja")]
-    extract.main(arguments(tmp_path / "w"))
-    before = contents(tmp_path / "w")
+    shutil.copytree(whole, tmp_path / "w")
     with pytest.raises(SystemExit) as stopped:
         extract.main(arguments(tmp_path / "w", *extra))
     assert stopped.value.code == 2 and f"{word}: was" in capsys.readouterr().err
-    assert contents(tmp_path / "w") == before
+    assert contents(tmp_path / "w") == contents(whole)
 
 
-def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs_file):
-    extract.main(arguments(tmp_path / "prompt"))
+def test_the_verdict_token_as_query_reads_another_row(tmp_path, arguments, pairs_file, whole):
     extract.main(arguments(tmp_path / "verdict", "--judge-query", "verdict"))
     key = load_dataset(str(pairs_file), "").train[0].key
-    first, second = WeightsFile(tmp_path / "prompt")[key][0], WeightsFile(tmp_path / "verdict")[key][0]
+    first, second = WeightsFile(whole)[key][0], WeightsFile(tmp_path / "verdict")[key][0]
     assert not np.allclose(first.attention_LRJ, second.attention_LRJ, rtol=1e-3)
 
 
-def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file):
-    extract.main(arguments(tmp_path / "row"))
+def test_eager_gives_the_same_rows(tmp_path, arguments, pairs_file, whole):
     extract.main(arguments(tmp_path / "eager", "--judge-attention", "eager"))
     for pair in load_dataset(str(pairs_file), "").train:
-        for ours, theirs in zip(WeightsFile(tmp_path / "row")[pair.key], WeightsFile(tmp_path / "eager")[pair.key]):
+        for ours, theirs in zip(WeightsFile(whole)[pair.key], WeightsFile(tmp_path / "eager")[pair.key]):
             np.testing.assert_allclose(ours.attention_LRJ, theirs.attention_LRJ, atol=1e-6)
 
 
@@ -326,11 +322,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path, arguments, capsys):
     assert "neither empty nor a weights file" in capsys.readouterr().err
 
 
-def test_verdict_statistics_by_hand(tmp_path, arguments, pairs_file):
+def test_verdict_statistics_by_hand(whole):
     """Rounds of two pairs: A then A (the chosen one, then the rejected one: inconsistent, half right), and B then A
     (the rejected one twice: consistent, wrong). Consistency 1/2, agreement 1/4."""
-    extract.main(arguments(tmp_path / "w"))
-    weights_file = WeightsFile(tmp_path / "w")
+    weights_file = WeightsFile(whole)
     keys = list(weights_file._verdicts)[:2]
     weights_file._verdicts[keys[0]] = np.array([[-0.1, -3.0], [-0.1, -3.0]])
     weights_file._verdicts[keys[1]] = np.array([[-3.0, -0.1], [-0.1, -3.0]])

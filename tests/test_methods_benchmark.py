@@ -46,6 +46,7 @@ def tiny(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
     names = ["uniform", "attention_surprise", "tis", "cdpo", "oracle"]
     flags = ["--sources", ",".join(names), "--pairs", "8", "--seeds", "2", "--betas", "1,2"]

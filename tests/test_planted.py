@@ -1,5 +1,7 @@
 """What is known of the toy's answers, and the figures made of it, by hand."""
 
+import shutil
+
 import pytest
 import torch
 from runs_of_tests import read_rows
@@ -86,18 +88,17 @@ def last_evaluation(run_dir) -> tuple[dict, dict]:
     return first, last
 
 
-def test_evaluations_of_the_toy_know_its_kinds(tmp_path, run_cache):
+def test_evaluations_of_the_toy_know_its_kinds(tmp_path, toy_run, toy_flags):
     """Accuracies of tone and topic make up the whole; filler drifts; a page shows the judge's attention. The lift is
     that before the first token is reset, and of a loss without a reference too, whose batches hold none."""
-    flags = ["--cache-dir", str(run_cache), "--max-steps", "1", "--warmup-ratio", "0", "--save-every", "0"]
-    train.main([*flags, "--output-dir", str(tmp_path / "run")])
-    first, last = last_evaluation(tmp_path / "run")
+    first, last = last_evaluation(toy_run)
     assert (last["eval/reward_accuracy_tone"] + last["eval/reward_accuracy_topic"]) / 2 == pytest.approx(
         last["eval/reward_accuracy"])  # 64 pairs each
     assert first["eval/filler_drift"] == 0 < last["eval/filler_drift"]
     assert last["eval/planted_lift"] == first["eval/planted_lift"] > 2
-    assert (tmp_path / "run/weights/weights.html").exists()
-    flags += ["--weights", "attention_surprise"]
+    assert (toy_run / "weights/weights.html").exists()
+    shutil.copytree(toy_run, tmp_path / "run")
+    flags = [*toy_flags, "--weights", "attention_surprise"]
     train.main([*flags, "--output-dir", str(tmp_path / "run"), "--overwrite"])
     _, pinned = last_evaluation(tmp_path / "run")
     assert not (tmp_path / "run/weights").exists()  # it would be another source's

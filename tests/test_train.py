@@ -1,12 +1,9 @@
 """Whole runs of train.py on a handful of pairs: the same numbers however the work is split, killed or resumed."""
 
-import importlib
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from models_of_tests import MODELS_WITHOUT_THE_INTERFACE
+from processes_of_tests import run_and_die
 from runs_of_tests import MEASURED, assert_close_rows, read_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import extract
 import train
 from twdpo.config import TrainConfig
 from twdpo.toy.grammar import toy_rows
@@ -34,6 +33,7 @@ def pairs_file(run_pairs) -> Path:
     return run_pairs
 
 
+@pytest.mark.slow
 def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, arguments):
     """Three pairs a step on two processes, one giant pair among them, 8 steps. Gradient norms are compared as well:
     AdamW would hide a gradient that is averaged, or summed, over processes by mistake."""
@@ -79,79 +79,57 @@ def test_reducing_on_the_last_micro_batch_only_changes_nothing(tmp_path, argumen
     assert_close_rows(read_rows(tmp_path / "last"), read_rows(tmp_path / "every"))
 
 
-def run_and_die(argv: list[str], module: str, name: str, number: int) -> None:
-    """Run train.main in a process that SIGKILLs itself when `module.name` is called for the given time."""
-    context = multiprocessing.get_context("forkserver")  # a fork of this process could inherit held locks
-    context.set_forkserver_preload(["train"])
-    child = context.Process(target=run_until_call, args=(argv, module, name, number))
-    child.start()
-    child.join(timeout=120)
-    assert child.exitcode == -signal.SIGKILL
-
-
-def run_until_call(argv: list[str], module: str, name: str, number: int) -> None:
-    """In the child: replace a function by one that kills the process at its call of that number."""
-    owner = importlib.import_module(module)
-    original, calls = getattr(owner, name), []
-
-    def replacement(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(owner, name, replacement)
-    train.main(argv)
-
-
 KILLS = {
-    "first step": ("train", "train_step", 1),
-    "middle": ("train", "train_step", 4),
-    "before a save": ("train", "save_checkpoint", 2),
-    "during a save": ("twdpo.checkpoint", "sync_to_disk", 5),
-    "during best": ("train", "export_model", 2),
-    "at the end": ("train", "summarize", 1),
+    "first step": ("train.train_step", 1),
+    "middle": ("train.train_step", 4),
+    "before a save": ("train.save_checkpoint", 2),
+    "during a save": ("twdpo.checkpoint.sync_to_disk", 5),
+    "during best": ("train.export_model", 2),
+    "at the end": ("train.summarize", 1),
 }
+KILLED = {"save_every": 2, "eval_every": 2, "keep_last": 2, "max_steps": 6, "micro_batch_tokens": 200}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("uninterrupted") / "run"
+def uninterrupted(tmp_path_factory, run_arguments) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train.main(run_arguments(run_dir, **KILLED))
+    return run_dir
 
 
 @pytest.mark.parametrize("place", KILLS)
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_one_that_never_stopped(place, tmp_path, uninterrupted, arguments):
-    flags = {"save_every": 2, "eval_every": 2, "keep_last": 2, "max_steps": 6, "micro_batch_tokens": 200}
-    if not uninterrupted.exists():
-        train.main(arguments(uninterrupted, **flags))
-    base = uninterrupted
     run_dir = tmp_path / "run"
-    run_and_die(arguments(run_dir, **flags), *KILLS[place])
+    run_and_die("train", arguments(run_dir, **KILLED), *KILLS[place])
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # a line that the kill cut
-    train.main([*arguments(run_dir, **flags), "--resume"])
-    assert read_rows(run_dir) == read_rows(base)
+    train.main([*arguments(run_dir, **KILLED), "--resume"])
+    assert read_rows(run_dir) == read_rows(uninterrupted)
     for name in ("final", "best"):
-        assert (run_dir / name / "model.safetensors").read_bytes() == (base / name / "model.safetensors").read_bytes()
+        model = Path(name) / "model.safetensors"
+        assert (run_dir / model).read_bytes() == (uninterrupted / model).read_bytes()
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("*")) == ["step-0000004", "step-0000006"]
 
 
+@pytest.mark.slow
 def test_resume_without_the_cache_is_the_same_run(tmp_path, arguments):
     flags = {"save_every": 2, "micro_batch_tokens": 200}
     train.main(arguments(tmp_path / "whole", cache_dir=tmp_path / "other", **flags))
     cache = tmp_path / "cache"
-    run_and_die(arguments(tmp_path / "run", cache_dir=cache, **flags), *KILLS["middle"])
+    run_and_die("train", arguments(tmp_path / "run", cache_dir=cache, **flags), *KILLS["middle"])
     for path in cache.rglob("*.safetensors"):
         path.unlink()
     train.main([*arguments(tmp_path / "run", cache_dir=cache, **flags), "--resume"])
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
 
 
-def test_a_kill_during_the_reference_pass_loses_nothing(tmp_path, arguments):
-    train.main(arguments(tmp_path / "whole", cache_dir=tmp_path / "other"))
+@pytest.mark.slow
+def test_a_kill_during_the_reference_pass_loses_nothing(tmp_path, arguments, plain_run):
     argv = arguments(tmp_path / "run", cache_dir=tmp_path / "cache")
-    run_and_die(argv, "twdpo.logps", "write_cache", 2)  # the training pairs are cached, the held-out ones not
+    run_and_die("train", argv, "twdpo.logps.write_cache", 2)  # the training pairs are cached, the held-out ones not
     train.main([*argv, "--resume"])
-    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+    assert read_rows(tmp_path / "run") == read_rows(plain_run)
 
 
 def test_a_run_is_not_overwritten_or_resumed_by_accident(tmp_path, arguments, capsys):
@@ -193,16 +171,16 @@ def test_resume_refuses_other_pairs_under_the_same_name(tmp_path, arguments, pai
     fails([*argv, "--resume"], "since then the pairs (or their tokens), the token weights changed", capsys)
 
 
-def test_resume_from_an_earlier_checkpoint_gives_the_later_ones_up(tmp_path, arguments, capsys):
-    train.main(arguments(tmp_path / "whole"))
-    argv = arguments(tmp_path / "run", save_every=2, keep_last=0)
+@pytest.mark.slow
+def test_resume_from_an_earlier_checkpoint_gives_the_later_ones_up(tmp_path, arguments, plain_run):
+    argv = arguments(tmp_path / "run", save_every=2, keep_last=0, cache_dir=tmp_path / "cache")
     train.main(argv)
     checkpoints = tmp_path / "run/checkpoints"
     # It dies before its first save, and is resumed again: not from the step 6 of the branch that was given up.
-    run_and_die([*argv, "--resume", str(checkpoints / "step-0000002")], "twdpo.checkpoint", "state_tensors", 2)
+    run_and_die("train", [*argv, "--resume", str(checkpoints / "step-0000002")], "twdpo.checkpoint.state_tensors", 2)
     assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-0000002"]
     train.main([*argv, "--resume"])
-    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+    assert read_rows(tmp_path / "run") == read_rows(plain_run)
 
 
 def test_resume_may_ask_for_token_stats(tmp_path, arguments, capsys):
@@ -291,22 +269,26 @@ def test_uniform_twdpo_is_dpo(tmp_path, arguments):
     assert_close_rows(read_rows(tmp_path / "twdpo"), read_rows(tmp_path / "dpo"))
 
 
-def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs_file):
-    import extract
+def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs_file, plain_run):
     extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short",
                   "--out", str(tmp_path / "weights")])
     train.main(arguments(tmp_path / "folder", weights=tmp_path / "weights"))
-    train.main(arguments(tmp_path / "own"))
-    assert_close_rows(read_rows(tmp_path / "folder"), read_rows(tmp_path / "own"))  # judged in another order
+    assert_close_rows(read_rows(tmp_path / "folder"), read_rows(plain_run))  # judged in another order
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, toy_model, pairs_file) -> Path:
+    """A folder with rows.jsonl, an export, and the weights file w. To be read only."""
+    folder = tmp_path_factory.mktemp("exported")
+    extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "all",
+                  "--rollout", "--out", str(folder / "w"), "--export", str(folder / "rows.jsonl")])
+    return folder
 
 
 @pytest.mark.parametrize("layer", ["1", "1,2", "1+2", "rollout"])
-def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, toy_model, pairs_file, capsys):
-    import extract
-    extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short", "--layers", "all",
-                  "--rollout", "--out", str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
+def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, exported, capsys):
     for name in ("w", "rows.jsonl"):
-        train.main(arguments(tmp_path / f"run-{name}", weights=tmp_path / name, layer=layer, max_steps=2))
+        train.main(arguments(tmp_path / f"run-{name}", weights=exported / name, layer=layer, max_steps=2))
     assert_close_rows(read_rows(tmp_path / "run-w"), read_rows(tmp_path / "run-rows.jsonl"))
     train.main(arguments(tmp_path / "run-own", layer=layer, max_steps=2))  # extracted by train.py itself
     assert_close_rows(read_rows(tmp_path / "run-w"), read_rows(tmp_path / "run-own"))
@@ -398,7 +380,6 @@ def test_a_policy_that_would_look_ahead_is_refused(name, tmp_path, arguments, to
 def test_pairs_without_stored_weights_are_left_out_when_bad_rows_may_be(tmp_path, arguments, toy_model, pairs_file,
                                                                         capsys):
     """What extract.py skipped, train.py can skip: with the same flag, and counted."""
-    import extract
     few = tmp_path / "few.jsonl"
     few.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:12]))
     extract.main(["--model", str(toy_model), "--data", str(few), "--judge-prompt", "short", "--out",

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes_of_tests import run_ranks
 from runs_of_tests import assert_close_rows, read_rows
 
 import train
@@ -17,13 +16,12 @@ from twdpo.judge.judge import shards_judge
 from twdpo.models.build import build_on_meta
 from twdpo.models.source import open_model
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def read_samples(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_one_and_one_from_two(tmp_path, run_arguments):
     """Whole tensors of one process, two copies of the parameters (HSDP), and whole ones again: the same rows and
     samples as those of a run that never stopped. The two reduce gradients on the last micro-batch and compute layers
@@ -36,9 +34,7 @@ def test_two_processes_go_on_from_one_and_one_from_two(tmp_path, run_arguments):
         shutil.copytree(tmp_path / source, tmp_path / target)
         return [*run_arguments(tmp_path / target, **flags), "--resume",
                 str(tmp_path / target / f"checkpoints/step-{step:07}")]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                    *go_on("one", "two", 2), "--replicate", "2", "--no-sync", "--checkpointing", "full"],
-                   cwd=ROOT, check=True, capture_output=True, timeout=300)
+    run_ranks("train", [*go_on("one", "two", 2), "--replicate", "2", "--no-sync", "--checkpointing", "full"])
     train.main(go_on("two", "three", 4))
     for name in ("two", "three"):
         assert_close_rows(read_rows(tmp_path / name), read_rows(tmp_path / "one"))
@@ -84,6 +80,7 @@ LOSSES["odd"] = odd
     assert "2 steps; held out" in (tmp_path / "run/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch):
     """Traced and run by torch.compile's front half: the back half takes minutes on a CPU. Rows of many lengths, layers
     computed again, answers sampled in between: two graphs a layer, before and after its attention."""
@@ -124,12 +121,11 @@ def test_sampled_answers_are_what_the_exported_policy_writes(tmp_path, run_argum
     assert read_samples(tmp_path / "run") == samples
 
 
-def test_sampling_changes_no_figure_and_none_is_the_default(tmp_path, run_arguments):
-    train.main(run_arguments(tmp_path / "with", sample=1))
-    train.main(run_arguments(tmp_path / "without"))
-    assert read_rows(tmp_path / "with") == read_rows(tmp_path / "without")
-    assert not (tmp_path / "without/samples.jsonl").exists()
-    train.main([*run_arguments(tmp_path / "with"), "--overwrite"])
+def test_sampling_changes_no_figure_and_none_is_the_default(tmp_path, run_arguments, plain_run):
+    train.main(run_arguments(tmp_path / "with", sample=1, cache_dir=tmp_path / "cache"))
+    assert read_rows(tmp_path / "with") == read_rows(plain_run)
+    assert not (plain_run / "samples.jsonl").exists()
+    train.main([*run_arguments(tmp_path / "with", max_steps=1), "--overwrite"])
     assert not (tmp_path / "with/samples.jsonl").exists()
 
 

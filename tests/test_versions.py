@@ -14,7 +14,8 @@ def requirements() -> dict[str, Requirement]:
     """By name, as setup.py has them now: an editable install's metadata may be older."""
     (call,) = (node for node in ast.walk(ast.parse(SETUP.read_text(encoding="utf-8")))
                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup")
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
+             if keyword.arg in ("install_requires", "extras_require")}
     parsed = map(Requirement, [*given["install_requires"], *given["extras_require"]["dev"]])
     return {requirement.name: requirement for requirement in parsed}
 
