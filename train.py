@@ -254,7 +254,7 @@ def run_pairs(run: Run, batch: PairBatch, totals: Totals) -> tuple[torch.Tensor,
     """
     config, objective = run.config, run.objective
     outputs = forward(run.policy, batch, objective, run.context, config)
-    ratio_S, logps_N, batch, _ = outputs
+    ratio_S, logps_N, batch, *_ = outputs
     loss_P, extra = objective.loss(ratio_S, logps_N, batch, config)
     metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta, objective.has_reference)
     if config.token_stats:

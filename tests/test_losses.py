@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twdpo.config import InputError, TrainConfig
-from twdpo.losses import LOSSES, dpo, loss_needs, needs_reference
+from twdpo.losses import LOSSES, dpo, loss_needs
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, token_metrics
 from twdpo.plugins import bind_options, describe, options_of
 from twdpo.weights import WEIGHTS, normalize, source_needs
@@ -145,7 +145,7 @@ def bind(spelled: str):
 
 def batch_for(loss, norm: str = "none") -> Batch:
     batch = Batch(norm).double()
-    if not needs_reference(loss):
+    if "ref" not in loss_needs(loss):
         batch.ref_logps_N = torch.zeros_like(batch.ref_logps_N)
     return batch
 
@@ -205,7 +205,7 @@ def test_losses_are_finite_at_their_limits(spelled, size):
     """Equal answers, saturated margins, log-probs of 0 (p = 1)."""
     loss = bind(spelled)
     batch = batch_for(loss)
-    signs = [-1.0, -1.0, -2.0, -1.0] if not needs_reference(loss) else [1.0, -1.0, -1.0, 1.0]
+    signs = [-1.0, -1.0, -2.0, -1.0] if "ref" not in loss_needs(loss) else [1.0, -1.0, -1.0, 1.0]
     ratio_S = (size * torch.tensor(signs, dtype=torch.float32)).requires_grad_()
     batch.means = {"chosen": torch.tensor(size), "rejected": torch.tensor(-size)}
     loss_P, _ = loss(ratio_S, LOGPS, batch, TrainConfig(beta=B))

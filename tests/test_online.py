@@ -131,10 +131,53 @@ def test_the_entropy_moves_the_policy(toy_model, process, batch):
     assert (ours - expected).norm() <= 1e-3 * expected.norm() > 0
 
 
+SPREAD = """
+import torch
+from twdpo.losses import LOSSES, dpo
+
+def dpo_spread(ratio_S, logps_N, batch, config):
+    \"\"\"DPO, and the mean square of the hidden states of chosen answers.\"\"\"
+    loss_P, _ = dpo(ratio_S, logps_N, batch, config)
+    parts = batch.hidden_ND.float().square().mean(dim=-1).split(batch.seq_lens_S.tolist())
+    spread_P = torch.stack([part.mean() for part in parts[0::2]])
+    return loss_P + spread_P, {"spread": spread_P}
+
+dpo_spread.needs = ("ref", "hidden")
+LOSSES["dpo_spread"] = dpo_spread
+"""
+
+
+def test_a_loss_may_need_hidden_states_with_their_gradient(toy_model, process, batch):
+    """Against plain autograd, beside a source that knows nothing of them."""
+    exec(SPREAD, {})  # noqa: S102
+    policy, config = load_policy(toy_model, torch.float32, process).eval(), TrainConfig()
+    objective = bind_objective(LOSSES["dpo_spread"], WEIGHTS["uniform"], "uniform")
+    assert not objective.is_online
+    outputs = forward(policy, objective.weigh(batch, WeightContext(config)), objective, WeightContext(config), config)
+    _, metrics = objective.loss(outputs.ratio_S, outputs.logps_N, outputs.batch, config)
+    (ours,) = torch.autograd.grad(metrics["spread"].sum(), [policy.model.model.norm.weight])
+    model, spreads = AutoModelForCausalLM.from_pretrained(toy_model), []
+    for example in batch.examples:
+        ids = torch.tensor([*example.prompt_ids, *example.chosen.ids]).long()[None]
+        hidden_TD = model.model(ids).last_hidden_state[0, len(example.prompt_ids) - 1:-1]
+        spreads.append(hidden_TD.square().mean())
+    (expected,) = torch.autograd.grad(sum(spreads), [model.model.norm.weight])
+    assert (ours - expected).norm() <= 1e-3 * expected.norm() > 0
+
+
+def test_runs_of_a_loss_on_hidden_states_are_one_run(tmp_path, run_arguments):
+    (tmp_path / "spread.py").write_text(SPREAD)
+    for name, more in WAYS.items():
+        train.main([*run_arguments(tmp_path / name, max_steps=3, weights="decay", **more), "--import",
+                    str(tmp_path / "spread.py"), "--loss", "dpo_spread"])
+    for name in ("plain", "accumulated"):
+        assert_close_rows(read_rows(tmp_path / name), read_rows(tmp_path / "packed"))
+
+
 @pytest.mark.parametrize("code, message", [
     ("WEIGHTS['novelty'].needs = ('gradients',)", "'gradients' is none of scores, attention"),
     ("LOSSES['dpo_entropy'].terms = ('kl',)", "dpo_entropy.terms is ('kl',): it must be a tuple of entropy, top1"),
-    ("LOSSES['dpo_entropy'].needs = ('hidden',)", "a loss can need ref alone"),
+    ("LOSSES['dpo_entropy'].needs = ('attention',)", "dpo_entropy.needs is ('attention',): a loss can need "),
 ])
 def test_what_is_not_there_is_one_message(code, message, tmp_path, run_arguments, flags, capsys):
     (tmp_path / "more.py").write_text("from twdpo.losses import LOSSES\nfrom twdpo.weights import WEIGHTS\n" + code)

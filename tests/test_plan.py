@@ -151,7 +151,7 @@ def test_the_plan_of_the_papers_model_needs_no_network_and_starts_nothing(tmp_pa
     train.main(["--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--plan"])
     printed = capsys.readouterr().out
     assert "8.03 B parameters" in printed and all(name in printed for name in MACHINES)
-    assert "".join(f"    {line}\n" for line in printed.splitlines()) in (ROOT / "README.md").read_text()
+    assert "".join(f"    {line}\n" for line in printed.splitlines()) in (ROOT / "docs/train.md").read_text()
     assert not list(tmp_path.iterdir())
     (full,) = [line.split()[-3:] for line in printed.splitlines() if line.startswith("most tokens, --checkpointing fu")]
     assert len(full) == 3 and all(int(cell.replace(",", "")) >= 8192 for cell in full)

@@ -37,7 +37,7 @@ class PairBatch:
     averaged: bool = False  # whether ratios are means over tokens already, by their weights
     means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [N] each, for losses that have `terms`
-    hidden_ND: torch.Tensor | None = None  # what predicts the response tokens, without gradient, for online sources
+    hidden_ND: torch.Tensor | None = None  # what predicts the response tokens; of a source without gradient
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +60,7 @@ class Outputs(NamedTuple):
     logps_N: torch.Tensor
     batch: PairBatch  # with the weights that were used
     terms: dict[str, torch.Tensor]  # what the op was asked for beside log-probs, [N] each
+    hidden_ND: torch.Tensor | None = None  # with gradient, when they were asked for
 
 
 def plan_micro_batches(pairs: list[int], examples: list[Example], world_size: int, rows: RowOptions

@@ -5,7 +5,9 @@ tensors to log beside the usual ones. To add one, write the function and its lin
 to --import). Keyword-only parameters are its options (--loss-options NAME=VALUE). Attributes, all optional:
     default_source  the weight source it uses when --weights is empty ("uniform")
     norm            overrides the source's normalisation (twdpo.weights.normalize)
-    needs           ("ref",) by default; () skips the reference pass, and batch.ref_logps_N is 0
+    needs           ("ref",) by default; () skips the reference pass, and batch.ref_logps_N is 0; "hidden" gives
+                    batch.hidden_ND, which predict the response tokens, with gradient
+    terms           of the fused op (twdpo.logratio.TERMS), given as batch.terms[name], [N] each
     statistics      function(ratio_S, logps_N, batch) -> dict of [P] tensors: the loop runs the global batch once more,
                     without gradient, before the step, and batch.means holds their means over all of its pairs
     settings        {preset: {field of TrainConfig: value}}, "" for every preset: defaults of its paper
@@ -393,8 +395,3 @@ LOSSES = {
 def loss_needs(loss) -> tuple[str, ...]:
     """What a loss needs beside the policy's log-probs."""
     return getattr(loss, "needs", ("ref",))
-
-
-def needs_reference(loss) -> bool:
-    """Whether a loss reads reference log-probs."""
-    return "ref" in loss_needs(loss)

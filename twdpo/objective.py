@@ -17,9 +17,19 @@ from twdpo.dist import Process
 from twdpo.logratio import TERMS
 from twdpo.losses import LOSSES, loss_needs
 from twdpo.plugins import bind_options, describe, import_files, inherit_attributes, merge_options, name_of
-from twdpo.weights import NORMS, WEIGHTS, WeightContext, find_source, judged_lengths, normalize, source_needs
+from twdpo.weights import (
+    NORMS,
+    ONLINE_NEEDS,
+    WEIGHTS,
+    WeightContext,
+    find_source,
+    judged_lengths,
+    normalize,
+    source_needs,
+)
 
 TOKEN_STATS = ("entropy", "top1")  # terms of --token-stats
+LOSS_NEEDS = {"ref", "hidden"}  # of twdpo.inputs.NEEDS; the others are for sources
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,8 @@ class Objective:
 
     @property
     def is_online(self) -> bool:
-        """Whether weights are made inside the policy's forward, from its hidden states."""
-        return "hidden" in self.needs
+        """Whether weights are made inside the policy's forward, from what is there alone."""
+        return bool(ONLINE_NEEDS & set(source_needs(self.source)))
 
     def weigh(self, batch: PairBatch, context: WeightContext) -> PairBatch:
         """The batch with weights_N and scale_S of the source, normalised as `norm` says. Raises InputError."""
@@ -90,12 +100,12 @@ class Objective:
 def forward(policy, batch: PairBatch, objective: Objective, context: WeightContext, config: TrainConfig) -> Outputs:
     """The policy on a micro-batch, with all that the objective asks of it: training and evaluation call it here alone.
 
-    The outputs' batch holds the weights that were used and the terms. All ranks.
+    The outputs' batch holds the weights that were used, and the terms and hidden states that the loss needs. All ranks.
     """
     weigh = partial(objective.weigh, context=context) if objective.is_online else None
     wanted = objective.terms + TOKEN_STATS * config.token_stats
-    outputs = policy(batch, weigh, tuple(dict.fromkeys(wanted)))
-    return outputs._replace(batch=replace(outputs.batch, terms=outputs.terms))
+    outputs = policy(batch, weigh, tuple(dict.fromkeys(wanted)), "hidden" in loss_needs(objective.loss))
+    return outputs._replace(batch=replace(outputs.batch, terms=outputs.terms, hidden_ND=outputs.hidden_ND))
 
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
@@ -144,9 +154,9 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
             raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of names")
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{name_of(what)}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
-    if not set(loss_needs(loss)) <= {"ref"}:
-        raise InputError(f"{name_of(loss)}.needs is {loss_needs(loss)!r}: a loss can need ref alone (what the op can "
-                         f"give beside log-probs it names in `terms`, of {', '.join(TERMS)})")
+    if not set(loss_needs(loss)) <= LOSS_NEEDS:
+        raise InputError(f"{name_of(loss)}.needs is {loss_needs(loss)!r}: a loss can need {', '.join(LOSS_NEEDS)} "
+                         f"(what the op can give beside log-probs it names in `terms`, of {', '.join(TERMS)})")
     terms = getattr(loss, "terms", ())
     if not isinstance(terms, (tuple, list)) or not set(terms) <= set(TERMS):
         raise InputError(f"{name_of(loss)}.terms is {terms!r}: it must be a tuple of {', '.join(TERMS)}")
@@ -163,7 +173,7 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
                             chosen_tokens=2, averaged=config.length_normalize or objective.norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
-                            terms=dict.fromkeys(objective.terms, torch.ones(4)))
+                            terms=dict.fromkeys(objective.terms, torch.ones(4)), hidden_ND=torch.ones(4, 8))
     try:
         result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:

@@ -30,7 +30,7 @@ class Pair:
 
     @cached_property
     def key(self) -> int:
-        """64-bit content key: the same pair in another file or order keeps its cached attention."""
+        """64-bit content key, which names the pair in weights files and caches."""
         return hash_to_int64([self.messages, self.chosen, self.rejected])
 
     def to_row(self) -> dict[str, object]:

@@ -29,6 +29,7 @@ from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
+ONLINE_NEEDS = {"hidden"}  # what there is inside the policy's forward alone: sources that need it are called there
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
 

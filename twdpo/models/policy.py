@@ -31,11 +31,11 @@ class Policy(torch.nn.Module):
         self.options = head_options(model.config)
 
     def forward(self, batch: PairBatch, weigh: Callable[[PairBatch], PairBatch] | None = None,
-                terms: tuple[str, ...] = ()) -> Outputs:
+                terms: tuple[str, ...] = (), with_hidden: bool = False) -> Outputs:
         """Log-probs and weighted log-ratios of a batch. Only response tokens reach the head.
 
         weigh: gives the batch the weights of an online source, which reads batch.hidden_ND. terms: of the fused op
-        (twdpo.logratio.TERMS).
+        (twdpo.logratio.TERMS). with_hidden: the outputs hold the hidden states too.
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
         hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
@@ -44,7 +44,7 @@ class Policy(torch.nn.Module):
         ratio_S, logps_N, found = weighted_logratio(
             hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
             batch.scale_S, getattr(head, "bias", None), self.options, terms)
-        return Outputs(ratio_S, logps_N, batch, found)
+        return Outputs(ratio_S, logps_N, batch, found, hidden_ND if with_hidden else None)
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""

@@ -79,7 +79,7 @@ def filler_drift(logps_N: torch.Tensor, ref_logps_N: torch.Tensor, batch) -> tor
 def add_planted(totals: Totals, outputs: Outputs, has_reference: bool, with_lift: bool = False) -> None:
     """Add to an evaluation's totals: accuracy by kind of preference, drift on filler (with a reference), and if asked
     for the lift of the weights that were used."""
-    ratio_S, logps_N, batch, _ = outputs
+    ratio_S, logps_N, batch, *_ = outputs
     accuracy_P = pair_metrics(torch.zeros_like(batch.coefficient_P), {}, ratio_S, logps_N, batch, 1.0, has_reference
                               )["reward_accuracy"]
     for kind in KINDS:
