@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models and tokenizers made on the spot, and the optional real data beside the checkout."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
 import train
 from twdpo import dist
 from twdpo.losses import LOSSES
+from twdpo.models.source import load_tokenizer
 from twdpo.toy.grammar import toy_rows
 from twdpo.toy.train import build_toy_model
 from twdpo.weights import WEIGHTS
@@ -59,6 +61,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared data are not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(shared):
+    """Name -> real tokenizer, read once."""
+    return functools.cache(lambda name: load_tokenizer(shared / "tokenizers" / name, ""))
 
 
 @pytest.fixture

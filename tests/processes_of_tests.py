@@ -33,8 +33,12 @@ def run_ranks(script: str, argv: list[str], count: int = 2, constants: dict[str,
         codes = [running.pop(sentinel).exitcode for sentinel in ended]
         if not ended or any(codes):
             for child in children:
+                child.join(5)  # what fails first may not be heard of first
                 child.kill()
-            raise AssertionError(f"exit codes {codes}\n{'' if errors.empty() else errors.get()}")
+            texts = []
+            while not errors.empty():
+                texts.append(errors.get())
+            raise AssertionError("\n".join([f"exit codes {codes}", *texts]))
 
 
 def run_rank(script: str, argv: list[str], place: dict, constants: dict, errors) -> None:
@@ -44,7 +48,7 @@ def run_rank(script: str, argv: list[str], place: dict, constants: dict, errors)
     try:
         importlib.import_module(script).main(argv)
     except BaseException:
-        errors.put(traceback.format_exc())
+        errors.put(f"rank {place['RANK']}: {traceback.format_exc()}")
         raise
 
 

@@ -5,7 +5,6 @@ import pytest
 from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiece_like
 
 from twdpo.chat import special_ids, tokenize_pairs
-from twdpo.models.source import load_tokenizer
 from twdpo.pairs import Pair, load_dataset, parse_row
 
 
@@ -24,9 +23,10 @@ def only_example(tokenizer, given: Pair, **limits):
     return example, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "mistral-v1", "minimind"])
-def test_real_pairs_are_tokenised_as_the_template_does(shared, name):
-    tokenizer = load_tokenizer(shared / "tokenizers" / name, "")
+def test_real_pairs_are_tokenised_as_the_template_does(shared, real_tokenizer, name):
+    tokenizer = real_tokenizer(name)
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::4]
     examples, bad, counts = tokenize(tokenizer, *pairs, max_length=100_000, max_prompt_length=50_000)
     assert len(examples) == len(pairs) and not bad

@@ -182,7 +182,7 @@ def columns_of_the_authors(model, tokenizer, row: dict, before: int, end_text: s
             question = tokenizer.decode(tokenizer.encode(question, add_special_tokens=False)[-room:])
             ids = spell(question, {side: tokenizer.decode(each) for side, each in cut.items()})
         with torch.no_grad():
-            output = model(torch.tensor([ids]), output_attentions=True)
+            output = model(torch.tensor([ids]), output_attentions=True, logits_to_keep=1)
         last[f"{name}_last_token"] = tokenizer.decode([int(output.logits[0, -1].argmax())])
         maps = {str(layer): each[0].mean(dim=0) for layer, each in enumerate(output.attentions)}
         residual = [0.5 * each + 0.5 * torch.eye(len(ids)) for each in maps.values()]
@@ -259,6 +259,7 @@ def test_the_preset_authors_equals_their_extraction_by_the_rule_of_gemma(tmp_pat
     compare_with_the_authors(directory, rows, tmp_path, 0, "\n<|The End of Answer X|>", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, rule", [("llama3", (3, "|The End of Answer X|", 0)),
                                         ("mistral-v1", (2, "\n<|The End of Answer X|>", 1))])
 def test_the_preset_authors_equals_their_extraction_on_real_pairs(name, rule, shared, tmp_path):

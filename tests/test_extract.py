@@ -78,6 +78,7 @@ def test_stored_attention_is_that_of_the_whole_maps(whole, toy_model, pairs_file
                     assert answer.spans_J2.min() == 0 and answer.spans_J2.max() == len(text)
 
 
+@pytest.mark.slow
 def test_layers_heads_and_rollout_of_one_pass_are_those_of_passes_of_their_own(tmp_path, arguments, pairs_file):
     extract.main(arguments(tmp_path / "all", "--rollout"))
     extract.main(arguments(tmp_path / "first", "--layers", "1"))
@@ -140,6 +141,7 @@ def test_a_model_that_packing_changes_is_judged_input_by_input(tmp_path, argumen
                                    WeightsFile(tmp_path / "alone")[pair.key][1].attention_LRJ, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", [
     {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 100,

@@ -8,7 +8,6 @@ from twdpo.align import align
 from twdpo.chat import special_ids, tokenize_pairs
 from twdpo.config import InputError
 from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs, load_judge_prompt, show_question, verdict_ids
-from twdpo.models.source import load_tokenizer
 from twdpo.pairs import Pair, load_dataset
 
 UNLIMITED = 1 << 30
@@ -35,9 +34,10 @@ def check_rounds(tokenizer, given: Pair, judged) -> None:
         assert tokenizer.decode(judged.ids[side], clean_up_tokenization_spaces=False).strip() == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "mistral-v1", "minimind"])
-def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(shared, name):
-    tokenizer = load_tokenizer(shared / "tokenizers" / name, "")
+def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(shared, real_tokenizer, name):
+    tokenizer = real_tokenizer(name)
     inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], UNLIMITED)
     exact = straddling = 0
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::4]
@@ -54,10 +54,10 @@ def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(sh
     assert exact + straddling == 2 * len(pairs) and exact > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge, policy", [("llama3", "llama3"), ("mistral-v1", "llama3"), ("llama3", "minimind")])
-def test_aligned_weights_of_real_pairs_conserve_mass_and_equal_tokens_copy(shared, judge, policy):
-    judge_tokenizer = load_tokenizer(shared / "tokenizers" / judge, "")
-    policy_tokenizer = load_tokenizer(shared / "tokenizers" / policy, "")
+def test_aligned_weights_of_real_pairs_conserve_mass_and_equal_tokens_copy(shared, real_tokenizer, judge, policy):
+    judge_tokenizer, policy_tokenizer = real_tokenizer(judge), real_tokenizer(policy)
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::5]
     inputs = JudgeInputs(judge_tokenizer, JUDGE_PROMPTS["short"], UNLIMITED)
     examples, _, _ = tokenize_pairs(policy_tokenizer, pairs, 100_000, 50_000)

@@ -36,6 +36,8 @@ def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
 
 
 triton_op_large_tiles = partial(triton_op, tiles=kernel.Tiles(64, 128, 64, 8, 1))
+# A larger case in fewer programs, each of which the interpreter takes its time for: still several tiles each way.
+triton_op_deep_tiles = partial(triton_op, tiles=kernel.Tiles(16, 64, 64, 4, 1, group_n=2))
 triton_op_many_waves = partial(triton_op, wave_mib=1e-6)  # one tile a wave
 triton_op_descriptors = partial(triton_op, tiles=kernel.Tiles(16, 32, 16, 4, 1, descriptors=True))
 IMPLEMENTATIONS = pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op], ids=["chunked", "triton"])
@@ -228,7 +230,7 @@ def test_huge_logits_and_sure_tokens_stay_finite_and_right(op):
     assert_equal_to_specification(op, given)
 
 
-@IMPLEMENTATIONS
+@pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op_deep_tiles], ids=["chunked", "triton"])
 @pytest.mark.parametrize("top", [8, 50, 1e4])
 def test_sure_tokens_are_as_exact_as_torch(op, top, monkeypatch):
     """p = 0.99 at any size of the logits: a log-sum-exp rounded to one number would be off by its last bit."""
@@ -406,6 +408,7 @@ def ways(*more):
     return pytest.mark.parametrize("op, columns", [*WAYS, *more], indirect=["columns"])
 
 
+@pytest.mark.slow
 @interpreted
 @ways(pytest.param(weighted_logratio_spec, None, id="spec"))
 @pytest.mark.parametrize("alone", [True, False])
@@ -446,7 +449,8 @@ def test_entropy_errors_are_those_of_torch(op, columns, dtype, options):
         assert error <= 4 * allowed + 1e-6 * exact[name].norm(), name
 
 
-@ways()
+@pytest.mark.parametrize("op, columns", [*WAYS[:2], pytest.param(triton_op_deep_tiles, None, id="triton")],
+                         indirect=["columns"])
 @pytest.mark.parametrize("top", [20, 1e4])
 def test_the_entropy_gradient_of_sure_tokens_is_exact(op, columns, top):
     """p = 1 - 1e-6, and 1: each entry is right in itself, where plain fp32 autograd keeps but two digits."""

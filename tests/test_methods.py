@@ -81,6 +81,7 @@ def test_cdpo_by_hand():
     assert weights("cdpo", contrast=log_share) == pytest.approx([1, 1, 1, 0.75, 0, 1, 0.1, 1, 0.5, 0.9], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_with_uniform_and_decay(loss, tmp_path, run_arguments):
     """The loss of all pairs falls with both sources."""
@@ -153,6 +154,7 @@ def test_a_loss_brings_its_own_beta_and_flags_override_it(tmp_path, run_argument
     assert LOSSES["simpo"].settings["tuned-base"]["beta"] == 2.0
 
 
+@pytest.mark.slow
 def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_model, capsys):
     """Equal models: importance 1 everywhere, which is DPO; the second model defaults to the policy's start."""
     flags = {"loss": "dpo", "max_steps": 2}
@@ -162,6 +164,7 @@ def test_one_model_against_itself_is_no_contrast(tmp_path, run_arguments, toy_mo
     train.main(run_arguments(tmp_path / "sepo", loss="simpo", weights="sepo", aux_model=toy_model))
 
 
+@pytest.mark.slow
 def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_arguments, toy_model, monkeypatch):
     """Against full logits of both models, on the tokens of a run, and again from the cache."""
     other = AutoModelForCausalLM.from_pretrained(toy_model)

@@ -88,6 +88,7 @@ def last_evaluation(run_dir) -> tuple[dict, dict]:
     return first, last
 
 
+@pytest.mark.slow
 def test_evaluations_of_the_toy_know_its_kinds(tmp_path, toy_run, toy_flags):
     """Accuracies of tone and topic make up the whole; filler drifts; a page shows the judge's attention. The lift is
     that before the first token is reset, and of a loss without a reference too, whose batches hold none."""

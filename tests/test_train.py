@@ -97,8 +97,8 @@ def uninterrupted(tmp_path_factory, run_arguments) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("place", KILLS)
 @pytest.mark.slow
+@pytest.mark.parametrize("place", KILLS)
 def test_killed_and_resumed_run_equals_one_that_never_stopped(place, tmp_path, uninterrupted, arguments):
     run_dir = tmp_path / "run"
     run_and_die("train", arguments(run_dir, **KILLED), *KILLS[place])
@@ -198,6 +198,7 @@ def test_resume_of_a_damaged_run_is_one_message(file, text, message, tmp_path, a
     fails([*argv, "--resume"], message, capsys)
 
 
+@pytest.mark.slow
 def test_a_cache_that_a_kill_or_a_disk_damaged_is_mended(tmp_path, arguments, capsys):
     argv = arguments(tmp_path / "run", cache_dir=tmp_path / "cache", max_steps=2)
     train.main(argv)
@@ -252,6 +253,7 @@ def test_token_stats_are_logged_and_change_nothing(tmp_path, arguments, toy_mode
         assert {name: value for name, value in row.items() if "token_" not in name} == other
 
 
+@pytest.mark.slow
 def test_extraction_is_reused_until_a_judge_setting_changes(tmp_path, arguments, capsys):
     own_cache = tmp_path / "cache"
     outputs = []
@@ -269,6 +271,7 @@ def test_uniform_twdpo_is_dpo(tmp_path, arguments):
     assert_close_rows(read_rows(tmp_path / "twdpo"), read_rows(tmp_path / "dpo"))
 
 
+@pytest.mark.slow
 def test_weights_folder_of_extract_is_used(tmp_path, arguments, toy_model, pairs_file, plain_run):
     extract.main(["--model", str(toy_model), "--data", str(pairs_file), "--judge-prompt", "short",
                   "--out", str(tmp_path / "weights")])
@@ -285,6 +288,7 @@ def exported(tmp_path_factory, toy_model, pairs_file) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["1", "1,2", "1+2", "rollout"])
 def test_exported_columns_train_like_the_folder(layer, tmp_path, arguments, exported, capsys):
     for name in ("w", "rows.jsonl"):

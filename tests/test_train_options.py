@@ -57,8 +57,9 @@ def test_copies_that_do_not_divide_the_processes_are_refused():
 @pytest.mark.parametrize("extra, message", [
     (("--replicate", "2"), "--replicate is 2: 1 processes"), (("--lr", "inf"), "--lr is inf"),
 ])
-def test_what_can_t_be_done_is_refused_before_an_old_run_is_touched(extra, message, tmp_path, run_arguments, capsys):
-    train.main(run_arguments(tmp_path / "run", max_steps=1, sample=1))
+def test_what_can_t_be_done_is_refused_before_an_old_run_is_touched(extra, message, tmp_path, run_arguments, plain_run,
+                                                                          capsys):
+    shutil.copytree(plain_run, tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", max_steps=1), "--overwrite", *extra])
@@ -90,6 +91,7 @@ def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch)
         graphs.append(graph)
         return graph.forward
     compile = torch.nn.Module.compile
+    monkeypatch.setattr(train, "SAMPLED_TOKENS", 16)
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **options: compile(self, backend=backend, **options))
     flags = {"checkpointing": "selective", "sample": 1, "micro_batch_tokens": 300, "max_steps": 2,
@@ -103,6 +105,7 @@ def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch)
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_what_the_exported_policy_writes(tmp_path, run_arguments):
     """After the last step, greedily; a resumed run's file is that of one that never stopped."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,6 +124,7 @@ def test_sampled_answers_are_what_the_exported_policy_writes(tmp_path, run_argum
     assert read_samples(tmp_path / "run") == samples
 
 
+@pytest.mark.slow
 def test_sampling_changes_no_figure_and_none_is_the_default(tmp_path, run_arguments, plain_run):
     train.main(run_arguments(tmp_path / "with", sample=1, cache_dir=tmp_path / "cache"))
     assert read_rows(tmp_path / "with") == read_rows(plain_run)
