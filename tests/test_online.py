@@ -1,12 +1,11 @@
 """A source on hidden states, and a loss on the entropy, from files outside the package (those of docs/methods.md)."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes_of_tests import run_ranks
 from runs_of_tests import assert_close_rows, read_rows
 from transformers import AutoModelForCausalLM
 
@@ -54,9 +53,7 @@ def test_ten_steps_on_two_processes_are_those_of_one(tmp_path, run_arguments, fl
     """With recomputation, so that hidden states are those of the forward and not of the second one."""
     arguments = {"max_steps": 10, "eval_every": 9, "micro_batch_tokens": 250, "checkpointing": "full"}
     train.main([*run_arguments(tmp_path / "one", **arguments), *flags])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                    *run_arguments(tmp_path / "two", **arguments), *flags], cwd=ROOT, check=True, capture_output=True,
-                   timeout=300)
+    run_ranks("train", [*run_arguments(tmp_path / "two", **arguments), *flags])
     assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS, BENCHMARKS = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("methods", "benchmarks"))
@@ -216,6 +218,7 @@ def test_figures_of_the_training_step_are_those_of_the_committed_run():
     assert f"a training step is {trl['ours_faster']:.1f} times as fast as TRL's" in README
 
 
+@pytest.mark.slow
 def test_no_package_is_called_kernels():
     """transformers looks for a top-level package of that name and would import ours."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
