@@ -20,7 +20,7 @@ from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.chat import Example
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import TrainConfig, parse_config, to_json
-from twdpo.dist import Process, check_copies, clip_gradients, pick_dtype, run_script
+from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
 from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
@@ -136,7 +136,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     checkpointing, budget = settle_memory(config, model.config, dtype, process)
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
     config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,
-                     checkpointing=checkpointing, micro_batch_tokens=budget, dtype=str(dtype).removeprefix("torch."))
+                     checkpointing=checkpointing, micro_batch_tokens=budget, dtype=name_of_dtype(dtype))
     wandb_runs: list = []  # one on the first process, none elsewhere
     process.on_main(lambda: wandb_runs.append(start_wandb(config, folder)))
     for need in needs:
@@ -168,11 +168,11 @@ def prepare(config: TrainConfig, process: Process) -> Run:
 
 def describe_start(config: TrainConfig, objective: Objective, folder: Path, dtype: torch.dtype, process: Process
                    ) -> None:
-    """The first line of a run."""
+    """A line that says what starts."""
     options = f" ({config.loss_options})" if config.loss_options else ""
     process.print(f"preset {config.preset}; loss {config.loss}{options}, weights {objective.source_name}, beta "
                   f"{config.beta}; {process.world_size} process(es) on {process.device.type}, compute "
-                  f"{str(dtype).removeprefix('torch.')}; output in {folder}")
+                  f"{name_of_dtype(dtype)}; output in {folder}")
 
 
 def settle(config: TrainConfig, needs: list[Need], rows: RowOptions) -> TrainConfig:

@@ -46,16 +46,17 @@ def test_the_toy_is_named(tmp_path, run_cache):
     assert (config["model"], config["data"], config["preset"], config["beta"]) == ("toy", "toy", "toy", 0.3)
 
 
-def test_a_resume_takes_over_what_the_run_settled(tmp_path, run_arguments, capsys):
+@pytest.mark.parametrize("layer, other", [("last", "1"), ("all", "2"), ("1, 2", "1+2")])
+def test_a_resume_takes_over_what_the_run_settled(layer, other, tmp_path, run_arguments, capsys):
     """The command of the start goes on; another value that is named is refused."""
-    argv = run_arguments(tmp_path / "run", save_every=2, max_steps=4)
+    argv = run_arguments(tmp_path / "run", save_every=2, max_steps=4, layer=layer)
     train.main(argv)
     rows = read_rows(tmp_path / "run")
     train.main([*argv, "--resume"])
     assert read_rows(tmp_path / "run") == rows
     with pytest.raises(SystemExit):
-        train.main([*argv, "--resume", "--layer", "1"])
-    assert "--layer: was '2', is '1'" in capsys.readouterr().err
+        train.main([*argv, "--resume", "--layer", other])
+    assert f"--layer: was '{stored(tmp_path / 'run')['layer']}', is '{other}'" in capsys.readouterr().err
 
 
 @pytest.fixture

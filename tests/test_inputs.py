@@ -1,16 +1,19 @@
 """What a run needs is found once: each model is opened and hashed once, each need checked before weights are loaded."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+import extract
 import train
 from twdpo import inputs
 from twdpo.config import TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.models import policy, source
 from twdpo.objective import bind_objective
+from twdpo.toy.grammar import toy_rows
 from twdpo.weights import WEIGHTS
 
 
@@ -62,3 +65,23 @@ def test_needs_of_loss_and_source_are_united_in_the_order_they_are_made(process)
     assert open_names("simpo", "attention_surprise") == [inputs.Attention, inputs.Reference]
     assert open_names("dpo", "tis") == [inputs.Auxiliary, inputs.Reference]
     assert open_names("simpo", "verbalized") == [inputs.Scores]
+
+
+def test_a_held_out_row_that_is_left_out_takes_no_training_row_with_it(tmp_path, run_cache, capsys):
+    """The toy's rows of both splits have the same numbers."""
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0]))
+    extract.main(["--model", "toy", "--data", str(path), "--judge-prompt", "short", "--out", str(tmp_path / "w")])
+    train.main(["--weights", str(tmp_path / "w"), "--skip-bad-rows", "--max-steps", "1", "--cache-dir", str(run_cache),
+                "--output-dir", str(tmp_path / "run")])
+    assert "512 pairs to train on, 0 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["tis", "attention", "uniform"])
+def test_no_row_that_is_left_is_one_message(source, tmp_path, run_arguments, toy_model, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"prompt": "", "chosen": "a", "rejected": "b"}) + "\n")
+    aux = {"aux_model": toy_model} if source == "tis" else {}
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*run_arguments(tmp_path / "run", data=path, weights=source, loss="dpo", **aux), "--skip-bad-rows"])
+    assert stopped.value.code == 2 and "1 of 1 rows can't be used" in capsys.readouterr().err

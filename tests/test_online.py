@@ -172,6 +172,11 @@ def test_runs_of_a_loss_on_hidden_states_are_one_run(tmp_path, run_arguments):
 
 
 @pytest.mark.parametrize("code, message", [
+    ("WEIGHTS['novelty'] = lambda batch, context: [1.0]", "gives a list: it must be a tensor"),
+    ("WEIGHTS['novelty'] = lambda batch, context: batch.weights_N[:, None]", "weights of shape"),
+    ("WEIGHTS['novelty'] = lambda batch, context: batch.weights_N.sum()", "weights of shape ()"),
+    ("WEIGHTS['novelty'] = lambda batch, context: batch.weights_N * 1j", "gives a torch.complex64"),
+    ("LOSSES['dpo_entropy'] = lambda ratio_S, *_: (ratio_S[::2], {'mean': 0.0})", "returns something else than"),
     ("WEIGHTS['novelty'].needs = ('gradients',)", "'gradients' is none of scores, attention"),
     ("LOSSES['dpo_entropy'].terms = ('kl',)", "dpo_entropy.terms is ('kl',): it must be a tuple of entropy, top1"),
     ("LOSSES['dpo_entropy'].needs = ('attention',)", "dpo_entropy.needs is ('attention',): a loss can need "),

@@ -29,7 +29,7 @@ def flag(default, group: str, help: str, **metadata):
     """A field with its place and line in `--help`; its type gives the choices.
 
     metadata: `name` overrides the flag's name, `free` lets a resume change it, `alone` is the value of the bare flag.
-    Of a `settled` one the default leaves it to the run, and config.json holds what the run found.
+    Of a `settled` one these values leave it to the run, and config.json holds what the run found.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
@@ -50,13 +50,13 @@ class SharedConfig:
     cache_dir: str = flag("", "data", "of its passes; empty: twdpo/ in $XDG_CACHE_HOME or ~/.cache", free=True)
 
     judge_prompt: str = flag("paper", "judge", "paper, authors, short, or file with {question}, {answer_a}, {answer_b}")
-    judge_max_length: int = flag(0, "judge", "tokens of an input; longer are cut; 0: its context", settled=True)
+    judge_max_length: int = flag(0, "judge", "tokens of an input; longer are cut; 0: its context", settled=(0,))
     judge_query: Literal["prompt", "verdict"] = flag(
         "prompt", "judge", "who attends: the prompt's last token, or its verdict (2 forwards)")
     judge_heads: str = flag("mean", "judge", "mean of all heads, or of these: 1-based, separated by commas")
     judge_attention: Literal["row", "eager"] = flag(
         "row", "judge", "one fp32 row beside SDPA, or whole maps, as a check")
-    judge_dtype: Dtype = flag("auto", "judge", "auto: bfloat16 on CUDA, float32 on CPU", settled=True)
+    judge_dtype: Dtype = flag("auto", "judge", "auto: bfloat16 on CUDA, float32 on CPU", settled=("auto",))
     judge_batch_tokens: int = flag(0, "judge", "most tokens in a batch; 0: 8192 on CPU, 32768 on CUDA", free=True)
     judge_sharding: Switch = flag("auto", "judge", "FSDP2 shards; auto: if the judge takes more than 80 % of a GPU",
                                   free=True)
@@ -122,7 +122,7 @@ class TrainConfig(SharedConfig):
     aux_model: str = flag("", "objective", "POSITIVE[,NEGATIVE] that sources compare; second: the start; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored: last, rollout, 8 (1-based); mean: all, 8,16; sum (authors): 8+16",
-                      settled=True)
+                      settled=("last", "all"))
     beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses may bring theirs; --length-normalize: 2")
     length_normalize: bool = flag(False, "objective", "drop the factor |y| (Eq. 15); off: Eq. 5")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
@@ -142,10 +142,10 @@ class TrainConfig(SharedConfig):
     eval_fraction: float = flag(0.05, "held-out", "share held out, by prompt, without a test split; 0: no evaluation")
     eval_every: int = flag(500, "held-out", "steps between evaluations; first and last always; 0: only those")
 
-    dtype: Dtype = flag("auto", "hardware", "to compute in; auto: bfloat16 on CUDA, float32 on CPU", settled=True)
+    dtype: Dtype = flag("auto", "hardware", "to compute in; auto: bfloat16 on CUDA, float32 on CPU", settled=("auto",))
     micro_batch_tokens: int = flag(0, "hardware", "of one pass; 0: 4096 on CPU, on CUDA 16384 or by plan", free=True)
     packing: Switch = flag("auto", "hardware", "many pairs a row, unpadded; off: a sequence; auto: after a check",
-                           settled=True)
+                           settled=("auto",))
     checkpointing: Literal["auto", "none", "selective", "full"] = flag(
         "auto", "hardware", "activations computed again: of every second layer, or all; auto: none on CPU, on CUDA the "
         "least that fits by the memory plan", free=True)
@@ -339,9 +339,7 @@ def parse_config(cls, argv: list[str] | None, description: str,
     if not given.get("plan"):  # which needs no data
         given |= resolve_data(given.get("model", ""), given.get("data", ""))
     preset = given.get("preset") or ("toy" if "toy" in (given.get("data"), given.get("model") or "toy") else "paper")
-    if preset not in tuple(PRESETS):
-        raise InputError(f"--preset is {preset!r}: it must be {spell_choices(choices_of(hints['preset']))}")
-    settings = {key: value for key, value in PRESETS[preset].items() if key in hints}
+    settings = {key: value for key, value in PRESETS.get(preset, {}).items() if key in hints}
     more = more_settings(given, preset) if more_settings else {}
     settings |= more | given | {"preset": preset}
     if settings.get("length_normalize") and "beta" not in given and "beta" not in more:
@@ -381,9 +379,11 @@ def read_config_file(cls, path: str) -> dict[str, object]:
         if key not in by_key:
             raise InputError(f"--config {path}: unknown key {key!r}; the keys are the flags' names with underscores")
         kind = hints[by_key[key]]
-        if kind is float and type(value) is int:
+        if (choices := choices_of(kind)) and value not in choices:
+            raise InputError(f"{flag_name(cls, by_key[key])} is {value!r}: it must be {spell_choices(choices)}")
+        if kind is float and type(value) is int and abs(value) < 1 << 1000:
             value = float(value)
-        if not choices_of(kind) and type(value) is not kind:  # choices are checked by the config
+        if not choices and type(value) is not kind:
             raise InputError(f"--config {path}: {key} is {value!r}, it must be a {kind.__name__}")
         settings[by_key[key]] = value.strip() if isinstance(value, str) else value
     return settings

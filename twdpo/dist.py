@@ -21,6 +21,11 @@ from twdpo.config import InputError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """As flags and files spell it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on CUDA and float32 elsewhere."""
     return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if name == "auto" else DTYPES[name]
@@ -84,14 +89,19 @@ class Process:
 
 def run_script(name: str, read_config: Callable[[], object], function: Callable[[object, Process], None]) -> None:
     """Run `function(config, process)` in the process group; a user's error becomes one message and SystemExit(2)."""
-    process = None
+    config = wrong = None
     try:
         config = read_config()
-        process = start()
+    except InputError as error:  # said when the processes are together: the first to end would end the others unheard
+        wrong = error
+    process = start()
+    try:
+        if wrong:
+            raise wrong
         function(config, process)
     except InputError as error:
         if is_first_to_say(str(error)):
-            place = "" if process is None or process.is_main else f"[rank {process.rank}] "
+            place = "" if process.is_main else f"[rank {process.rank}] "
             print(f"{place}{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
@@ -100,8 +110,6 @@ def run_script(name: str, read_config: Callable[[], object], function: Callable[
 
 def is_first_to_say(message: str) -> bool:
     """Whether no other process has said this: all of them may find the same error, and one is to print it."""
-    if not dist.is_initialized():  # nothing but the command line has been read, which is the same on all
-        return int(os.environ.get("RANK", 0)) == 0
     store = dist.distributed_c10d._get_default_store()
     return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
 

@@ -73,7 +73,7 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     model = open_model(config.model or "toy", process, config.chat_template)
     train, held_out, bad = prepare_examples(config, dataset, model.tokenizer, process)
     inputs = Inputs(model, train, held_out, dataset.data, dataset.eval_data, dataset.fingerprint)
-    for need in needs:
+    for need in needs if train else ():
         more = need.check(config, inputs)
         unfit = {row.where for row in more}
         inputs = inputs.without(example.pair.key for example in inputs.examples if example.pair.where in unfit)

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -109,6 +109,8 @@ def start_wandb(config: TrainConfig, run_dir: Path):
         run_dir.mkdir(parents=True, exist_ok=True)
         return wandb.init(project=config.wandb, config=to_json(config), dir=run_dir, name=run_dir.name)
     except wandb.errors.Error as error:
+        with suppress(OSError):  # it holds something
+            run_dir.rmdir()
         raise InputError(f"--wandb {config.wandb}: {error}. WANDB_MODE=offline needs no account") from error
 
 

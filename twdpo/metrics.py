@@ -1,9 +1,9 @@
 """Metrics of a training step and of an evaluation. Rewards are beta times summed log-ratios.
 
 reward_* are unweighted sums (as TRL's rewards/accuracies and rewards/margins of DPO; losses on averages report those
-as average_*); weighted_reward_* use the token weights. A tie
-counts one half in an accuracy; a margin within fp32 rounding of the log-probs it comes from is one, so that an
-untrained policy scores 0.5 and not the sign of rounding errors.
+as average_*); weighted_reward_* use the token weights. A tie counts one half in an accuracy; a margin within fp32
+rounding of the log-probs it comes from is one, so that an untrained policy scores 0.5 and not the sign of rounding
+errors.
 """
 
 import math

@@ -29,7 +29,7 @@ from twdpo.weights import (
 )
 
 TOKEN_STATS = ("entropy", "top1")  # terms of --token-stats
-LOSS_NEEDS = {"ref", "hidden"}  # of twdpo.inputs.NEEDS; the others are for sources
+LOSS_NEEDS = ("ref", "hidden")  # of twdpo.inputs.NEEDS; the others are for sources
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class Objective:
     def weigh(self, batch: PairBatch, context: WeightContext) -> PairBatch:
         """The batch with weights_N and scale_S of the source, normalised as `norm` says. Raises InputError."""
         config, lens, norm = context.config, batch.seq_lens_S, self.norm
-        raw_N = self.source(batch, context)
-        self._check_weights(raw_N, batch)
+        raw_N = self._check_weights(self.source(batch, context), batch)
         # Only attention comes with a sum that cuts and the alignment may have lessened.
         attended = norm == "mean1" and "attention" in source_needs(self.source)
         if attended and not config.renormalize:
@@ -84,17 +83,21 @@ class Objective:
         return replace(batch, weights_N=weights_N.to(device), scale_S=scale_S.to(device, non_blocking=True),
                        averaged=config.length_normalize or norm == "selected_mean")
 
-    def _check_weights(self, raw_N, batch: PairBatch) -> None:
-        """Raise InputError for what a source must not give."""
+    def _check_weights(self, raw_N, batch: PairBatch) -> torch.Tensor:
+        """What a source gives as fp32 without gradient. Raises InputError for what it must not give."""
         name = name_of(self.source)
-        if not isinstance(raw_N, torch.Tensor):
-            raise InputError(f"{name} gives a {type(raw_N).__name__}: it must be a tensor of the weights")
-        if len(raw_N) != len(batch.targets_N):
-            raise InputError(f"{name} gives {len(raw_N)} weights for {len(batch.targets_N)} response tokens")
+        if not isinstance(raw_N, torch.Tensor) or raw_N.is_complex():
+            kind = raw_N.dtype if isinstance(raw_N, torch.Tensor) else type(raw_N).__name__
+            raise InputError(f"{name} gives a {kind}: it must be a tensor of the weights")
+        if raw_N.shape != batch.targets_N.shape:
+            raise InputError(f"{name} gives weights of shape {tuple(raw_N.shape)} for {len(batch.targets_N)} response "
+                             "tokens: one number a token")
+        raw_N = raw_N.detach().float()
         if not (raw_N.isfinite().all() and (raw_N >= 0).all()):  # sync, of an online source on a GPU
             raise InputError(f"{name} gives {batch.examples[0].pair.where} and the pairs beside it token weights from "
                              f"{raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
                              "(--weights-options)")
+        return raw_N
 
 
 def forward(policy, batch: PairBatch, objective: Objective, context: WeightContext, config: TrainConfig) -> Outputs:
@@ -139,7 +142,7 @@ def find_objective(config: TrainConfig, process: Process) -> Objective:
     if config.loss not in LOSSES:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
     loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
-    name, _ = find_source(loss, config)
+    name = find_source(loss, config)
     source = bind_options(WEIGHTS[name], config.weights_options, "--weights-options")
     objective = bind_objective(loss, source, name)
     try_loss(objective, config, process)
@@ -154,7 +157,7 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
             raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of names")
         if (norm := getattr(what, "norm", "none") or "none") not in NORMS:
             raise InputError(f"{name_of(what)}.norm is {norm!r}: it must be one of {', '.join(NORMS)}")
-    if not set(loss_needs(loss)) <= LOSS_NEEDS:
+    if not set(loss_needs(loss)) <= set(LOSS_NEEDS):
         raise InputError(f"{name_of(loss)}.needs is {loss_needs(loss)!r}: a loss can need {', '.join(LOSS_NEEDS)} "
                          f"(what the op can give beside log-probs it names in `terms`, of {', '.join(TERMS)})")
     terms = getattr(loss, "terms", ())
@@ -173,7 +176,8 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
                             chosen_tokens=2, averaged=config.length_normalize or objective.norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
-                            terms=dict.fromkeys(objective.terms, torch.ones(4)), hidden_ND=torch.ones(4, 8))
+                            terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32)
+                                   for name in objective.terms}, hidden_ND=torch.ones(4, 8))
     try:
         result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:
@@ -183,7 +187,8 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
                       "it works shows in the first step")
         return
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)
-            and isinstance(result[1], dict) and result[0].shape == (2,)):
+            and isinstance(result[1], dict) and result[0].shape == (2,)
+            and all(isinstance(value, torch.Tensor) and value.shape == (2,) for value in result[1].values())):
         raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
     if config.loss_options and not result[0].isfinite().all():
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")

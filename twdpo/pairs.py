@@ -109,8 +109,8 @@ def read_rows(data: str, splits: tuple[str, ...]) -> tuple[list[tuple[str, objec
     """Rows of one data source as (FILE:LINE, value), and lines that are not JSON. Raises InputError."""
     if data == "toy":
         train_rows, test_rows = toy_rows()
-        rows = test_rows if splits[0] in TEST_SPLITS else train_rows
-        return [(f"toy:{number}", row) for number, row in enumerate(rows, 1)], []
+        name, rows = ("test", test_rows) if splits[0] in TEST_SPLITS else ("train", train_rows)
+        return [(f"toy[{name}]:{number}", row) for number, row in enumerate(rows, 1)], []
     path = Path(data)
     if path.is_file() and path.suffix == ".jsonl":
         return read_jsonl(path)
@@ -157,7 +157,8 @@ def load_hub_splits(data: str):
         repository, _, revision = (data, "", "") if Path(data).exists() else data.partition("@")
         loaded = datasets.load_dataset(repository, revision=revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{data}: it can't be loaded as a data set ({error})") from error
+        raise InputError(f"--data {data}: it can't be loaded as a data set ({error}). Is there a network, is "
+                         "HF_HUB_OFFLINE unset, have you access? Or name pairs of your own with --data FILE") from error
     return loaded
 
 

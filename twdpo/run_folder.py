@@ -70,8 +70,8 @@ def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str
     settled = {}
     for field in fields(config):
         value, old = getattr(config, field.name), stored.get(key_name(field))
-        revised = isinstance(old, str) and old.rpartition("@")[0] == value != ""
-        if old is not None and (field.metadata.get("settled") and value == field.default or revised):
+        same = isinstance(old, str) and str(value).replace(" ", "") in (old, old.rpartition("@")[0])
+        if old is not None and value != "" and (same or value in field.metadata.get("settled", ())):
             settled[field.name] = old
     return settled
 

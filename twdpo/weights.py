@@ -8,8 +8,9 @@ Keyword-only parameters are its options (--weights-options NAME=VALUE). Attribut
            verbalised ones), "aux" (context.logps["positive"] and ["negative"]: log-probs under the models of
            --aux-model), "contrast" (context.logps["contrast"]: under the contrast of the two), "ref"
            (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
-           the response tokens, without gradient; the source is then called inside each forward, on the policy's
-           device); () is the default. A source must be a function of the pair: how pairs share a micro-batch is free.
+           the response tokens, without gradient and not to be written to; the source is then called inside each
+           forward, on the policy's device); () is the default
+    A source must be a function of the pair: how pairs share a micro-batch is free.
 
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected).
 """
@@ -247,7 +248,7 @@ def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple
     min(n_w, n_l), as OTPO does; none: as they are, and scale 1. A response without any weight is uniform, but for none.
     Raises ValueError for weights that are negative or not finite.
     """
-    if not (raw_N.isfinite().all() and (raw_N >= 0).all()):
+    if not (raw_N.isfinite().all() and (raw_N >= 0).all()):  # sync, of an online source on a GPU
         raise ValueError(f"token weights must be finite and at least 0; found {raw_N.min()} to {raw_N.max()}")
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}: it must be one of {', '.join(NORMS)}")
@@ -256,7 +257,7 @@ def normalize(raw_N: torch.Tensor, seq_lens_S: torch.Tensor, norm: str) -> tuple
     parts = []
     for raw in raw_N.double().split(seq_lens_S.tolist()):
         total = raw.sum()
-        parts.append(torch.where(total > 0, raw / total, 1 / max(len(raw), 1)))  # no sync
+        parts.append(torch.where(total > 0, raw / total, 1 / max(len(raw), 1)))
     scale_S = seq_lens_S.float()
     if norm == "pair_min":
         scale_S = scale_S.view(-1, 2).amin(dim=1).repeat_interleave(2)
@@ -273,15 +274,15 @@ def judged_lengths(batch, context: WeightContext) -> torch.Tensor:
                          for judged in context.attention[example.pair.key]], dtype=torch.float32)
 
 
-def find_source(loss, config: TrainConfig) -> tuple[str, str]:
-    """(name in WEIGHTS, weights file or "") that --weights, or the loss's default, stands for. Raises InputError."""
+def find_source(loss, config: TrainConfig) -> str:
+    """The name in WEIGHTS that --weights, or the loss's default, stands for. Raises InputError."""
     name = config.weights or getattr(loss, "default_source", "uniform")
     if name in WEIGHTS:
-        return name, ""
+        return name
     if Path(name).is_dir():
-        return read_meta(Path(name)).get("source", "attention"), name
+        return read_meta(Path(name)).get("source", "attention")
     if name.endswith(".jsonl") and Path(name).is_file():
-        return "attention", name
+        return "attention"
     raise InputError(f"--weights is {name!r}: neither a source ({', '.join(WEIGHTS)}) nor a folder made by extract.py "
                      "or a .jsonl file of its --export")
 

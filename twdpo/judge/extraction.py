@@ -4,7 +4,6 @@ Both rounds of a pair stand in one packed row and share their common beginning; 
 layer, and the head runs at the last position of each input alone.
 """
 
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 from transformers import PretrainedConfig
 
 from twdpo.config import ExtractConfig, InputError, SharedConfig
-from twdpo.dist import Process, pick_dtype
+from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
 from twdpo.judge.judge import FAILED, AnotherFailed, JudgePass
 from twdpo.judge.prompt import JudgeInputs, load_judge_prompt
 from twdpo.models.attention import parse_heads, parse_layers
 from twdpo.models.source import Model, check_length, context_length, fingerprint_tokenizer
 from twdpo.pairs import BadRow, Pair
-from twdpo.weights_file import ROLLOUT, WeightsFile, shard_path, stored_keys, write_meta, write_shard
+from twdpo.weights_file import ROLLOUT, WeightsFile, parse_layer, shard_path, stored_keys, write_meta, write_shard
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
 PAIRS_PER_SHARD = 128
@@ -78,7 +77,7 @@ class Extraction:
 
 def parse_stored_layers(text: str, model_config: PretrainedConfig, flag: str) -> list[int | str]:
     """`last`, `all`, `1,8` (1-based), ROLLOUT -> what a weights file holds, in its order. Raises InputError."""
-    names = re.split("[,+]", text)
+    names, _ = parse_layer(text)
     numbers = ",".join(part for part in names if part != ROLLOUT)
     most = model_config.get_text_config().num_hidden_layers
     layers = [layer + 1 for layer in parse_layers(numbers, most, flag)] if numbers or ROLLOUT not in names else []
@@ -101,7 +100,7 @@ def describe_extraction(config: SharedConfig, model: Model, layers: list[int | s
         "max_judge_length": config.judge_max_length or context_length(model.config),
         "query": config.judge_query,
         "attention": config.judge_attention,
-        "judge_dtype": str(pick_dtype(config.judge_dtype, device)).removeprefix("torch."),
+        "judge_dtype": name_of_dtype(pick_dtype(config.judge_dtype, device)),
         "heads": config.judge_heads,
         "layers": layers,
         "data": data_fingerprint,

@@ -89,6 +89,11 @@ class AnotherFailed(InputError):  # noqa: N818 - who failed says why
     """Another process that runs the same sharded judge has stopped."""
 
 
+def judge_budget(config: SharedConfig, device: torch.device) -> int:
+    """Most tokens in one batch."""
+    return config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
+
+
 class JudgePass:
     """A loaded judge and its settings. Input 2i + r is round r of pair i."""
 
@@ -99,7 +104,7 @@ class JudgePass:
         self.layers = [layer - 1 for layer in meta["layers"] if layer != ROLLOUT]
         self.rollout = ROLLOUT in meta["layers"]
         self.heads = parse_heads(config.judge_heads, text_config.num_attention_heads)
-        self.budget = config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
+        self.budget = judge_budget(config, device)
         self.verdicts = verdict_ids(model.tokenizer)
         # Nothing after the last wanted layer is loaded or run; the verdict needs them all.
         num_layers = text_config.num_hidden_layers

@@ -7,10 +7,10 @@ import numpy as np
 
 from twdpo.chat import encode, encode_pieces, printed_answers, special_pattern, template_pieces
 from twdpo.config import SharedConfig
-from twdpo.dist import Process, pick_dtype
+from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
 from twdpo.judge.extraction import EXTRACTION_VERSION, list_work
-from twdpo.judge.judge import load_judge
+from twdpo.judge.judge import judge_budget, load_judge
 from twdpo.judge.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locate_parts, matched_share, parse_parts
 from twdpo.models.generate import generate, writing
 from twdpo.models.source import Model, fingerprint_tokenizer
@@ -32,7 +32,7 @@ class Scoring:
         self.meta = {"code": EXTRACTION_VERSION, "source": "verbalized", "model": model.fingerprint,
                      "tokenizer": fingerprint_tokenizer(model.tokenizer),
                      "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
-                     "judge_dtype": str(self.dtype).removeprefix("torch."), "data": data_fingerprint, "layers": []}
+                     "judge_dtype": name_of_dtype(self.dtype), "data": data_fingerprint, "layers": []}
         self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
 
     def run(self, pairs: list[Pair]) -> None:
@@ -45,7 +45,7 @@ class Scoring:
         if not todo:
             return
         model = load_judge(self.model.folder, self.dtype, process.device).model
-        budget = self.config.judge_batch_tokens or (32768 if process.device.type == "cuda" else 8192)
+        budget = judge_budget(self.config, process.device)
         mine = todo[process.rank::process.world_size]
         with process.progress(total=sum(len(group) for _, group in mine), desc="verbalise", unit="pair") as bar:
             for number, group in mine:
