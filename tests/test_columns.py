@@ -247,6 +247,7 @@ def test_the_preset_authors_equals_their_extraction(tmp_path, monkeypatch):
     compare_with_the_authors(directory, rows, tmp_path, 3, "|The End of Answer X|", 0)
 
 
+@pytest.mark.slow
 def test_the_preset_authors_equals_their_extraction_by_the_rule_of_gemma(tmp_path):
     """A tokenizer with what their rule relies on: Gemma-3's ids of turn marks, line breaks as tokens of their own."""
     tokenizer = gemma_like()

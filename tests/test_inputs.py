@@ -67,6 +67,7 @@ def test_needs_of_loss_and_source_are_united_in_the_order_they_are_made(process)
     assert open_names("simpo", "verbalized") == [inputs.Scores]
 
 
+@pytest.mark.slow
 def test_a_held_out_row_that_is_left_out_takes_no_training_row_with_it(tmp_path, run_cache, capsys):
     """The toy's rows of both splits have the same numbers."""
     path = tmp_path / "train.jsonl"

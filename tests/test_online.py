@@ -66,6 +66,7 @@ def test_it_runs_in_bfloat16_shards_and_with_statistics(tmp_path, run_arguments,
         assert [row["step"] for row in read_rows(tmp_path / name) if "grad_norm" in row] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_toy_says_where_the_weights_lay(tmp_path, run_cache, flags):
     """The lift is of the weights that were used: another one after a step, as the policy is another."""
     train.main([*flags, "--cache-dir", str(run_cache), "--max-steps", "2", "--lr", "1e-2", "--warmup-ratio", "0",

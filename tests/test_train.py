@@ -48,6 +48,7 @@ def test_two_processes_and_small_micro_batches_change_no_loss(tmp_path, argument
     assert_close_rows(read_rows(tmp_path / "two"), expected)
 
 
+@pytest.mark.slow
 def test_packed_and_plain_rows_give_the_same_run(tmp_path, arguments, capsys):
     """The first margin is 0 to the last bit, with reference log-probs from micro-batches of the same shape: its own."""
     for packing in ("on", "off", "auto"):
@@ -58,6 +59,7 @@ def test_packed_and_plain_rows_give_the_same_run(tmp_path, arguments, capsys):
     assert capsys.readouterr().out.count("max |margin| at step 0: 0\n") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["on", "off"])
 def test_activations_computed_again_change_nothing(packing, tmp_path, arguments, monkeypatch):
     """Both layers, or one of them, run once more in the backward pass, and the rows are the same to the last bit."""
