@@ -7,129 +7,34 @@ from functools import partial
 
 import pytest
 import torch
-from precision_of_tests import assert_as_exact, assert_exact
+from op_of_tests import (  # noqa: F401 - a fixture of all tests
+    IMPLEMENTATIONS,
+    OPTIONS,
+    assert_equal_to_specification,
+    assert_statistics,
+    calm,
+    double,
+    gradients,
+    interpreted,
+    kernel,
+    operands,
+    poisoned_memory,
+    set_chunk_columns,
+    three_ways,
+    triton_op,
+    triton_op_deep_tiles,
+    triton_op_descriptors,
+    triton_op_large_tiles,
+    triton_op_many_waves,
+)
+from precision_of_tests import assert_as_exact
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
-from twdpo.logratio import TERMS, HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
+from twdpo.logratio import TERMS, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 # Lanes past the end of a tensor compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-kernel = pytest.importorskip("twdpo.kernels.weighted_logratio")
-SMALL_TILES = kernel.Tiles(16, 32, 16, 4, 1, group_n=2)
-
-OPTIONS = [HeadOptions(), HeadOptions(softcap=1.5), HeadOptions(logit_scale=0.7),
-           HeadOptions(softcap=2.0, logit_scale=3.0)]
-
-
-def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
-    """The kernel with the signature of the others; on the GPU if there is one, with results back on the CPU."""
-    options = options or HeadOptions()
-    if not kernel.INTERPRETED:
-        tensors = {name: value.cuda() for name, value in given.items()
-                   if isinstance(value, torch.Tensor) and name != "seq_lens_S"}
-        given = given | tensors
-    outputs = kernel.weighted_logratio_triton(*args, **given, logit_scale=options.logit_scale, softcap=options.softcap,
-                                              tiles=tiles)
-    return outputs[0].cpu(), outputs[1].cpu(), {name: value.cpu() for name, value in outputs[2].items()}
-
-
-triton_op_large_tiles = partial(triton_op, tiles=kernel.Tiles(64, 128, 64, 8, 1))
-# A larger case in fewer programs, each of which the interpreter takes its time for: still several tiles each way.
-triton_op_deep_tiles = partial(triton_op, tiles=kernel.Tiles(16, 64, 64, 4, 1, group_n=2))
-triton_op_many_waves = partial(triton_op, wave_mib=1e-6)  # one tile a wave
-triton_op_descriptors = partial(triton_op, tiles=kernel.Tiles(16, 32, 16, 4, 1, descriptors=True))
-IMPLEMENTATIONS = pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op], ids=["chunked", "triton"])
-interpreted = pytest.mark.skipif(not kernel.INTERPRETED, reason="fp64 kernels run in the interpreter only")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Memory nobody wrote is NaN, so that reading it shows."""
-    def poisoned(allocate):
-        def allocate_poisoned(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-        return allocate_poisoned
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-
-
-def set_chunk_columns(monkeypatch, columns: int) -> None:
-    """Chunks of at most this many vocabulary entries."""
-    monkeypatch.setattr(logratio, "KEEP_BYTES", 0)
-    monkeypatch.setattr(logratio, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(logratio, "CHUNK_COLUMNS", columns)
-
-
-def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True) -> dict:
-    num_tokens = sum(seq_lens)
-    return {
-        "hidden_ND": torch.randn(num_tokens, hidden, dtype=dtype, requires_grad=True),
-        "head_VD": torch.randn(vocabulary, hidden, dtype=dtype, requires_grad=True),
-        "targets_N": torch.randint(0, vocabulary, (num_tokens,)),
-        "ref_logps_N": -torch.rand(num_tokens),
-        "weights_N": torch.rand(num_tokens) * (torch.rand(num_tokens) > 0.3),
-        "seq_lens_S": torch.tensor(seq_lens),
-        "scale_S": torch.rand(len(seq_lens)) + 1,
-        "bias_V": torch.randn(vocabulary, dtype=dtype, requires_grad=True) if bias else None,
-    }
-
-
-def gradients(op, given: dict, options=None, terms=()) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of a random mixture of those that are no bool, with upstreams of both signs."""
-    ratio_S, logps_N, values = op(**given, options=options, terms=terms)
-    outputs = {"ratio_S": ratio_S, "logps_N": logps_N} | values
-    mixed = [output for output in outputs.values() if output.is_floating_point()]
-    generator = torch.Generator().manual_seed(3)
-    upstream = [torch.randn(len(output), generator=generator, dtype=torch.float64).to(output.dtype)
-                for output in mixed]
-    leaves = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad}
-    grads = torch.autograd.grad(mixed, list(leaves.values()), upstream)
-    return outputs | {f"grad of {name}": grad for name, grad in zip(leaves, grads)}
-
-
-def double(given: dict) -> dict:
-    """The same operands in fp64."""
-    return given | {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in given.items()
-                    if isinstance(value, torch.Tensor) and value.is_floating_point()}
-
-
-def assert_equal_to_specification(op, given: dict, options=None, terms=(), floor: float = 2e-6) -> None:
-    """In fp64 equal; in a smaller dtype as exact as the specification is in that dtype."""
-    same = gradients(weighted_logratio_spec, given, options, terms)
-    exact = gradients(weighted_logratio_spec, double(given), options, terms)
-    for name, ours in gradients(op, given, options, terms).items():
-        if ours.dtype == torch.float64:
-            assert_exact(ours, exact[name], name)
-        else:
-            assert_as_exact(ours, same[name], exact[name], name, floor)
-
-
-def three_ways(op, given: dict):
-    """(way, operands): the op, the specification in the same dtype, and in fp64."""
-    return (op, given), (weighted_logratio_spec, given), (weighted_logratio_spec, double(given))
-
-
-def calm(given: dict) -> dict:
-    """Operands of small logits: a saturated softcap would tie them."""
-    return given | {name: 0.2 * given[name].detach() for name in ("hidden_ND", "bias_V")}
-
-
-def assert_statistics(op, given: dict, options) -> tuple:
-    """Entropy and top-1 are those of the logits. Returns the op's outputs."""
-    outputs = op(**given, options=options, terms=TERMS)
-    same_NV, exact_NV = (logratio.logits_of(each["hidden_ND"], each["head_VD"], each["bias_V"], options).detach()
-                         for each in (given, double(given)))
-    entropies = [torch.distributions.Categorical(logits=logits_NV).entropy() for logits_NV in (same_NV, exact_NV)]
-    assert_as_exact(outputs[2]["entropy"].detach(), *entropies, "entropy")
-    best_N2 = exact_NV.topk(2, dim=-1).values
-    clear_N = best_N2[:, 0] - best_N2[:, 1] > 1e-4  # not within rounding of each other
-    expected_N = exact_NV.argmax(dim=-1) == given["targets_N"]
-    assert clear_N.double().mean() >= 0.9 and torch.equal(outputs[2]["top1"][clear_N], expected_N[clear_N])
-    return outputs
 
 
 # The whole op, fp64
@@ -388,123 +293,6 @@ def test_half_precision_error_is_that_of_torch(op, dtype, monkeypatch):
     """Against fp64 truth, beside the specification in the same dtype."""
     set_chunk_columns(monkeypatch, 100)
     assert_equal_to_specification(op, operands([40, 60], vocabulary=1003, hidden=64, dtype=dtype, bias=False))
-
-
-# The entropy and its gradient
-
-WAYS = [pytest.param(weighted_logratio_chunked, 10, id="chunked"),
-        pytest.param(weighted_logratio_chunked, None, id="one chunk, kept"),
-        pytest.param(triton_op, None, id="triton")]
-
-
-@pytest.fixture
-def columns(request, monkeypatch):
-    """Vocabulary entries of a chunk; None: the default, which is all of them here."""
-    if request.param:
-        set_chunk_columns(monkeypatch, request.param)
-
-
-def ways(*more):
-    return pytest.mark.parametrize("op, columns", [*WAYS, *more], indirect=["columns"])
-
-
-@pytest.mark.slow
-@interpreted
-@ways(pytest.param(weighted_logratio_spec, None, id="spec"))
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_gradcheck_of_the_entropy(op, columns, alone, options):
-    given = operands([2, 0, 3], vocabulary=37, hidden=3)
-    names = ["hidden_ND", "head_VD", "bias_V"]
-
-    def outputs(*leaves):
-        ratio_S, logps_N, values = op(**given | dict(zip(names, leaves)), options=options, terms=("entropy",))
-        return values["entropy"] if alone else (ratio_S, logps_N, values["entropy"])
-    assert torch.autograd.gradcheck(outputs, [given[name] for name in names], fast_mode=op is triton_op)
-
-
-@ways(pytest.param(triton_op_many_waves, None, id="one-tile waves"))
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("num_tokens, vocabulary, hidden, bias", [
-    (1, 1, 4, False), (1, 33, 4, True), (17, 32, 16, False), (33, 131, 36, True),
-])
-def test_entropy_at_ragged_sizes(op, columns, options, num_tokens, vocabulary, hidden, bias):
-    given = operands([num_tokens // 2, num_tokens - num_tokens // 2], vocabulary, hidden, torch.float32, bias)
-    given |= {name: given[name].detach().mul(0.5).requires_grad_() for name in ("hidden_ND", "head_VD")}
-    assert_equal_to_specification(op, given, options, ("entropy",))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op, columns", [*WAYS[:2], pytest.param(triton_op_large_tiles, None, id="triton")],
-                         indirect=["columns"])
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
-def test_entropy_errors_are_those_of_torch(op, columns, dtype, options):
-    """Three-way: against fp64 truth, at most a few times the error of the specification in the same dtype."""
-    given = operands([40, 60], vocabulary=503, hidden=64, dtype=dtype, bias=False)
-    given["hidden_ND"] = (given["hidden_ND"].detach() * torch.linspace(0, 1, 100)[:, None]).to(dtype).requires_grad_()
-    truth = given | {name: given[name].detach().double().requires_grad_() for name in ("hidden_ND", "head_VD")}
-    exact, same = [gradients(weighted_logratio_spec, case, options, ("entropy",)) for case in (truth, given)]
-    for name, ours in gradients(op, given, options, ("entropy",)).items():
-        error, allowed = ((value.double() - exact[name]).norm() for value in (ours, same[name]))
-        assert error <= 4 * allowed + 1e-6 * exact[name].norm(), name
-
-
-@pytest.mark.parametrize("op, columns", [*WAYS[:2], pytest.param(triton_op_deep_tiles, None, id="triton")],
-                         indirect=["columns"])
-@pytest.mark.parametrize("top", [20, 1e4])
-def test_the_entropy_gradient_of_sure_tokens_is_exact(op, columns, top):
-    """p = 1 - 1e-6, and 1: each entry is right in itself, where plain fp32 autograd keeps but two digits."""
-    given = operands([20, 30], vocabulary=256, hidden=256, dtype=torch.float32, bias=False)
-    logits_NV = torch.randn(50, 256)
-    logits_NV[torch.arange(50), given["targets_N"]] = top
-
-    def gradient(op, dtype):
-        leaf_NV = logits_NV.to(dtype).requires_grad_()
-        values = op(**given | {"head_VD": torch.eye(256, dtype=dtype), "hidden_ND": leaf_NV}, terms=("entropy",))[2]
-        return torch.autograd.grad(values["entropy"].sum(), leaf_NV)[0]
-    expected_NV = gradient(weighted_logratio_spec, torch.float64)
-    assert (expected_NV[torch.arange(50), given["targets_N"]] < 0).all() == (top == 20)
-    torch.testing.assert_close(gradient(op, torch.float32).double(), expected_NV, atol=0, rtol=1e-4)
-
-
-@ways()
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]])
-def test_entropy_of_a_vocabulary_that_a_bias_rules_out(op, columns, options):
-    """An entry of probability 0 gives 0 and gets 0, alone in its tile or beside others."""
-    given = operands([4, 5], vocabulary=100, dtype=torch.float32)
-    given["targets_N"] %= 20
-    given["bias_V"] = torch.where(torch.arange(100) < 20, 0.0, float("-inf")).requires_grad_()
-    ours = gradients(op, given, options, ("entropy",))
-    assert all(value.isfinite().all() for value in ours.values()) and (ours["grad of bias_V"][20:] == 0).all()
-    assert_equal_to_specification(op, given, options, ("entropy",))
-    expected = gradients(weighted_logratio_spec, given, options, ("entropy",))
-    part = given | {name: given[name].detach()[:20] for name in ("head_VD", "bias_V")}
-    alone_N = weighted_logratio_spec(**part, options=options, terms=("entropy",))[2]["entropy"]
-    torch.testing.assert_close(expected["entropy"], alone_N)
-
-
-@ways()
-@pytest.mark.parametrize("upstream", ["zero", "none"])
-def test_an_entropy_without_upstream_changes_no_bit(op, columns, upstream):
-    given = operands([20, 30], vocabulary=101, hidden=40, dtype=torch.float32)
-    leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
-    results = []
-    for terms in ((), ("top1", "entropy")):
-        ratio_S, logps_N, values = op(**given, options=OPTIONS[3], terms=terms)
-        loss = ratio_S.square().sum() - logps_N.square().sum()
-        if terms and upstream == "zero":
-            loss = loss + (0 * values["entropy"]).sum()
-        results.append((ratio_S, logps_N, *torch.autograd.grad(loss, leaves)))
-    assert all(torch.equal(mine, plain) for plain, mine in zip(*results))
-
-
-@IMPLEMENTATIONS
-def test_terms_come_by_name(op):
-    given = operands([2, 3], dtype=torch.float32)
-    expected = gradients(op, given, terms=("entropy",))
-    ours = gradients(op, given, terms=("top1", "entropy"))
-    assert all(torch.equal(ours[name], value) for name, value in expected.items()) and ours["top1"].dtype == torch.bool
-    assert list(op(**given, terms=("top1",))[2]) == ["top1"]
 
 
 # Dispatch and refusals

@@ -7,6 +7,7 @@ the vocabulary in chunks. Both write each row of the head's gradient once.
 Legend: N response tokens, D hidden size, V vocabulary, W vocabulary entries of a chunk, S sequences.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,14 @@ def segment_sum(values_N: torch.Tensor, seq_lens_S: torch.Tensor) -> torch.Tenso
     if not len(seq_lens_S):
         return values_N.new_zeros(0)
     return torch.stack([part.sum() for part in values_N.split(seq_lens_S.tolist())])
+
+
+def log_one_minus_exp(values: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) of x < 0, exact near both ends."""
+    near = values > -math.log(2)
+    # Each branch sees only values that it is made for, so that the other one's gradient is never NaN.
+    close = torch.log(-torch.expm1(values.where(near, torch.full_like(values, -0.5))))
+    return torch.where(near, close, torch.log1p(-torch.exp(values.where(~near, torch.full_like(values, -1.0)))))
 
 
 def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tensor:

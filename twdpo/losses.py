@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from twdpo.logratio import segment_sum
+from twdpo.logratio import log_one_minus_exp, segment_sum
 
 LengthBy = Literal["tokens", "mass"]
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -34,8 +34,15 @@ MOST_AVERAGE = -1e-6  # log-probs a token are kept below it where log(1 - p) is 
 def pair_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
     """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
     if batch.averaged:
+        refuse_unread(length_by == "mass", "length_by=mass", "the weights make means of the ratios already")
         return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
     return answer_lengths(batch, length_by)
+
+
+def refuse_unread(is_set: bool, option: str, why: str) -> None:
+    """Raise ValueError for an option that is set where nothing reads it."""
+    if is_set:
+        raise ValueError(f"{option} is not read: {why}")
 
 
 def answer_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +120,7 @@ def ipo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     (h - 1 / (2 beta))^2, beta being the paper's tau; h = R_w - R_l (`sum`: the paper's notation and the DPO authors'
     code) or R_w / n_w - R_l / n_l (`mean`: TRL and HALOs, which the authors confirmed). One reference pass.
     """
+    refuse_unread(normalize == "sum" and length_by == "mass", "length_by=mass", "normalize=sum divides by no length")
     chosen_P, rejected_P = ratio_S[0::2], ratio_S[1::2]
     if normalize == "mean":
         chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
@@ -155,6 +163,7 @@ def simpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, gamma_
     -log sigmoid(beta (S_w / n_w - S_l / n_l - gamma_ratio)), gamma_ratio being the paper's gamma / beta, with
     label_smoothing; `hinge`: relu(1 - the same), without. Plus nll times -S_w / n_w. No reference.
     """
+    refuse_unread(form == "hinge" and label_smoothing != 0, "label_smoothing", "form=hinge takes labels as they are")
     chosen_P, rejected_P = pair_averages(ratio_S, batch, length_by)
     margin_P = config.beta * (chosen_P - rejected_P - gamma_ratio)
     loss_P = torch.relu(1 - margin_P) if form == "hinge" else smoothed(margin_P, label_smoothing)
@@ -193,8 +202,8 @@ def cpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: flo
     the paper), its mean over the answer's tokens (`token`), or over all chosen tokens of the global batch (`batch`:
     TRL, there of a micro-batch). No reference.
     """
-    chosen_P = ratio_S[0::2]
-    likelihood_P = chosen_P
+    refuse_unread(nll_over != "token" and length_by == "mass", "length_by=mass", "nll_over=token alone divides")
+    likelihood_P = chosen_P = ratio_S[0::2]
     if nll_over == "token":
         likelihood_P = chosen_P / pair_lengths(batch, length_by)[0]
     elif nll_over == "batch":
@@ -222,14 +231,6 @@ def orpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, length_
 
 orpo.needs = ()
 orpo.settings = {"": {"beta": 0.1}}
-
-
-def log_one_minus_exp(values: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(x)) of x < 0, exact near both ends."""
-    near = values > -math.log(2)
-    # Each branch sees only values that it is made for, so that the other one's gradient is never NaN.
-    close = torch.log(-torch.expm1(values.where(near, torch.full_like(values, -0.5))))
-    return torch.where(near, close, torch.log1p(-torch.exp(values.where(~near, torch.full_like(values, -1.0)))))
 
 
 def slic_hf(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, delta: float = 1.0,
