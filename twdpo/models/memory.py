@@ -281,12 +281,12 @@ def find_model_config(config: TrainConfig):
     """The config of --model: of a folder, from the hub, or known here. Raises InputError."""
     if config.model in ("", "toy"):
         return load_model_config(locate_model("toy", "--model"))
+    if config.model in PAPER_MODELS:  # gated; and a hub that can't be reached is asked again for half a minute
+        name, settings = PAPER_MODELS[config.model]
+        return AutoConfig.for_model(name, **settings)
     try:
         return AutoConfig.from_pretrained(config.model)
     except Exception as error:  # noqa: BLE001 - a config may say anything
-        if config.model in PAPER_MODELS:  # gated, or no network
-            name, settings = PAPER_MODELS[config.model]
-            return AutoConfig.for_model(name, **settings)
         raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
 
 
@@ -296,10 +296,7 @@ def flops(cost: ModelCost, batch: PairBatch) -> float:
     models; sliding windows are counted as if they were not there."""
     lengths = [len(example.prompt_ids) + len(response.ids) for example in batch.examples
                for response in (example.chosen, example.rejected)]
-    shared = [0] * len(lengths)
-    if batch.ranges is not None:
-        shared = [stop_before - first for (first, stop_before), *_ in batch.ranges]
-        shared = [length if len(ranges) > 1 else 0 for length, ranges in zip(shared, batch.ranges)]
+    shared = [pieces[0][1] - pieces[0][0] if len(pieces) > 1 else 0 for pieces in batch.ranges]
     tokens = sum(lengths) - sum(shared)
     seen = sum(length ** 2 - before ** 2 for length, before in zip(lengths, shared)) / 2
     head = cost.head_params * len(batch.targets_N)

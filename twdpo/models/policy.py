@@ -48,7 +48,8 @@ class Policy(torch.nn.Module):
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""
-        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, Layout(batch.ranges))
+        layout = Layout(batch.ranges, batch.packs)
+        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, layout)
         return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
 
     def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
