@@ -18,6 +18,7 @@ from twdpo.dist import Process
 from twdpo.models import memory
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.memory import (
+    AUTOMATIC,
     CHECKPOINTING,
     MACHINES,
     FlashAttention,
@@ -115,6 +116,8 @@ def test_plan_by_hand():
     assert full == (1 << 20) * (4 * 16 + 100 + 50) + head + 10 * 100  # every layer's input, one layer whole
     selective = plan_memory(COST, 2, 1 << 20, "selective")["layers and fused op"]
     assert selective == (1 << 20) * (2 * 100 + 2 * 16 + 100 + 50) + head + 10 * 100
+    attention = plan_memory(COST, 2, 1 << 20, "attention")["layers and fused op"]
+    assert attention == full + (1 << 20) * 32 * 2  # and every layer's output of attention
     assert plan_memory(COST, 2, 1 << 20, "none", no_sync=True)["gradients (fp32)"] == 4000
     assert plan_memory(COST, 8, 1 << 20, "none", shards=4)["parameters (fp32)"] == 1000
     alone = plan_memory(replace(COST, compute_bytes=4), 1, 1 << 20, "none")  # fp32 in one process: nothing is gathered
@@ -205,11 +208,12 @@ def test_a_run_takes_the_least_recomputation_that_lets_its_tokens_fit(monkeypatc
         return memory.settle_memory(TrainConfig(**flags), None, torch.bfloat16, GPUS)
     needed = {name: plan_memory(cost, 2, 16384, name)["peak"] / 2**30 + 2 for name in CHECKPOINTING}
     assert needed["full"] < needed["selective"] < needed["none"]
-    for name in CHECKPOINTING:
+    for name in AUTOMATIC:
         assert settle(needed[name] + 0.01) == (name, 16384)
     assert settle(needed["none"] - 0.5)[0] == "selective" and settle(needed["full"] - 0.5)[0] == "full"
     assert 0 < settle(needed["full"] - 0.5)[1] < 16384
     assert settle(needed["full"], checkpointing="none", micro_batch_tokens=99999) == ("none", 99999)
+    assert settle(needed["attention"] + 0.01, checkpointing="attention") == ("attention", 16384)
     assert settle(needed["full"] + 0.01, micro_batch_tokens=8192)[1] == 8192
     with pytest.raises(InputError, match="does not fit 2 device"):
         settle(2.0)

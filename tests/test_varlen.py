@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from models_of_tests import MODELS, build, build_double
+from models_of_tests import IN_ONE_CALL, MODELS, build, build_double
 from precision_of_tests import InDouble, assert_exact
 from test_packing import EXAMPLES, example, run
 from torch.nn.attention.varlen import varlen_attn
@@ -23,7 +23,6 @@ from twdpo.models.varlen import attend_rows, index_rows
 from twdpo.rows import MicroBatch, pack
 
 CPU = torch.device("cpu")
-IN_ONE_CALL = [name for name in MODELS if name not in ("gemma2", "gpt_oss")]  # whose layers have softcap or sinks
 
 
 def groups(*lengths: tuple[int, ...], shared: int) -> list[list[np.ndarray]]:

@@ -3,11 +3,17 @@
 import copy
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import InputError
 from twdpo.logratio import HeadOptions
 from twdpo.models.attention import ATTENTION_NAME
+
+_aten = torch.ops.aten
+ATTENTION_OPERATIONS = (  # of twdpo.models.attention on all devices: what a fused kernel does in one go
+    torch.ops.torch_attn._varlen_attn.default, _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default)
 
 
 def head_options(model_config) -> HeadOptions:
@@ -50,19 +56,27 @@ def build_on_meta(model_config, dtype: torch.dtype):
 
 
 def enable_checkpointing(model, checkpointing: str) -> None:
-    """Compute the activations of all layers (`full`) or of every second one (`selective`) again in the backward pass.
+    """Compute the activations of all layers (`full`), of all but their attention's outputs (`attention`) or of every
+    second layer (`selective`) again in the backward pass.
 
     Raises InputError for an architecture that has no such way.
     """
+    options = {"context_fn": keep_attention} if checkpointing == "attention" else {}
     # transformers 5.23 renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False} | options)
     except ValueError as error:
         raise InputError(f"--checkpointing {checkpointing}: {error}") from error
     if checkpointing == "selective":
         for layer in decoder_layers(model)[1::2]:
             layer.gradient_checkpointing = False
+
+
+def keep_attention():
+    """What torch's checkpoint asks for: contexts of a forward and of its repetition, which takes what these operations
+    gave from the first."""
+    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATIONS))
 
 
 def disable_dropout(model_config) -> None:

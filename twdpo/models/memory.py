@@ -36,7 +36,8 @@ PAPER_MODELS = {  # transformers' name of the architecture, and its sizes
 RESERVED_GIB = 2.0  # CUDA context, NCCL, fragments
 OP_BUFFER_BYTES = 160 << 20  # kernels/weighted_logratio.py: a wave of logits and what goes with it
 SAMPLE_TOKENS = 1 << 14  # of the row that is run on the meta device: many, so that gradients of parameters weigh little
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "attention", "full")
+AUTOMATIC = ("none", "selective", "full")  # what `auto` chooses among; nobody has timed `attention`
 CPU_TOKENS, CUDA_TOKENS = 4096, 1 << 14  # of a micro-batch, unless --micro-batch-tokens says otherwise
 
 
@@ -167,10 +168,11 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them).
     """
     shards, width = shards or world_size, cost.compute_bytes
-    kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2), "full": 0}[checkpointing]
+    kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2)}.get(checkpointing, 0)
     a_layer = cost.saved_bytes / cost.num_layers
     # What a layer that is computed again keeps is its input; one of them at a time is whole again.
     activations = kept * a_layer + (cost.num_layers - kept) * cost.hidden_size * width
+    activations += cost.heads_width * width if checkpointing == "attention" else 0
     activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
     head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
     # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
@@ -205,7 +207,7 @@ def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainCon
     fit by the plan; 0 tokens when nothing fits."""
     wanted = config.micro_batch_tokens or CUDA_TOKENS
     shards = world_size // config.replicate
-    for checkpointing in CHECKPOINTING if config.checkpointing == "auto" else (config.checkpointing,):
+    for checkpointing in AUTOMATIC if config.checkpointing == "auto" else (config.checkpointing,):
         tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards))
         if tokens == wanted:
             break
