@@ -290,11 +290,12 @@ def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: floa
     process, cost = run.process, run.cost
     tokens = sum(process.gather(sum(batch.num_tokens for batch in batches)))
     seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if process.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     row = {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / GIB}
+    if process.device.type == "cuda":
+        row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
     if cost:
         done = sum(flops(cost, batch) for batch in batches if not batch.is_copy)
         row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models_of_tests import MODELS, build
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 import train
 from twdpo.batch import collate
@@ -158,6 +158,14 @@ def test_the_plan_of_the_papers_model_needs_no_network_and_starts_nothing(tmp_pa
     assert not list(tmp_path.iterdir())
     (full,) = [line.split()[-3:] for line in printed.splitlines() if line.startswith("most tokens, --checkpointing fu")]
     assert len(full) == 3 and all(int(cell.replace(",", "")) >= 8192 for cell in full)
+
+
+def test_the_plan_of_an_8b_step_is_near_what_one_h200_reserved():
+    """138.2 GiB for micro-batches of 16,384 tokens, the allocator's segments of fixed sizes (docs/train.md)."""
+    name, settings = memory.PAPER_MODELS["meta-llama/Meta-Llama-3-8B-Instruct"]
+    cost = model_cost(AutoConfig.for_model(name, **settings), torch.bfloat16, 2048)
+    planned = plan_memory(cost, 1, 16384, "full")["peak"] / 2**30
+    assert 0.95 * 138.2 <= planned <= 139.8 - memory.RESERVED_GIB
 
 
 @pytest.mark.parametrize("config", [
