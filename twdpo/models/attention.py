@@ -70,10 +70,11 @@ class Layout:
         self.attended: list[int] = []
         self._index: RowIndex | None = None
 
-    def index(self, hidden_RHTD: torch.Tensor) -> RowIndex:
+    def index(self, query_RHTD: torch.Tensor) -> RowIndex:
         """What one call for all sequences needs to know: made once, in the first layer that asks."""
         if self._index is None:
-            self._index = index_rows(self.ranges, hidden_RHTD.shape[0] * hidden_RHTD.shape[2], hidden_RHTD.device)
+            num_tokens = query_RHTD.shape[0] * query_RHTD.shape[2]
+            self._index = index_rows(self.ranges, num_tokens, query_RHTD.device)
         return self._index
 
 
