@@ -1,6 +1,7 @@
 """What only a GPU can show of attention and of whole runs: the kernels behind twdpo.models.varlen, the allocator, where
 a step waits. (tests/test_varlen.py and tests/test_host_waits.py hold what a CPU can show of the same.)"""
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import train
 from twdpo.batch import collate
 from twdpo.models import attention, varlen
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, Layout, attention_forward, judge_forward
+from twdpo.models.build import use_fused_norms
 from twdpo.models.policy import Policy
 from twdpo.rows import MicroBatch, pack
 
@@ -139,6 +141,25 @@ def test_grouped_heads_are_tried_once_and_either_way_is_right(monkeypatch):
         found.append([output.detach(), *torch.autograd.grad(output.float().square().sum(), given)])
     for one, other in zip(*found):
         assert (one.float() - other.float()).norm() <= 1e-2 * other.float().norm()
+
+
+def test_a_fused_norm_is_as_exact_as_the_model_s_own():
+    """Forward and backward, against fp64: torch's kernel rounds once where the model's own norm rounds twice."""
+    ours = build("llama", ATTENTION_NAME).to(CUDA, torch.bfloat16).model
+    plain = build("llama", ATTENTION_NAME).to(CUDA, torch.bfloat16).model
+    use_fused_norms(ours)
+    assert type(ours.norm) is torch.nn.RMSNorm
+    numbers = torch.randn(300, 32, device=CUDA).bfloat16()
+    upstream = torch.randn(300, 32, device=CUDA).bfloat16()
+    found = []
+    ways = (ours.norm, torch.bfloat16), (plain.norm, torch.bfloat16), (copy.deepcopy(ours.norm).double(), torch.float64)
+    for module, dtype in ways:
+        leaf = numbers.to(dtype).requires_grad_()
+        output = module(leaf)
+        found.append([output.detach(), *torch.autograd.grad(output, (leaf, module.weight), upstream.to(dtype))])
+    for one, other, truth in zip(*found):
+        errors = [(value.double() - truth).norm() / truth.norm() for value in (one, other)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-4
 
 
 def flags_of_a_run(folder, **more) -> list[str]:

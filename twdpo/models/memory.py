@@ -18,7 +18,7 @@ from twdpo.batch import PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
 from twdpo.models.attention import Layout, run_decoder
-from twdpo.models.build import build_on_meta, decoder_layers
+from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
 from twdpo.models.source import load_model_config, locate_model
 from twdpo.rows import pack
 
@@ -100,7 +100,8 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     positions = torch.zeros_like(ids)
     model.config.pad_token_id = None  # some models look for it among the ids
     known = [*model.parameters(), *model.buffers(), ids, positions]
-    with FlashAttention(), LiveBytes(known) as tally:
+    use_fused_norms(model)
+    with FusedKernels(), LiveBytes(known) as tally:
         hidden = run_decoder(model.get_decoder(), ids, positions, Layout(row.ranges))
         tally.peak = saved = tally.live
         for parameter in model.parameters():  # their gradients are planned for apart
@@ -109,12 +110,14 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     return saved / num_tokens, (tally.peak - saved) / num_tokens
 
 
-class FlashAttention(TorchFunctionMode):
-    """Inside this context scaled_dot_product_attention keeps what a fused kernel keeps, and no S x S map."""
+class FusedKernels(TorchFunctionMode):
+    """Inside this context attention and RMS norms keep what fused kernels keep: no S x S map, no fp32 copy."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _Flash.apply(*args[:3])
+        if func is F.rms_norm:
+            return _Norm.apply(args[0], kwargs["weight"])
         return func(*args, **(kwargs or {}))
 
 
@@ -129,6 +132,17 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_X, weight_D):
+        ctx.save_for_backward(hidden_X, weight_D, hidden_X.new_empty(hidden_X.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(hidden_X)
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:2])
 
 
 class LiveBytes(TorchDispatchMode):

@@ -13,7 +13,7 @@ from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
 from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import Layout, run_decoder
-from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options
+from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options, use_fused_norms
 from twdpo.models.shards import load_shards
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
@@ -111,6 +111,8 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
     """The sharded policy, still on meta. All ranks."""
     model = build_on_meta(model_config, torch.float32)
     layers = decoder_layers(model)
+    if process.device.type == "cuda":
+        use_fused_norms(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
     policy = Policy(model)
