@@ -289,7 +289,7 @@ def turn_kept(kept: Kept, bias_V, targets_N, logps_N, softmax: Softmax, coeffici
     (num_tokens, columns), stride, block_v = kept.exps_NC.shape, kept.exps_NC.stride(0), plan.tiles.statistics.block_v
     dtype = _buffer_dtype(operand_dtype)
     gradient_NC, row_blocks = kept.exps_NC.view(dtype), triton.cdiv(num_tokens, KEPT_ROWS)
-    sums_RC = None if bias_V is None else softmax.top_N.new_empty(row_blocks, columns)
+    sums_RC = None if bias_V is None else softmax.top_N.new_empty(row_blocks, stride)
     kept_gradient_kernel[(row_blocks * (stride // block_v),)](
         kept.exps_NC, gradient_NC, targets_N, logps_N, kept.top_LN, softmax.top_N, softmax.inverse_total_N,
         coefficients_N, sums_RC, num_tokens, stride, V=kept.first_col + columns, LOGIT_SCALE=plan.logit_scale,
