@@ -61,7 +61,7 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabula
                     meta(vocabulary, dtype=dtype) if bias else None, meta(num_tokens, dtype=torch.int64))
         _, logps_N, softmax, terms, kept = kernels.forward(*operands, meta(num_tokens), meta(num_tokens),
                                                            meta(5, dtype=torch.int64), meta(4), plan)
-        kernels.backward(*operands, logps_N, softmax, logps_N, terms.get("entropy"), kept, plan, (True, True, bias))
+        kernels.backward(*operands, softmax, logps_N, terms.get("entropy"), kept, plan, (True, True, bias))
     finally:
         for name, value in before.items():
             setattr(kernels, name, value)

@@ -21,7 +21,7 @@ With a cache, 8 - 2 c operations of N V D in all, c the share of the vocabulary 
 exp(logit - tile maximum) of the last tiles, and one elementwise kernel turns them in place into dZ when the
 coefficients are known, instead of making their logits again:
 
-    p_v = kept_v * exp(tile maximum - max z) / total, but exp(logp), never rounded to 16 bits, of the target
+    p_v = kept_v * exp(tile maximum - max z) / total; that of the target is made of its logit, as without a cache
 
 Kept is fp16 times 2^15, which holds 11 bits down to 2^-29 of the tile's maximum and some down to 2^-39; bf16 would hold
 8 bits, and the rounding of dZ to bf16 comes on top of it.
@@ -119,8 +119,8 @@ def tile_statistics_kernel(
 ):  # fmt: skip
     """Maximum and sum of exponentials of one tile of logits per token; with expected_LN also the sum of exp(c) * c.
 
-    Tiles first_tile .. end_tile of the vocabulary, or all: None and None, which cost no register. With kept_NC, of these
-    columns, it stores the exponentials too.
+    Tiles first_tile .. end_tile of the vocabulary, or all (None and None, which cost no register). With kept_NC, of
+    these columns, it stores the exponentials too.
     """
     num_tiles = tl.cdiv(V, BLOCK_V) if end_tile is None else end_tile - first_tile
     row_block, wave_tile = _tile_place(tl.cdiv(num_tokens, BLOCK_N), num_tiles, GROUP_N)
@@ -287,14 +287,14 @@ def logits_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def kept_gradient_kernel(
-    kept_NC, gradient_NC, targets_N, logps_N, top_CN, top_N, inverse_total_N, coefficients_N, bias_gradient_RC,
+    kept_NC, gradient_NC, targets_N, target_logits_N, top_LN, top_N, inverse_total_N, coefficients_N, bias_gradient_RC,
     num_tokens, stride,
     V: tl.constexpr, LOGIT_SCALE: tl.constexpr, BUFFER: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """What logits_gradient_kernel makes, of exponentials that were kept: both tensors are the same memory.
 
-    stride: columns of the cache, whole tiles, of which the last one may be ragged. top_CN: maxima of these tiles.
+    stride: columns of the cache, whole tiles, of which the last one may be ragged. top_LN: maxima of these tiles.
     """
     tiles = stride // BLOCK_V
     row_block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -309,14 +309,14 @@ def kept_gradient_kernel(
     gradient = tl.zeros((ROWS, BLOCK_V), dtype=ACCUMULATE)
     if tl.sum((coefficients != 0).to(tl.int32), axis=0) > 0:
         targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
-        tile_top = tl.load(top_CN + tile.to(tl.int64) * num_tokens + rows, mask=rows < num_tokens, other=0.0)
+        tile_top = tl.load(top_LN + tile.to(tl.int64) * num_tokens + rows, mask=rows < num_tokens, other=0.0)
         top = tl.load(top_N + rows, mask=rows < num_tokens, other=0.0)
         inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
-        logps = tl.load(logps_N + rows, mask=rows < num_tokens, other=0.0)
+        target_logit = tl.load(target_logits_N + rows, mask=rows < num_tokens, other=0.0)
         share = tl.exp(tile_top - top) * inverse_total * (1.0 / KEPT_SCALE)
         p = tl.load(kept_NC + at, mask=inside, other=0.0).to(ACCUMULATE) * share[:, None]
         is_target = cols[None, :] == targets[:, None]
-        p = tl.where(is_target, tl.exp(logps)[:, None], p)
+        p = tl.where(is_target, (tl.exp(target_logit - top) * inverse_total)[:, None], p)
         gradient = coefficients[:, None] * (is_target.to(ACCUMULATE) - p)
         if LOGIT_SCALE is not None:
             gradient *= LOGIT_SCALE

@@ -90,6 +90,7 @@ class Kept(NamedTuple):
 
     exps_NC: torch.Tensor  # exp(logit - tile maximum) times KEPT_SCALE; rows are whole tiles apart
     top_LN: torch.Tensor  # maxima of these tiles
+    target_logits_N: torch.Tensor
     first_col: int
 
 
@@ -197,7 +198,7 @@ def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, e
     if kept_tiles:
         first_col = first_kept * tile.block_v
         exps_NC = torch.empty(num_tokens, kept_tiles * tile.block_v, dtype=dtype, device=hidden_ND.device)
-        kept = Kept(exps_NC[:, :len(head_VD) - first_col], top_LN[first_kept:], first_col)
+        kept = Kept(exps_NC[:, :len(head_VD) - first_col], top_LN[first_kept:], target_logits_N, first_col)
     for first, end, exps_NC in ((0, first_kept, None), (first_kept, num_tiles, kept.exps_NC if kept else None)):
         if exps_NC is not None and constants["DESCRIPTORS"]:
             exps_NC = TensorDescriptor.from_tensor(exps_NC, [tile.block_n, tile.block_v])
@@ -228,7 +229,7 @@ def cache_tiles(num_tokens: int, num_tiles: int, element_size: int, cache_gib: f
     return min(int(cache_gib * 2**30) // (num_tokens * element_size * block_v), num_tiles)
 
 
-def backward(hidden_ND, head_VD, bias_V, targets_N, logps_N, softmax: Softmax, coefficients_N, grad_entropy_N,
+def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N,
              kept: Kept | None, plan: Plan, needs: tuple[bool, bool, bool]):
     """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no.
 
@@ -247,7 +248,7 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, logps_N, softmax: Softmax, c
     waves = waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax, coefficients_N, grad_entropy_N, plan,
                              kept.first_col if kept else len(head_VD))
     if kept:
-        wave = turn_kept(kept, bias_V, targets_N, logps_N, softmax, coefficients_N, hidden_ND.dtype, plan)
+        wave = turn_kept(kept, bias_V, targets_N, softmax, coefficients_N, hidden_ND.dtype, plan)
         waves = itertools.chain(waves, [wave])
     with _full_precision_reductions():
         for first, gradient_NW, sums_RW in waves:
@@ -283,15 +284,14 @@ def waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, co
         yield Wave(first, gradient_NW, sums_RW)
 
 
-def turn_kept(kept: Kept, bias_V, targets_N, logps_N, softmax: Softmax, coefficients_N, operand_dtype,
-              plan: Plan) -> Wave:
+def turn_kept(kept: Kept, bias_V, targets_N, softmax: Softmax, coefficients_N, operand_dtype, plan: Plan) -> Wave:
     """Gradients of the columns that are kept, in their memory."""
     (num_tokens, columns), stride, block_v = kept.exps_NC.shape, kept.exps_NC.stride(0), plan.tiles.statistics.block_v
     dtype = _buffer_dtype(operand_dtype)
     gradient_NC, row_blocks = kept.exps_NC.view(dtype), triton.cdiv(num_tokens, KEPT_ROWS)
     sums_RC = None if bias_V is None else softmax.top_N.new_empty(row_blocks, stride)
     kept_gradient_kernel[(row_blocks * (stride // block_v),)](
-        kept.exps_NC, gradient_NC, targets_N, logps_N, kept.top_LN, softmax.top_N, softmax.inverse_total_N,
+        kept.exps_NC, gradient_NC, targets_N, kept.target_logits_N, kept.top_LN, softmax.top_N, softmax.inverse_total_N,
         coefficients_N, sums_RC, num_tokens, stride, V=kept.first_col + columns, LOGIT_SCALE=plan.logit_scale,
         BUFFER=_triton_dtype(dtype), ROWS=KEPT_ROWS, BLOCK_V=block_v, ACCUMULATE=_triton_dtype(softmax.top_N.dtype),
         num_warps=8)
@@ -369,7 +369,7 @@ class WeightedLogratio(torch.autograd.Function):
             coefficients_N = grad_logps_N + scaled_N * weights_N
             kept, ctx.kept = ctx.kept, None
             grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.contiguous()
-            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, logps_N, Softmax(*softmax), coefficients_N,
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*softmax), coefficients_N,
                                      grad_entropy_N, kept, ctx.plan, needs[:3])
         ratio_N = logps_N - ref_logps_N
         grad_scale_S = None
