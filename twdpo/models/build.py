@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import InputError
-from twdpo.logratio import HeadOptions
+from twdpo.logratio import HeadOptions, check_head_cache
 from twdpo.models.attention import ATTENTION_NAME
 
 
@@ -18,12 +18,16 @@ def head_options(model_config) -> HeadOptions:
     return HeadOptions(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def check_architecture(model_config, checkpointing: str) -> None:
+def check_architecture(model_config, checkpointing: str, head_cache_gib: float = 0.0) -> None:
     """Raise InputError for a model that can't be built, sharded or checkpointed, before anything is spent on it."""
     model = build_on_meta(model_config, torch.float32)
     decoder_layers(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
+    try:
+        check_head_cache(head_cache_gib, head_options(model_config))
+    except ValueError as error:
+        raise InputError(f"--head-cache-gib: {error}") from error
 
 
 def build_on_meta(model_config, dtype: torch.dtype):
