@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that need not be here, and print what each asks of the GPU.
 
-    python benchmarks/kernel_resources.py                                 every default tile shape, Llama-3-8B head
+    python benchmarks/kernel_resources.py                                every default tile shape, Llama-3-8B head
     python benchmarks/kernel_resources.py --capability 9.0 --tile 128,128,64,8,4,descriptors
 
 Registers are per thread (255 at most); spilled bytes per thread go through memory and cost time; shared memory is per

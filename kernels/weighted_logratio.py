@@ -30,7 +30,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run 
 WAVE_MIB = 160  # buffer for the gradients of one wave's logits
 TOKEN_BLOCK = 32  # tokens of one program of the finishing kernel
 TILE_BLOCK = 64  # tiles it reads at a time
-KEPT_ROWS = 64  # tokens of one program of the kernel that reads the cache
+KEPT_ROWS = 32  # tokens of one program of the kernel that reads the cache
 SUM_BLOCK = 1024  # tokens that a sequence's sum reads at a time
 
 
