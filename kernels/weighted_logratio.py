@@ -57,9 +57,8 @@ class Tiles(NamedTuple):
 # By element size in bytes, then the smallest compute capability. 12.x has less than half the shared memory of 9.0.
 SMALL = Tile(128, 128, 32, 8, 4)
 TILES = {
-    2: {(12, 0): Tiles(SMALL, SMALL),
-        (9, 0): Tiles(Tile(128, 256, 64, 8, 3, descriptors=True), Tile(128, 256, 64, 8, 4, descriptors=True)),
-        (0, 0): Tiles(SMALL, SMALL)},
+    2: {(12, 0): Tiles(SMALL, SMALL), (0, 0): Tiles(SMALL, SMALL),
+        (9, 0): Tiles(Tile(128, 256, 64, 8, 3, descriptors=True), Tile(128, 256, 64, 8, 4, descriptors=True))},
     4: {(0, 0): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))},
 }
 INTERPRETED_TILES = Tiles(Tile(64, 128, 64, 1, 1), Tile(64, 128, 64, 1, 1))
@@ -193,7 +192,7 @@ def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, e
     (num_tiles, num_tokens), tile, dtype = top_LN.shape, plan.tiles.statistics, _kept_dtype(hidden_ND.dtype)
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan, tile)
     row_blocks = triton.cdiv(num_tokens, tile.block_n)
-    kept_tiles = cache_tiles(num_tokens, num_tiles, dtype.itemsize, plan.head_cache_gib, tile.block_v)
+    kept_tiles = min(int(plan.head_cache_gib * 2**30) // (num_tokens * dtype.itemsize * tile.block_v), num_tiles)
     first_kept, kept = num_tiles - kept_tiles, None
     if kept_tiles:
         first_col = first_kept * tile.block_v
@@ -224,17 +223,9 @@ def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: 
     return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
 
 
-def cache_tiles(num_tokens: int, num_tiles: int, element_size: int, cache_gib: float, block_v: int) -> int:
-    """Tiles of the vocabulary of which the cache has room for all tokens."""
-    return min(int(cache_gib * 2**30) // (num_tokens * element_size * block_v), num_tiles)
-
-
 def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N,
              kept: Kept | None, plan: Plan, needs: tuple[bool, bool, bool]):
-    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no.
-
-    Takes what is kept as its memory.
-    """
+    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no."""
     accumulate, device = softmax.top_N.dtype, softmax.top_N.device
     needs_hidden, needs_head, needs_bias = needs
     grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=device) if needs_hidden else None
@@ -269,8 +260,7 @@ def waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, co
     if not end_col:
         return
     width = wave_columns(num_tokens, end_col, dtype.itemsize, plan.wave_mib, tile.block_v)
-    buffer_NW = hidden_ND.new_empty(num_tokens, width, dtype=dtype)
-    row_blocks = triton.cdiv(num_tokens, tile.block_n)
+    buffer_NW, row_blocks = hidden_ND.new_empty(num_tokens, width, dtype=dtype), triton.cdiv(num_tokens, tile.block_n)
     sums_RW = None if bias_V is None else softmax.top_N.new_empty(row_blocks, width)
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan, tile)
     for first in range(0, end_col, width):
@@ -285,7 +275,7 @@ def waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, co
 
 
 def turn_kept(kept: Kept, bias_V, targets_N, softmax: Softmax, coefficients_N, operand_dtype, plan: Plan) -> Wave:
-    """Gradients of the columns that are kept, in their memory."""
+    """Gradients of the columns that are kept, written over them."""
     (num_tokens, columns), stride, block_v = kept.exps_NC.shape, kept.exps_NC.stride(0), plan.tiles.statistics.block_v
     dtype = _buffer_dtype(operand_dtype)
     gradient_NC, row_blocks = kept.exps_NC.view(dtype), triton.cdiv(num_tokens, KEPT_ROWS)
