@@ -130,6 +130,8 @@ def poisoned_memory(monkeypatch):
             tensor = allocate(*args, **kwargs)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
         return allocate_poisoned
+    with torch.device("cpu"):
+        torch.empty(0)  # torch keeps a list of what a device context acts on, made at first use: of the real functions
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
