@@ -134,7 +134,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     describe_start(config, objective, folder, dtype, process)
     inputs = check_inputs(config, process, folder, needs)
     model = inputs.model
-    check_architecture(model.config, config.checkpointing.replace("auto", "none"))
+    check_architecture(model.config, config.checkpointing.replace("auto", "none"), config.head_cache_gib)
     checkpointing, budget = settle_memory(config, model.config, dtype, process)
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
     config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,
@@ -143,7 +143,8 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     process.on_main(lambda: wandb_runs.append(start_wandb(config, folder)))
     for need in needs:
         inputs = need.prepare(config, inputs)
-    policy = load_policy(model.folder, dtype, process, checkpointing, config.replicate, config.compile)
+    policy = load_policy(model.folder, dtype, process, checkpointing, config.replicate, config.compile,
+                         config.head_cache_gib)
     rows = RowOptions(settle_packing(policy, config.packing, inputs.used(config), process), budget)
     process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     config = settle(config, needs, rows)

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be here, and print what each asks of the GPU.
 
-    python benchmarks/kernel_resources.py                                 every default tile shape, Llama-3-8B head
-    python benchmarks/kernel_resources.py --capability 9.0 --tiles 128,128,64,8,4,descriptors
+    python benchmarks/kernel_resources.py                                every default tile shape, Llama-3-8B head
+    python benchmarks/kernel_resources.py --capability 9.0 --tile 128,128,64,8,4,descriptors
 
 Registers are per thread (255 at most); spilled bytes per thread go through memory and cost time; shared memory is per
 program (99 KiB at most on 8.6, 8.9 and 12.x, 163 on 8.0, 227 on 9.0 and 10.x). Needs no GPU: Triton brings ptxas.
@@ -23,12 +23,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from twdpo.kernels import weighted_logratio as kernels
 
-KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel")
+KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel",
+           "kept_gradient_kernel")
+CACHE_GIB = 0.5  # some of the tiles are kept
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 
 
 def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabulary=128256, hidden=4096):
-    """{kernel name: (arguments, constants)} of one forward and backward pass, on tensors without memory."""
+    """{kernel: (its name, arguments, constants)} of one forward and backward pass, on tensors without memory.
+
+    A kernel that also fills the cache is one of its own.
+    """
     launches = {}
 
     class Recorder:
@@ -36,7 +41,12 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabula
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: launches.setdefault(self.name, (args, constants))
+            return self.record
+
+        def record(self, *args, **constants):
+            keeps = dict(zip(before[self.name].arg_names, args)).get("kept_NC") is not None
+            title = f"{self.name}, keeping" if keeps and self.name == "tile_statistics_kernel" else self.name
+            launches.setdefault(title, (self.name, args, constants))
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -49,9 +59,9 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabula
         kernels._set_product = kernels._add_product = lambda *_: None
         operands = (meta(num_tokens, hidden, dtype=dtype), meta(vocabulary, hidden, dtype=dtype),
                     meta(vocabulary, dtype=dtype) if bias else None, meta(num_tokens, dtype=torch.int64))
-        _, logps_N, softmax, terms = kernels.forward(*operands, meta(num_tokens), meta(num_tokens),
-                                                     meta(5, dtype=torch.int64), meta(4), plan)
-        kernels.backward(*operands, softmax, logps_N, terms.get("entropy"), plan, (True, True, bias))
+        _, logps_N, softmax, terms, kept = kernels.forward(*operands, meta(num_tokens), meta(num_tokens),
+                                                           meta(5, dtype=torch.int64), meta(4), plan)
+        kernels.backward(*operands, softmax, logps_N, terms.get("entropy"), kept, plan, (True, True, bias))
     finally:
         for name, value in before.items():
             setattr(kernels, name, value)
@@ -101,7 +111,8 @@ def resources(compiled) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", help="compute capability, as 9.0; all that TILES names, 8.0 first, by default")
-    parser.add_argument("--tiles", help="block_n,block_v,block_d,num_warps,num_stages[,descriptors]; TILES by default")
+    parser.add_argument("--tile", help="block_n,block_v,block_d,num_warps,num_stages[,descriptors] of both kernels; "
+                        "TILES by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--softcap", type=float)
@@ -115,21 +126,24 @@ def main(argv: list[str] | None = None) -> None:
         capabilities = [tuple(map(int, flags.capability.split(".")))]
     rows = []
     print(f"Triton {triton.__version__}, {flags.dtype}, V 128,256, D 4,096\n"
-          f"{'capability':10} {'kernel':26} {'tile':>12} {'registers':>9} {'spilled B':>9} {'shared KiB':>10} "
+          f"{'capability':10} {'kernel':32} {'tile':>12} {'registers':>9} {'spilled B':>9} {'shared KiB':>10} "
           "tensor cores")
     for capability in capabilities:
         tiles = kernels.default_tiles(dtype, capability)
-        if flags.tiles:
-            *sizes, last = flags.tiles.split(",") if "descriptors" in flags.tiles else (*flags.tiles.split(","), "")
-            tiles = kernels.Tiles(*map(int, sizes), descriptors=last == "descriptors")
-        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, tuple(filter(None, flags.terms.split(","))))
+        if flags.tile:
+            *sizes, last = flags.tile.split(",") if "descriptors" in flags.tile else (*flags.tile.split(","), "")
+            tile = kernels.Tile(*map(int, sizes), descriptors=last == "descriptors")
+            tiles = kernels.Tiles(tile, tile)
+        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, tuple(filter(None, flags.terms.split(","))),
+                            CACHE_GIB if flags.softcap is None else 0.0)
         for name, launch in record_launches(plan, dtype, flags.bias).items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = resources(compile_launch(name, *launch, capability))
+                row = resources(compile_launch(*launch, capability))
             rows.append({"capability": ".".join(map(str, capability)), "kernel": name} | row)
-            shape = f"{tiles.block_n}x{tiles.block_v}x{tiles.block_d}"
-            print(f"{rows[-1]['capability']:10} {name:26} {shape:>12} {row['registers']:9} {row['spilled_bytes']:9} "
+            tile = tiles.gradient if name == "logits_gradient_kernel" else tiles.statistics
+            shape = f"{tile.block_n}x{tile.block_v}x{tile.block_d}"
+            print(f"{rows[-1]['capability']:10} {name:32} {shape:>12} {row['registers']:9} {row['spilled_bytes']:9} "
                   f"{row['shared_kib']:10} {row['tensor_cores']}", flush=True)
     print(json.dumps({"triton": triton.__version__, "dtype": flags.dtype, "kernels": rows}))
 

@@ -4,9 +4,9 @@
     python benchmarks/tune_loss_kernel.py --tokens 4096 --vocabulary 256000 --hidden 2304
 
 Needs a GPU. First table: the parts of one forward and backward pass at the default tiles, against the time of the same
-operations in bare matrix products. Second: every tile shape below, each kernel by itself. Third: the backward pass by
-wave size. Everything goes to benchmarks/results/<device>/tune_loss_kernel.json; the best tiles belong in TILES of
-kernels/weighted_logratio.py. The last line is JSON.
+operations in bare matrix products. Second: every tile shape below, each kernel by itself, and the best tile of each.
+Third: the backward pass by wave size. Everything goes to benchmarks/results/<device>/tune_loss_kernel.json; the best
+tiles belong in TILES of kernels/weighted_logratio.py. The last line is JSON.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from twdpo.kernels import weighted_logratio as kernels
 
 SHAPES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 3),
           (128, 128, 64, 4, 4), (128, 128, 128, 8, 3))
-TILES = [kernels.Tiles(*shape, descriptors=descriptors) for descriptors in (True, False) for shape in SHAPES]
-GROUPS = (4, 8, 32)  # for the best tiles; the others take the default
+TILES = [kernels.Tile(*shape, descriptors=descriptors) for descriptors in (True, False) for shape in SHAPES]
+GROUPS = (4, 8, 32)  # for the best tile of each kernel; the others take the default
+TIMES = {"statistics": "forward_ms", "gradient": "gradient_ms"}  # of the kernels, as Tiles names them
 WAVES_MIB = (40, 80, 160, 320, 640)
 
 
@@ -54,7 +55,7 @@ def passes(case, plan: kernels.Plan):
     softmax, coefficients_N = forward()[2], batch["weights_N"] / len(hidden_ND)
 
     def backward():
-        return kernels.backward(*operands, softmax, coefficients_N, None, plan, (True, True, False))
+        return kernels.backward(*operands, softmax, coefficients_N, None, None, plan, (True, True, False))
     return forward, backward
 
 
@@ -88,19 +89,25 @@ def parts(case, plan: kernels.Plan, device, seconds: float) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in interleave(functions, device, seconds).items()}
 
 
-def try_tiles(case, tiles: kernels.Tiles, device, seconds: float) -> dict[str, object]:
-    """Times of the two tile kernels with these tiles; printed."""
-    row: dict[str, object] = {"tiles": tiles}
+def try_tile(case, tile: kernels.Tile, device, seconds: float) -> dict[str, object]:
+    """Times of the two tile kernels with this tile; printed."""
+    row: dict[str, object] = {"tile": tile}
     try:
-        times = parts(case, kernels.Plan(None, None, tiles, kernels.WAVE_MIB), device, seconds)
+        times = parts(case, kernels.Plan(None, None, kernels.Tiles(tile, tile), kernels.WAVE_MIB), device, seconds)
         row |= {"forward_ms": times["tile_statistics_kernel"], "gradient_ms": times["logits_gradient_kernel"]}
         operations = 2 * case[0].numel() * len(case[1]) / 1e9
         result = f"{operations / row['forward_ms']:16.0f} {operations / row['gradient_ms']:11.0f}"
     except OutOfResources as error:
         row["note"] = result = f"does not fit: {error}"
-    print(f"{tiles.block_n:4}x{tiles.block_v}x{tiles.block_d:<3} {tiles.num_warps:5} {tiles.num_stages:6} "
-          f"{tiles.group_n:5} {tiles.descriptors!s:>11} {result}", flush=True)
+    print(f"{tile.block_n:4}x{tile.block_v}x{tile.block_d:<3} {tile.num_warps:5} {tile.num_stages:6} "
+          f"{tile.group_n:5} {tile.descriptors!s:>11} {result}", flush=True)
     return row
+
+
+def best_tiles(rows: list[dict[str, object]]) -> dict[str, kernels.Tile]:
+    """{kernel: its fastest tile}."""
+    fit = [row for row in rows if "note" not in row]
+    return {kernel: min(fit, key=lambda row: row[time])["tile"] for kernel, time in TIMES.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda")
     default = kernels.default_tiles(torch.bfloat16, torch.cuda.get_device_capability())
     report: dict[str, object] = {"machine": machine(device), "vocabulary": flags.vocabulary, "hidden": flags.hidden,
-                                 "parts": [], "tiles": [], "waves": []}
+                                 "parts": [], "tiles": [], "best": [], "waves": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     out = result_path(device, "tune_loss_kernel.json")
     for num_tokens in map(int, flags.tokens.split(",")):
@@ -133,15 +140,19 @@ def main(argv: list[str] | None = None) -> None:
             report["parts"].append({"tokens": num_tokens, "part": name, "ms": time_ms, "tflops": tflops,
                                     "matrix_tflops": rate})
         print(f"\n{'tile':>12} warps stages group descriptors {'forward TFLOP/s':>16} {'dZ TFLOP/s':>11}")
-        rows = [try_tiles(case, tiles, device, flags.seconds) for tiles in TILES]
-        best = min((row for row in rows if "note" not in row), key=lambda row: row["forward_ms"] + row["gradient_ms"])
-        rows += [try_tiles(case, replace(best["tiles"], group_n=group), device, flags.seconds) for group in GROUPS]
-        report["tiles"] += [row | {"tokens": num_tokens, "tiles": asdict(row["tiles"])} for row in rows]
+        rows = [try_tile(case, tile, device, flags.seconds) for tile in TILES]
+        for tile in dict.fromkeys(best_tiles(rows).values()):
+            rows += [try_tile(case, replace(tile, group_n=group), device, flags.seconds) for group in GROUPS]
+        report["tiles"] += [row | {"tokens": num_tokens, "tile": asdict(row["tile"])} for row in rows]
+        for kernel, tile in best_tiles(rows).items():
+            print(f"best for {kernel}: {tile}", flush=True)
+            report["best"].append({"tokens": num_tokens, "kernel": kernel, "tile": asdict(tile)})
         print(f"\n{'wave MiB':>8} {'columns':>8} {'backward ms':>12}")
         for wave_mib in WAVES_MIB:
             _, backward = passes(case, kernels.Plan(None, None, default, wave_mib))
             (times,) = interleave({"backward": backward}, device, flags.seconds).values()
-            columns = kernels.wave_columns(num_tokens, flags.vocabulary, 2, wave_mib, default.block_v)
+            columns = kernels.wave_columns(num_tokens, flags.vocabulary, 2, wave_mib,
+                                           default.gradient.block_v)
             print(f"{wave_mib:8} {columns:8} {statistics.median(times):12.2f}", flush=True)
             report["waves"].append({"tokens": num_tokens, "wave_mib": wave_mib, "columns": columns,
                                     "backward_ms": statistics.median(times)})

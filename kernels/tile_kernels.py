@@ -17,6 +17,15 @@ into waves that fit a fixed buffer. Per wave a kernel makes the logits again and
 product over all tokens writes the wave's rows of the head's gradient, once; another adds to the hidden states' gradient
 in fp32. So every result is bitwise the same from run to run.
 
+With a cache, 8 - 2 c operations of N V D in all, c the share of the vocabulary that it holds: the forward keeps each
+exp(logit - tile maximum) of the last tiles, and one elementwise kernel turns them in place into dZ when the
+coefficients are known, instead of making their logits again:
+
+    p_v = kept_v * exp(tile maximum - max z) / total; that of the target is made of its logit, as without a cache
+
+Kept is fp16 times 2^15, which holds 11 bits down to 2^-29 of the tile's maximum and some down to 2^-39; bf16 would hold
+8 bits, and the rounding of dZ to bf16 comes on top of it.
+
 Entropy of the policy's distribution p at a token (nats), with c_v = z_v - max z and total = sum over v of exp(c_v):
 
     mean = sum over v of p_v * c_v
@@ -27,13 +36,14 @@ Neither of the entropy's two parts is below 0, so nothing cancels, and its gradi
 is 0 and what is left is mean, as exact as it was summed.
 
 Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
-logits, W columns of a wave, R blocks of rows. Needs triton only.
+logits, W columns of a wave, C columns of the cache, R blocks of rows. Needs triton only.
 """
 
 import triton
 import triton.language as tl
 
 LEAST = tl.constexpr(-1e4)  # exp is 0 there in any dtype; 0 * LEAST is 0 as well, where 0 * -inf would be NaN
+KEPT_SCALE = tl.constexpr(32768.0)  # of the exps in the cache, which are at most 1: fp16 ends at 65,504
 
 
 @triton.jit
@@ -68,7 +78,7 @@ def _logits_tile(
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The logits of one tile as the model means them, [BLOCK_N, BLOCK_V] in registers; forward and backward agree
-    to the bit because both call this."""
+    to the bit because both call this, with one BLOCK_D."""
     rows = first_row + tl.arange(0, BLOCK_N)
     cols = first_col + tl.arange(0, BLOCK_V)
     # 64-bit offsets to the tile, 32-bit within it: whole blocks of 64-bit addresses would not fit the registers.
@@ -98,16 +108,23 @@ def _logits_tile(
     return logits
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # it changes every batch: one compilation is enough
+# These change every batch: one compilation is enough.
+@triton.jit(do_not_specialize=["num_tokens", "first_tile", "end_tile"])
 def tile_statistics_kernel(
-    hidden, head, bias, targets_N, top_LN, total_LN, expected_LN, target_logits_N, num_tokens, hidden_stride,
-    head_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    hidden, head, bias, targets_N, top_LN, total_LN, expected_LN, target_logits_N, kept_NC, num_tokens, first_tile,
+    end_tile, hidden_stride, head_stride,
+    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of one tile of logits per token; with expected_LN also the sum of exp(c) * c."""
-    row_block, col_block = _tile_place(tl.cdiv(num_tokens, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    """Maximum and sum of exponentials of one tile of logits per token; with expected_LN also the sum of exp(c) * c.
+
+    Tiles first_tile .. end_tile of the vocabulary, or all (None and None, which cost no register). With kept_NC, of
+    these columns, it stores the exponentials too.
+    """
+    num_tiles = tl.cdiv(V, BLOCK_V) if end_tile is None else end_tile - first_tile
+    row_block, wave_tile = _tile_place(tl.cdiv(num_tokens, BLOCK_N), num_tiles, GROUP_N)
+    col_block = wave_tile if first_tile is None else first_tile + wave_tile
     first_row, first_col = row_block * BLOCK_N, col_block * BLOCK_V
     logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
                           LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
@@ -132,6 +149,15 @@ def tile_statistics_kernel(
     if expected_LN is not None:
         expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)  # LEAST would take more registers here
         tl.store(expected_LN + place, expected, mask=rows < num_tokens)
+    if kept_NC is not None:
+        kept = (exps * KEPT_SCALE).to(KEPT)
+        if DESCRIPTORS:  # out of bounds writes are left out
+            kept_NC.store([first_row, wave_tile * BLOCK_V], kept)
+        else:
+            stride = num_tiles * BLOCK_V
+            kept_at = (kept_NC + first_row.to(tl.int64) * stride + wave_tile * BLOCK_V
+                       + tl.arange(0, BLOCK_N)[:, None] * stride + tl.arange(0, BLOCK_V)[None, :])
+            tl.store(kept_at, kept, mask=(rows < num_tokens)[:, None] & (cols < V)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -257,3 +283,44 @@ def logits_gradient_kernel(
         gradient_NW.store([first_row, col_block * BLOCK_V], gradient.to(BUFFER))
     else:
         tl.store(gradient_at, gradient.to(BUFFER), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def kept_gradient_kernel(
+    kept_NC, gradient_NC, targets_N, target_logits_N, top_LN, top_N, inverse_total_N, coefficients_N, bias_gradient_RC,
+    num_tokens, stride,
+    V: tl.constexpr, LOGIT_SCALE: tl.constexpr, BUFFER: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """What logits_gradient_kernel makes, of exponentials that were kept: both tensors are the same memory.
+
+    stride: columns of the cache, whole tiles, of which the last one may be ragged. top_LN: maxima of these tiles.
+    """
+    tiles = stride // BLOCK_V
+    row_block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first_row = row_block * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    kept_cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = (tl.cdiv(V, BLOCK_V) - tiles) * BLOCK_V + kept_cols
+    inside = (rows < num_tokens)[:, None] & (cols < V)[None, :]
+    at = first_row.to(tl.int64) * stride + tl.arange(0, ROWS)[:, None] * stride + kept_cols[None, :]
+
+    coefficients = tl.load(coefficients_N + rows, mask=rows < num_tokens, other=0.0)
+    gradient = tl.zeros((ROWS, BLOCK_V), dtype=ACCUMULATE)
+    if tl.sum((coefficients != 0).to(tl.int32), axis=0) > 0:
+        targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
+        tile_top = tl.load(top_LN + tile.to(tl.int64) * num_tokens + rows, mask=rows < num_tokens, other=0.0)
+        top = tl.load(top_N + rows, mask=rows < num_tokens, other=0.0)
+        inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
+        target_logit = tl.load(target_logits_N + rows, mask=rows < num_tokens, other=0.0)
+        share = tl.exp(tile_top - top) * inverse_total * (1.0 / KEPT_SCALE)
+        p = tl.load(kept_NC + at, mask=inside, other=0.0).to(ACCUMULATE) * share[:, None]
+        is_target = cols[None, :] == targets[:, None]
+        p = tl.where(is_target, (tl.exp(target_logit - top) * inverse_total)[:, None], p)
+        gradient = coefficients[:, None] * (is_target.to(ACCUMULATE) - p)
+        if LOGIT_SCALE is not None:
+            gradient *= LOGIT_SCALE
+    if bias_gradient_RC is not None:
+        column_sums = tl.sum(tl.where((rows < num_tokens)[:, None], gradient, 0.0), axis=0)
+        tl.store(bias_gradient_RC + row_block.to(tl.int64) * stride + kept_cols, column_sums, mask=cols < V)
+    tl.store(gradient_NC + at, gradient.to(BUFFER), mask=inside)

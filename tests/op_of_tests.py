@@ -13,7 +13,8 @@ from twdpo import logratio
 from twdpo.logratio import TERMS, HeadOptions, weighted_logratio_chunked, weighted_logratio_spec
 
 kernel = pytest.importorskip("twdpo.kernels.weighted_logratio")
-SMALL_TILES = kernel.Tiles(16, 32, 16, 4, 1, group_n=2)
+# Of two shapes, as on a GPU.
+SMALL_TILES = kernel.Tiles(kernel.Tile(16, 32, 16, 4, 1, group_n=2), kernel.Tile(32, 16, 16, 4, 1, group_n=2))
 
 OPTIONS = [HeadOptions(), HeadOptions(softcap=1.5), HeadOptions(logit_scale=0.7),
            HeadOptions(softcap=2.0, logit_scale=3.0)]
@@ -31,11 +32,17 @@ def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
     return outputs[0].cpu(), outputs[1].cpu(), {name: value.cpu() for name, value in outputs[2].items()}
 
 
-triton_op_large_tiles = partial(triton_op, tiles=kernel.Tiles(64, 128, 64, 8, 1))
+
+def one_shape(*shape, **more):
+    """Tiles of one shape for both kernels."""
+    return kernel.Tiles(*2 * (kernel.Tile(*shape, **more),))
+
+
+triton_op_large_tiles = partial(triton_op, tiles=one_shape(64, 128, 64, 8, 1))
 # A larger case in fewer programs, each of which the interpreter takes its time for: still several tiles each way.
-triton_op_deep_tiles = partial(triton_op, tiles=kernel.Tiles(16, 64, 64, 4, 1, group_n=2))
+triton_op_deep_tiles = partial(triton_op, tiles=one_shape(16, 64, 64, 4, 1, group_n=2))
 triton_op_many_waves = partial(triton_op, wave_mib=1e-6)  # one tile a wave
-triton_op_descriptors = partial(triton_op, tiles=kernel.Tiles(16, 32, 16, 4, 1, descriptors=True))
+triton_op_descriptors = partial(triton_op, tiles=one_shape(16, 32, 16, 4, 1, descriptors=True))
 IMPLEMENTATIONS = pytest.mark.parametrize("op", [weighted_logratio_chunked, triton_op], ids=["chunked", "triton"])
 interpreted = pytest.mark.skipif(not kernel.INTERPRETED, reason="fp64 kernels run in the interpreter only")
 
@@ -123,6 +130,8 @@ def poisoned_memory(monkeypatch):
             tensor = allocate(*args, **kwargs)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
         return allocate_poisoned
+    with torch.device("cpu"):
+        torch.empty(0)  # torch keeps a list of what a device context acts on, made at first use: of the real functions
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -3,13 +3,15 @@
     pytest -m gpu          these tests, and those of tests/test_gpu_runs.py
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 from twdpo.logratio import TERMS, HeadOptions, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 pytestmark = pytest.mark.gpu
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bias: bool = False) -> dict:
@@ -51,6 +53,21 @@ def fp64(given: dict) -> dict:
             if isinstance(value, torch.Tensor) and value.requires_grad else value for name, value in given.items()}
 
 
+def half_kept(given: dict):
+    """The op with a cache of half of the vocabulary, and of one tile where that is less."""
+    columns = len(given["head_VD"]) / 2 + 256
+    gib = columns * given["head_VD"].element_size() * len(given["targets_N"]) / GIB
+    return partial(weighted_logratio, head_cache_gib=gib)
+
+
+def assert_errors_of_torch(truth: dict, same: dict, ours: dict) -> None:
+    """Against fp64, at most twice the error of full logits in the same dtype."""
+    for name, value in ours.items():
+        error, allowed = ((each.double() - truth[name]).norm() for each in (value, same[name]))
+        size = truth[name].norm()
+        assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+
+
 @pytest.mark.parametrize("options", [HeadOptions(), HeadOptions(softcap=30.0), HeadOptions(logit_scale=0.5)],
                          ids=["plain", "softcap", "scale"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,14 +78,17 @@ def fp64(given: dict) -> dict:
     (129, 257, 72, True),
 ])
 def test_error_is_that_of_torch(num_tokens, vocabulary, hidden, bias, dtype, options):
-    """Three-way: against fp64, at most twice the error of full logits in the same dtype."""
+    """Three-way, without a cache and with one, which changes no bit of what the forward gives."""
     given = case(num_tokens, vocabulary, hidden, dtype, bias)
     truth = results(weighted_logratio_chunked, fp64(given), options)
     same = results(weighted_logratio_spec, given, options)
-    for name, ours in results(weighted_logratio, given, options).items():
-        error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
-        size = truth[name].norm()
-        assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+    ours = results(weighted_logratio, given, options)
+    assert_errors_of_torch(truth, same, ours)
+    if options.softcap is None:
+        cached = results(half_kept(given), given, options)
+        assert_errors_of_torch(truth, same, cached)
+        assert all(torch.equal(ours[name], cached[name]) for name in ("ratio_S", "logps_N"))
+        assert not torch.equal(ours["hidden_ND"], cached["hidden_ND"])  # something was kept
 
 
 @pytest.mark.parametrize("options", [HeadOptions(), HeadOptions(softcap=30.0, logit_scale=0.5)],
@@ -108,16 +128,16 @@ def test_fp32_is_not_rounded_to_tf32():
         assert (ours.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), name
 
 
-@pytest.mark.parametrize("num_tokens, vocabulary, hidden", [
-    (20_011, 128_256, 64),  # N V = 2.6e9
-    (70, 128_256, 17_000),  # V D = 2.2e9: offsets into the head itself pass 2^31
-    (70, 128_256, 17_001),  # and without the tensor memory accelerator
-    (2_200_000, 100, 1_000),  # N D = 2.2e9
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden, cache_gib", [
+    (20_011, 128_256, 64, 0.0),  # N V = 2.6e9
+    (20_011, 128_256, 64, 4.5),  # of which 2.4e9 are kept
+    (70, 128_256, 17_000, 0.0),  # V D = 2.2e9: offsets into the head itself pass 2^31
+    (70, 128_256, 17_001, 0.0),  # and without the tensor memory accelerator
 ])
-def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden):
+def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden, cache_gib):
     """More than 2^31 elements: the last rows and columns are as right as the first."""
     given = case(num_tokens, vocabulary, hidden)
-    ours = results(weighted_logratio, given)
+    ours = results(partial(weighted_logratio, head_cache_gib=cache_gib), given)
     chunked = results(weighted_logratio_chunked, given)
     for name in ("logps_N", "hidden_ND", "head_VD"):
         for part in (slice(0, 100), slice(-100, None)):
@@ -125,39 +145,75 @@ def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden):
                                        msg=lambda text, name=name, part=part: f"{name} {part}: {text}")
 
 
-def test_eight_runs_are_bitwise_equal():
+def test_millions_of_tokens():
+    """N D = 2.2e9. An entry of the head's gradient is then a sum of 2.2 million terms rounded to bf16: its error is
+    compared with torch's, as a norm, and the truth is made in parts."""
+    num_tokens, part = 2_200_000, 100_000
+    given = case(num_tokens, 100, 1_000)
+    upstream_N = torch.randn(num_tokens, generator=torch.Generator("cuda").manual_seed(3), device="cuda")
+
+    def run(op, given, upstream_N):
+        logps_N = op(**given)[1]
+        grads = torch.autograd.grad(logps_N, [given["hidden_ND"], given["head_VD"]], upstream_N)
+        return {"logps_N": logps_N.detach()} | dict(zip(("hidden_ND", "head_VD"), grads))
+    ways = [run(op, given, upstream_N) for op in (weighted_logratio, weighted_logratio_spec)]
+    squares = {name: torch.zeros(3, dtype=torch.float64, device="cuda") for name in ways[0]}  # ours, torch, truth
+
+    def add(name, truth, rows=slice(None)):
+        for place, value in enumerate((*(way[name][rows].double() - truth for way in ways), truth)):
+            squares[name][place] += value.square().sum()
+    head_VD = torch.zeros(100, 1_000, dtype=torch.float64, device="cuda")
+    for first in range(0, num_tokens, part):
+        rows = slice(first, first + part)
+        tokens = {name: given[name][rows] for name in ("hidden_ND", "targets_N", "ref_logps_N", "weights_N")}
+        one = {"seq_lens_S": torch.tensor([part]), "scale_S": torch.ones(1, device="cuda")}
+        truth = run(weighted_logratio_chunked, fp64(given | tokens | one), upstream_N[rows].double())
+        head_VD += truth["head_VD"]
+        for name in ("logps_N", "hidden_ND"):
+            add(name, truth[name], rows)
+    add("head_VD", head_VD)
+    for name, (error, allowed, size) in ((name, values.sqrt().tolist()) for name, values in squares.items()):
+        assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_eight_runs_are_bitwise_equal(keeps):
     given = case(2000, 128256, 512)
-    first = results(weighted_logratio, given)
+    op = half_kept(given) if keeps else weighted_logratio
+    first = results(op, given)
     for _ in range(7):
-        again = results(weighted_logratio, given)
+        again = results(op, given)
         assert all(torch.equal(value, again[name]) for name, value in first.items())
     with torch.no_grad():
         assert torch.equal(weighted_logratio(**given)[1], first["logps_N"])
 
 
-@pytest.mark.parametrize("num_tokens", [4096, 16384])
-def test_no_full_logits(num_tokens):
-    """Peak memory above inputs and gradients: at most 300 MiB and the fp32 gradient of the hidden states."""
-    given = case(num_tokens, 128256, 1024)
-    results(weighted_logratio, case(64, 128256, 1024))  # compiles, and lets cuBLAS take its workspace
+@pytest.mark.parametrize("num_tokens, cache_gib", [(4096, 0.0), (16384, 0.0), (4096, 0.5)])
+def test_no_full_logits(num_tokens, cache_gib):
+    """Peak memory above inputs and gradients: at most 300 MiB, the cache, and the hidden states' gradient in fp32."""
+    given, op = case(num_tokens, 128256, 1024), partial(weighted_logratio, head_cache_gib=cache_gib)
+    results(op, case(64, 128256, 1024))  # compiles, and lets cuBLAS take its workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results(weighted_logratio, given)
+    results(op, given)
     torch.cuda.synchronize()
     gradients = 2 * (given["hidden_ND"].numel() + given["head_VD"].numel())
     extra = torch.cuda.max_memory_allocated() - before - gradients
-    assert extra <= 300 * MIB + 4 * given["hidden_ND"].numel(), f"{extra / MIB:.0f} MiB"
+    assert extra <= 300 * MIB + 4 * given["hidden_ND"].numel() + cache_gib * GIB, f"{extra / MIB:.0f} MiB"
 
 
 def test_the_host_never_waits():
     given = case(500, 5003, 256, bias=True)
-    results(weighted_logratio, given)  # compiles
+    cached = half_kept(given)
+    for op in (weighted_logratio, cached):
+        results(op, given)  # compiles
     upstream = torch.ones(4, device="cuda"), torch.ones(500, device="cuda")
     leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
     torch.cuda.set_sync_debug_mode("error")
     try:
         ratio_S, logps_N, values = weighted_logratio(**given, terms=TERMS)
         torch.autograd.grad((ratio_S, logps_N, values["entropy"]), leaves, (*upstream, upstream[1]))
+        torch.autograd.grad(cached(**given)[:2], leaves, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -16,14 +16,15 @@ SHARED_KIB = {"8.0": 163, "9.0": 227, "12.0": 99}  # a program's most, CUDA prog
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Without terms and with them {(capability, kernel): resources}; of a process where Triton does not interpret."""
+    """Without terms, with them, and with a bias {(capability, kernel): resources}; of a process where Triton does not
+    interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no Triton here")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
                     "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     program = ("import kernel_resources\n"
-               "for flags in ([], ['--terms', 'entropy,top1']): kernel_resources.main(flags)")
+               "for flags in ([], ['--terms', 'entropy,top1'], ['--bias']): kernel_resources.main(flags)")
     output = subprocess.run([sys.executable, "-c", program], env=environment, text=True, stdout=subprocess.PIPE,
                             check=True).stdout
     reports = [json.loads(line)["kernels"] for line in output.splitlines() if line.startswith("{")]
@@ -31,24 +32,29 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_fits_its_gpu(compiled):
-    plain, _ = compiled
-    assert {capability for capability, _ in plain} == set(SHARED_KIB)
+    plain, _, biased = compiled
+    kernels = {"tile_statistics_kernel", "tile_statistics_kernel, keeping", "finish_tokens_kernel",
+               "sum_sequences_kernel", "logits_gradient_kernel", "kept_gradient_kernel"}
+    assert plain.keys() == biased.keys() == {(capability, kernel) for capability in SHARED_KIB for kernel in kernels}
     for (capability, kernel), row in plain.items():
         assert row["shared_kib"] <= SHARED_KIB[capability], (capability, kernel)
         # A block of 64-bit addresses cost 500 bytes a thread; a few may spill without harm.
         assert row["spilled_bytes"] <= 64, (capability, kernel)
+    for capability in SHARED_KIB:
+        assert biased[capability, "kept_gradient_kernel"]["spilled_bytes"] <= 64
 
 
 def test_hopper_uses_its_tensor_cores(compiled):
-    plain, _ = compiled
-    for kernel in ("tile_statistics_kernel", "logits_gradient_kernel"):
+    plain, *_ = compiled
+    for kernel in ("tile_statistics_kernel", "tile_statistics_kernel, keeping", "logits_gradient_kernel"):
         assert plain["9.0", kernel]["tensor_cores"] == "wgmma.mma_async"
         assert plain["8.0", kernel]["tensor_cores"] == "mma.sync"
 
 
 def test_the_kernels_compile_with_terms(compiled):
     """Not all of them fit the registers: what goes through memory is the end of a tile, not its inner loop."""
-    plain, with_terms = compiled
-    assert with_terms.keys() == plain.keys() and with_terms != plain
+    plain, with_terms, _ = compiled
+    # Where the entropy is given a gradient nothing that is kept is of use.
+    assert with_terms.keys() == {key for key in plain if key[1] != "kept_gradient_kernel"}
     for (capability, kernel), row in with_terms.items():
         assert row["shared_kib"] <= SHARED_KIB[capability] and row["spilled_bytes"] <= 512, (capability, kernel)

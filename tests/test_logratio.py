@@ -17,6 +17,7 @@ from op_of_tests import (  # noqa: F401 - a fixture of all tests
     gradients,
     interpreted,
     kernel,
+    one_shape,
     operands,
     poisoned_memory,
     set_chunk_columns,
@@ -87,7 +88,7 @@ def test_ragged_sizes(op, num_tokens, vocabulary, hidden, bias):
 
 def test_tile_shape_and_waves_do_not_matter():
     given = operands([20, 30], vocabulary=131, hidden=40, dtype=torch.float32)
-    for tiles in (kernel.Tiles(64, 16, 32, 4, 2, group_n=1), kernel.Tiles(32, 128, 64, 8, 3, group_n=16)):
+    for tiles in (one_shape(64, 16, 32, 4, 2, group_n=1), one_shape(32, 128, 64, 8, 3, group_n=16)):
         for wave_mib in (1e-6, 0.02, 160):
             assert_equal_to_specification(partial(triton_op, tiles=tiles, wave_mib=wave_mib), given, OPTIONS[3])
 
@@ -283,8 +284,14 @@ def test_the_kernel_asks_for_no_precision_by_the_old_interface_and_restores_what
 
 
 def test_tiles_without_the_accelerator_are_small():
-    large, small = (kernel.default_tiles(torch.bfloat16, (9, 0), aligned) for aligned in (True, False))
-    assert large.descriptors and large.block_v == 256 and not small.descriptors and small.block_v == 128
+    for large, small in zip(*(kernel.default_tiles(torch.bfloat16, (9, 0), aligned) for aligned in (True, False))):
+        assert large.descriptors and large.block_v == 256 and not small.descriptors and small.block_v == 128
+
+
+def test_both_kernels_of_a_gpu_make_the_same_bits():
+    """The inner loop's step decides in which order a logit is summed."""
+    for choices in kernel.TILES.values():
+        assert all(tiles.statistics.block_d == tiles.gradient.block_d for tiles in choices.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,8 +19,9 @@ from twdpo.chat import Example, Response
 from twdpo.checkpoint import export_model
 from twdpo.config import InputError
 from twdpo.judge.judge import load_judge, load_sharded_judge
+from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture
-from twdpo.models.build import use_fused_norms
+from twdpo.models.build import check_architecture, use_fused_norms
 from twdpo.models.memory import FusedKernels, LiveBytes
 from twdpo.models.policy import load_policy
 from twdpo.models.source import check_length, load_model_config, locate_model
@@ -95,6 +96,24 @@ def test_rotary_buffers_are_computed_after_loading_without_memory(toy_model, pro
     assert buffers
     for name, buffer in plain.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
+
+
+def test_the_heads_cache_reaches_the_op(toy_model, process, monkeypatch):
+    seen: list[float] = []
+    monkeypatch.setattr("twdpo.models.policy.weighted_logratio",
+                        lambda *args: (seen.append(args[-1]), weighted_logratio(*args))[1])
+    for given in ({}, {"head_cache_gib": 0.25}):
+        policy = load_policy(toy_model, torch.float32, process, **given)
+        policy(collate(MicroBatch((0,)), EXAMPLES, [0]))
+    assert seen == [0.0, 0.25]
+
+
+def test_a_head_cache_of_capped_logits_is_refused_before_weights_are_loaded():
+    config = build("gemma2", "eager").config
+    with pytest.raises(InputError, match=r"--head-cache-gib: .* 0.5 GiB: it must be 0 for .* caps its logits \(at 3\)"):
+        check_architecture(config, "none", 0.5)
+    check_architecture(config, "none", 0.0)
+    check_architecture(build("llama", "eager").config, "none", 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whole in one process, sharded

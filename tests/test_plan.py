@@ -127,6 +127,16 @@ def test_plan_by_hand():
     assert alone["layers and fused op"] == (1 << 20) * 450 + (160 << 20) + (1 << 20) * 8 * 12 + 1000
 
 
+def test_the_plan_counts_the_heads_cache_and_no_more_of_it_than_the_logits_fill():
+    vocabulary = 250 / 8
+    for gib, counted in ((1e-3, 1e-3 * 2**30), (8.0, (1 << 20) * 2 * vocabulary)):
+        without, plan = (plan_memory(COST, 2, 1 << 20, "full", head_cache_gib=cache) for cache in (0.0, gib))
+        for part in ("layers and fused op", "peak"):
+            assert plan[part] - without[part] == pytest.approx(counted)
+    large = replace(COST, saved_bytes=1e6, head_params=1 << 20)
+    assert 0 < most_tokens(large, 1, 8.0, "full", head_cache_gib=0.5) < most_tokens(large, 1, 8.0, "full")
+
+
 def test_largest_micro_batch_is_the_largest_that_the_plan_fits():
     large = replace(COST, saved_bytes=1e6)
     for checkpointing in CHECKPOINTING:
@@ -185,10 +195,11 @@ def test_a_plan_follows_the_flags(toy_model, monkeypatch, capsys):
     monkeypatch.setattr(memory, "model_cost", lambda *_: large)
     argv = ["--model", str(toy_model), "--plan", "--micro-batch-tokens", "1024"]
     printed = []
-    for extra in (["--checkpointing", "full"], ["--checkpointing", "none"], ["--replicate", "2"], ["--no-sync"]):
+    for extra in (["--checkpointing", "full"], ["--checkpointing", "none"], ["--replicate", "2"], ["--no-sync"],
+                  ["--head-cache-gib", "1"]):
         train.main([*argv, *extra])
         printed.append(capsys.readouterr().out)
-    assert len(set(printed)) == 4 and "1 x H200" not in printed[2]
+    assert len(set(printed)) == 5 and "1 x H200" not in printed[2]
 
 
 def test_a_plan_without_a_config_is_one_message(tmp_path, capsys):

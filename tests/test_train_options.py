@@ -56,6 +56,7 @@ def test_copies_that_do_not_divide_the_processes_are_refused():
 
 @pytest.mark.parametrize("extra, message", [
     (("--replicate", "2"), "--replicate is 2: 1 processes"), (("--lr", "inf"), "--lr is inf"),
+    (("--head-cache-gib", "-1"), "--head-cache-gib is -1.0"),
 ])
 def test_what_can_t_be_done_is_refused_before_an_old_run_is_touched(extra, message, tmp_path, run_arguments, plain_run,
                                                                           capsys):
@@ -103,6 +104,12 @@ def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch)
     assert_close_rows(read_rows(tmp_path / "compiled"), read_rows(tmp_path / "eager"))
     assert read_samples(tmp_path / "compiled") == read_samples(tmp_path / "eager")
     torch._dynamo.reset()
+
+
+def test_the_heads_cache_changes_nothing_on_a_cpu_and_says_so(tmp_path, run_arguments, plain_run, capsys):
+    train.main(run_arguments(tmp_path / "run", head_cache_gib=0.5))
+    assert capsys.readouterr().out.count("--head-cache-gib 0.5 has no effect on a CPU\n") == 1
+    assert read_rows(tmp_path / "run") == read_rows(plain_run)
 
 
 @pytest.mark.slow

@@ -84,8 +84,9 @@ def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tenso
 
 
 def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                           bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()):
-    """The specification, in plain autograd: see `weighted_logratio`."""
+                           bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
+                           head_cache_gib: float = 0.0):
+    """The specification, in plain autograd: see `weighted_logratio`. head_cache_gib has no effect."""
     terms = check_terms(terms)
     logits_NV = logits_of(hidden_ND, head_VD, bias_V, options or HeadOptions())
     logps_NV = logits_NV.log_softmax(dim=-1)
@@ -101,21 +102,23 @@ def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N
 
 
 def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                      bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()
-                      ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+                      bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
+                      head_cache_gib: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(ratio_S, logps_N, {name: [N]} of `terms`), differentiable together with any upstream gradients.
 
     hidden_ND, head_VD, bias_V: bf16, fp16, fp32 or fp64, of one dtype. targets_N: int64 in [0, V). ref_logps_N,
-    weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. terms: of TERMS. Outputs fp32 (fp64
-    for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't fit, for a
-    DTensor and for an unknown term.
+    weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. terms: of TERMS. head_cache_gib:
+    most that the forward pass keeps for the backward pass on CUDA, GiB, so that it makes fewer logits again. Outputs
+    fp32 (fp64 for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't
+    fit, for a DTensor, for an unknown term, and for a cache below 0 or of capped logits.
     """
     check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
     options, terms = options or HeadOptions(), check_terms(terms)
+    check_head_cache(head_cache_gib, options)
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
         from twdpo.kernels.weighted_logratio import weighted_logratio_triton  # Triton exists where CUDA does
         return weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                        bias_V, options.logit_scale, options.softcap, terms)
+                                        bias_V, options.logit_scale, options.softcap, terms, head_cache_gib)
     return weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
                                      bias_V, options, terms)
 
@@ -126,6 +129,15 @@ def check_terms(terms: tuple[str, ...]) -> tuple[str, ...]:
         if name not in TERMS:
             raise ValueError(f"unknown term {name!r}: it must be of {', '.join(TERMS)}")
     return tuple(dict.fromkeys(terms))
+
+
+def check_head_cache(head_cache_gib: float, options: HeadOptions) -> None:
+    """Raise ValueError for a cache below 0, or of logits that are capped."""
+    if not 0 <= head_cache_gib < math.inf:
+        raise ValueError(f"the head's cache is {head_cache_gib} GiB: it must be a finite number >= 0")
+    if head_cache_gib and options.softcap is not None:
+        raise ValueError(f"the head's cache is {head_cache_gib} GiB: it must be 0 for a model that caps its logits (at "
+                         f"{options.softcap:g}), as their gradient needs more than it holds")
 
 
 def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> None:
@@ -161,8 +173,9 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
 
 
 def weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                              bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = ()):
-    """`weighted_logratio` in torch alone, on any device."""
+                              bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
+                              head_cache_gib: float = 0.0):
+    """`weighted_logratio` in torch alone, on any device. head_cache_gib has no effect: what it keeps is KEEP_BYTES."""
     terms = check_terms(terms)
     logps_N, *values = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(), terms)
     ratio_S = combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S)

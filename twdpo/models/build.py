@@ -9,7 +9,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import InputError
-from twdpo.logratio import HeadOptions
+from twdpo.logratio import HeadOptions, check_head_cache
 from twdpo.models.attention import ATTENTION_NAME
 
 _aten = torch.ops.aten
@@ -26,12 +26,16 @@ def head_options(model_config) -> HeadOptions:
     return HeadOptions(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def check_architecture(model_config, checkpointing: str) -> None:
+def check_architecture(model_config, checkpointing: str, head_cache_gib: float = 0.0) -> None:
     """Raise InputError for a model that can't be built, sharded or checkpointed, before anything is spent on it."""
     model = build_on_meta(model_config, torch.float32)
     decoder_layers(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
+    try:
+        check_head_cache(head_cache_gib, head_options(model_config))
+    except ValueError as error:
+        raise InputError(f"--head-cache-gib: {error}") from error
 
 
 def build_on_meta(model_config, dtype: torch.dtype):

@@ -176,7 +176,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing: str, no_sync: bool = False,
-                shards: int = 0) -> dict[str, float]:
+                shards: int = 0, head_cache_gib: float = 0.0) -> dict[str, float]:
     """Bytes of one process at the peak of a training step, by what they are for; "peak" is their sum.
 
     num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them).
@@ -189,6 +189,7 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     activations += cost.heads_width * width if checkpointing == "attention" else 0
     activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
     head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
+    head += min(head_cache_gib * GIB, num_tokens * width * cost.head_params / cost.hidden_size)
     # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
     in_backward = num_tokens * activations + head + (3 * width + 4) * cost.layer_params
     at_its_end = (width + 4) * cost.root_params  # gradients of embedding, norm and head, and their fp32 copy
@@ -206,12 +207,12 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
 
 
 def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str, no_sync: bool = False,
-                shards: int = 0) -> int:
+                shards: int = 0, head_cache_gib: float = 0.0) -> int:
     """The largest micro-batch in tokens, in steps of 1,024, that the plan says fits; 0 when none does."""
     room = (memory_gib - RESERVED_GIB) * GIB
     tokens = 0
-    while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing, no_sync, shards
-                                           )["peak"] <= room:
+    while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing, no_sync, shards,
+                                           head_cache_gib)["peak"] <= room:
         tokens += 1024
     return tokens
 
@@ -222,7 +223,8 @@ def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainCon
     wanted = config.micro_batch_tokens or CUDA_TOKENS
     shards = world_size // config.replicate
     for checkpointing in AUTOMATIC if config.checkpointing == "auto" else (config.checkpointing,):
-        tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards))
+        tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards,
+                                         config.head_cache_gib))
         if tokens == wanted:
             break
     return checkpointing, config.micro_batch_tokens or tokens
@@ -231,6 +233,8 @@ def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainCon
 def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype, process: Process) -> tuple[str, int]:
     """(--checkpointing, --micro-batch-tokens) of a run. Raises InputError when the plan finds no room on a GPU."""
     if process.device.type != "cuda":
+        if config.head_cache_gib:
+            process.print(f"--head-cache-gib {config.head_cache_gib:g} has no effect on a CPU")
         return config.checkpointing.replace("auto", "none"), config.micro_batch_tokens or CPU_TOKENS
     if config.checkpointing != "auto" and config.micro_batch_tokens:
         return config.checkpointing, config.micro_batch_tokens
@@ -250,8 +254,8 @@ def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype,
 def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], config: TrainConfig) -> str:
     """The memory plan as text, one column a machine: what a run would take, its parts, and what else fits."""
     runs = {name: choose(cost, size, memory, config) for name, (size, memory) in machines.items()}
-    plans = {name: plan_memory(cost, size, runs[name][1], runs[name][0], config.no_sync, size // config.replicate)
-             for name, (size, _) in machines.items()}
+    plans = {name: plan_memory(cost, size, runs[name][1], runs[name][0], config.no_sync, size // config.replicate,
+                                config.head_cache_gib) for name, (size, _) in machines.items()}
 
     def line(title: str, cells) -> str:
         return f"{title:42}" + "".join(f"{cell:>15}" for cell in cells)
@@ -263,8 +267,8 @@ def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], confi
         lines.append(line(f"  {part}", (f"{plan[part] / GIB:.1f}" for plan in plans.values())))
     lines.append(line("  of the device", (f"{memory:.1f}" for _, memory in machines.values())))
     for checkpointing in CHECKPOINTING:
-        cells = (most_tokens(cost, size, memory, checkpointing, config.no_sync, size // config.replicate)
-                 for size, memory in machines.values())
+        cells = (most_tokens(cost, size, memory, checkpointing, config.no_sync, size // config.replicate,
+                             config.head_cache_gib) for size, memory in machines.values())
         lines.append(line(f"most tokens, --checkpointing {checkpointing}", (f"{cell:,}" for cell in cells)))
     return "\n".join(text.rstrip() for text in lines)
 

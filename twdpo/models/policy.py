@@ -25,9 +25,9 @@ class Policy(torch.nn.Module):
     The head's weight is read inside this forward, where FSDP2 has gathered it: this module is the FSDP root.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, head_cache_gib: float = 0.0):
         super().__init__()
-        self.model = model
+        self.model, self.head_cache_gib = model, head_cache_gib
         self.options = head_options(model.config)
 
     def forward(self, batch: PairBatch, weigh: Callable[[PairBatch], PairBatch] | None = None,
@@ -43,7 +43,7 @@ class Policy(torch.nn.Module):
             batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
         ratio_S, logps_N, found = weighted_logratio(
             hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
-            batch.scale_S, getattr(head, "bias", None), self.options, terms)
+            batch.scale_S, getattr(head, "bias", None), self.options, terms, self.head_cache_gib)
         return Outputs(ratio_S, logps_N, batch, found, hidden_ND if with_hidden else None)
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
@@ -94,20 +94,21 @@ def settle_packing(policy: Policy, packing: str, examples: list[Example], proces
 
 
 def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, checkpointing: str = "none",
-                replicate: int = 1, compile: bool = False) -> Policy:
+                replicate: int = 1, compile: bool = False, head_cache_gib: float = 0.0) -> Policy:
     """The policy: built without memory, sharded, then each process reads its own shards of the checkpoint. All ranks.
 
-    Parameters are fp32. checkpointing, replicate, compile: as the flags say. Raises InputError for a checkpoint whose
-    tensors don't match the architecture.
+    Parameters are fp32. checkpointing, replicate, compile, head_cache_gib: as the flags say. Raises InputError for a
+    checkpoint whose tensors don't match the architecture.
     """
-    policy = build_policy(load_model_config(directory), compute_dtype, process, checkpointing, replicate, compile)
+    policy = build_policy(load_model_config(directory), compute_dtype, process, checkpointing, replicate, compile,
+                          head_cache_gib)
     load_shards(policy, directory, process.device)
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
     return policy
 
 
 def build_policy(model_config, compute_dtype: torch.dtype, process: Process, checkpointing: str, replicate: int,
-                 compile: bool) -> Policy:
+                 compile: bool, head_cache_gib: float = 0.0) -> Policy:
     """The sharded policy, still on meta. All ranks."""
     model = build_on_meta(model_config, torch.float32)
     layers = decoder_layers(model)
@@ -115,7 +116,7 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
         use_fused_norms(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
-    policy = Policy(model)
+    policy = Policy(model, head_cache_gib)
     shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
     for name in ("generate", "states_and_head"):
         register_fsdp_forward_method(policy, name)
