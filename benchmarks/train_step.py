@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --data pairs.jsonl --tokenizer FOLDER     on real pairs, in real tokens
     python benchmarks/train_step.py                                           on made-up pairs
     python benchmarks/train_step.py --only ours,precomputed                   ways whose name contains one of these
-    python benchmarks/train_step.py --only ours --checkpointing none selective --compile
+    python benchmarks/train_step.py --only ours --checkpointing selective --compile
     python benchmarks/train_step.py --shape llama-3-8b --only ours            does it fit a GPU, and at what MFU
 
 Plain DPO with uniform weights, since TRL has no token weights; AdamW; fp32 on a CPU, bf16 compute on fp32 parameters on
@@ -15,9 +15,9 @@ without precomputed log-probs does that in its steps; the first step of a proces
 peak, parameters, gradients and optimizer included. `loss` and `gradient norm` are those of the last step: equal numbers
 mean equal work.
 
-On a GPU ours also gives TFLOP/s and MFU, and the model is random and never written. What can't fit by the memory plan
-is a row that says so, and is not tried without --ignore-plan; of TRL only parameters, gradients, Adam and the reference
-are planned for. The last line is JSON.
+On a GPU ours also gives TFLOP/s and MFU, and the model is random and never written. Ours come in the order of their
+memory, the least first. What can't fit by the memory plan is a row that says so, and is not tried without
+--ignore-plan; of TRL only parameters, gradients, Adam and the reference are planned for. The last line is JSON.
 """
 
 import argparse
@@ -115,10 +115,11 @@ def planned_gib(name: str, options: dict[str, object], cost: ModelCost, num_toke
 
 def plan_ways(ways: dict[str, dict], cost: ModelCost, memory_gib: float, flags: argparse.Namespace
               ) -> dict[str, dict[str, object]]:
-    """Of each way, what its row says beforehand: the plan, and a note if it does not fit."""
+    """Of each way, what its row says beforehand: the plan, and a note if it does not fit. Ours first, by their memory."""
     rows: dict[str, dict[str, object]] = {}
-    for name, options in ways.items():
-        planned = planned_gib(name, options, cost, flags.tokens)
+    plans = {name: planned_gib(name, options, cost, flags.tokens) for name, options in ways.items()}
+    for name in sorted(ways, key=lambda name: (1, 0) if name.startswith("TRL") else (0, plans[name])):
+        planned = plans[name]
         rows[name] = {} if name.startswith("TRL") else {"planned_gib": planned}
         if planned + RESERVED_GIB > memory_gib and not flags.ignore_plan:
             rows[name]["note"] = f"does not fit by the memory plan: {planned:.1f} GiB of {memory_gib:.1f}"
@@ -231,12 +232,12 @@ def run_shape(shape: str, ways: dict[str, dict], arguments: list[str], flags: ar
         cost = model_cost(model_config(shape), torch.bfloat16, flags.max_length)
         planned = plan_ways(ways, cost, torch.cuda.get_device_properties(0).total_memory / GIB, flags)
     report.extra.setdefault("shapes", {})[shape] = SHAPES[shape] | {"vocab_size": VOCABULARY}
-    rows = {name: {"model": shape, "way": name} | planned[name] for name in ways}
-    done = [rows[name] for name in ways if "note" in rows[name]]
+    rows = {name: {"model": shape, "way": name} | row for name, row in planned.items()}
+    done = [row for row in rows.values() if "note" in row]
     for row in done:
         print(show(row), flush=True)
         report.add(row)
-    runs: dict[str, list] = {name: [] for name in ways if "note" not in rows[name]}
+    runs: dict[str, list] = {name: [] for name, row in rows.items() if "note" not in row}
     with tempfile.TemporaryDirectory() as folder:
         if runs:
             prepare(flags, shape, Path(folder))
@@ -269,8 +270,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:
     parser.add_argument("--tokens", type=int, default=16384 if cuda else 4096, help="ours: tokens of a micro-batch")
     parser.add_argument("--trl-pairs", type=int, default=0, help="TRL: pairs of a micro-batch (default: 4)")
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=["none", "full"],
-                        help="ours: what is computed again, a way each")
+    parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING,
+                        default=CHECKPOINTING if cuda else ["none", "full"], help="ours: a way each")
     parser.add_argument("--compile", action="store_true", help="ours: torch.compile")
     parser.add_argument("--profile", action="store_true", help="ours: shares of forward, backward, optimizer as well")
     parser.add_argument("--ignore-plan", action="store_true", help="try what does not fit by the memory plan")
