@@ -129,17 +129,24 @@ def show(row: dict) -> str:
     return f"{row['way']:30}" + "".join(f"{figure:11.2f}" for figure in figures) + f"{row['ratio']:14.2f}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mean, ways = MEAN_TOKENS[device.type], WAYS if device.type == "cuda" else (OURS, PICKED)
+def parse(argv: list[str] | None, device: torch.device) -> tuple[argparse.Namespace, list[str], list[dict]]:
+    """(flags, ways, the lengths of all their trials)."""
+    ways = list(WAYS) if device.type == "cuda" else [OURS, PICKED]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=2 if device.type == "cuda" else 1, help="of each way")
     add_output_flags(parser, "attention.json")
     flags = parser.parse_args(argv)
     number = (flags.trials + 1) * len(ways)
-    lengths = [new_lengths(mean, trial, number) for trial in range(number)]
+    lengths = [new_lengths(MEAN_TOKENS[device.type], trial, number) for trial in range(number)]
     if flags.trials < 1 or min(length for rows in lengths for row in rows.values() for length in row) < 1:
         parser.error(f"--trials {flags.trials}: there must be at least 1, and so few that no length comes twice")
+    return flags, ways, lengths
+
+
+def main(argv: list[str] | None = None) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags, ways, lengths = parse(argv, device)
+    mean = MEAN_TOKENS[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head = {"machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "shape": SHAPES[device.type],
             "sequences": SEQUENCES, "tokens_a_sequence": mean}

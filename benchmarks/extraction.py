@@ -169,7 +169,8 @@ def add_ratios(rows: list[dict]) -> None:
             row["over_limit"] = row["over_ours"] / limit["over_ours"]
         if slow:
             row["speed_over_eager"] = slow["over_ours"] / row["over_ours"]
-            row["memory_over_eager"] = row["peak_extra_mib"] / slow["peak_extra_mib"]
+            if slow["peak_extra_mib"] > 0:
+                row["memory_over_eager"] = row["peak_extra_mib"] / slow["peak_extra_mib"]
 
 
 HEADER = (f"{'tokens':>6} {'way':25} {'s a pair':>9} {'20 to 80 %':>17} {'first call':>10} {'x ours':>7} "
@@ -195,8 +196,9 @@ def conclusion(rows: list[dict]) -> str:
     if "over_limit" in ours:
         text += f", {ours['over_limit']:.2f} times the bare trunk"
     if "speed_over_eager" in ours:
-        text += (f", {ours['speed_over_eager']:.1f} times as fast as eager attention with "
-                 f"{ours['memory_over_eager']:.3f} of its extra memory")
+        text += f", {ours['speed_over_eager']:.1f} times as fast as eager attention"
+    if "memory_over_eager" in ours:
+        text += f" with {ours['memory_over_eager']:.3f} of its extra memory"
     return text + "."
 
 
@@ -213,8 +215,8 @@ def run_set(model, report: Report, draw: Callable[[], Pairs], named: dict, flags
                 row |= measure(ways, name, named["pairs"], model.device, flags.seconds, deadline)
             except Exception as error:  # a way's failure is a row, not the end of the run
                 row["note"] = quiet_failure(error)
-                if model.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
         rows.append(row)
         add_ratios(rows)
         print(show(row), flush=True)
@@ -222,8 +224,7 @@ def run_set(model, report: Report, draw: Callable[[], Pairs], named: dict, flags
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", default="1024,4096", help="tokens of one judge input, comma-separated")
     parser.add_argument("--ragged", action="store_true", help="lengths of real pairs instead")
@@ -233,6 +234,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES[device.type], help="when no further way is begun")
     add_output_flags(parser, "extraction.json")
     flags = parser.parse_args(argv)
+    flags.pairs = flags.pairs or (RAGGED_PAIRS[device.type] if flags.ragged else 1)
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags = parse(argv, device)
     deadline = time.perf_counter() + 60 * flags.minutes
     dtype, shape = torch.bfloat16 if device.type == "cuda" else torch.float32, SHAPES[device.type]
     report = Report(output_path(flags, device, "extraction.json"),
@@ -243,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, max_position_embeddings=1 << 14), dtype=dtype,
                                                  attn_implementation=ATTENTION_NAME).eval()
-    vocabulary, num_pairs = shape["vocab_size"], flags.pairs or (RAGGED_PAIRS[device.type] if flags.ragged else 1)
+    vocabulary, num_pairs = shape["vocab_size"], flags.pairs
     sets = []
     if flags.ragged:
         calls = itertools.count()

@@ -74,7 +74,7 @@ fi
 mkdir -p "$folder" || exit 1
 for part in "${parts[@]}"; do
     limit=$(limit_of "$part" $((budget - SECONDS)))
-    if [ "$limit" -lt 5 ]; then
+    if [ "$limit" -lt 3 ]; then
         note "$part" "left out: no time left" 0 "$limit"
         continue
     fi

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-WIDTH = 118
+WIDTH = 130
 
 
 def read_json(path: Path) -> dict:
@@ -52,9 +52,9 @@ def of_steps(folder: Path, name: str) -> list[str]:
         if not text:
             text = f"{row['step_seconds']:.2f} s a step, {row['pairs_per_s']:.1f} pairs/s"
             text += f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
-            text += f", GiB {row['peak_gib']:.1f} allocated"
-            text += f", {row['reserved_gib']:.1f} reserved" if "reserved_gib" in row else ""
-            text += f", {row['planned_gib']:.1f} planned" if "planned_gib" in row else ""
+            text += f", {row['peak_gib']:.1f} GiB"
+            more = [f"{row[f'{name}_gib']:.1f} {name}" for name in ("reserved", "planned") if f"{name}_gib" in row]
+            text += f" ({', '.join(more)})" if more else ""
         lines.append(f"{row['model']}: {row['way']}: {text}")
     return lines
 
