@@ -45,18 +45,17 @@ def interleave(functions: dict[str, Callable], device: torch.device, seconds: fl
                ) -> dict[str, list[float]]:
     """Milliseconds of every function, round after round, so that a busy moment of the machine falls on all of them.
 
-    At least three rounds, or until `seconds` a function are over; but one round alone once `deadline` (of
-    time.perf_counter) has passed.
+    At least three rounds, or until `seconds` a function are over. After the first none is begun that would not be over
+    by `deadline` (of time.perf_counter) if it took as long as the one before.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    started, rounds = time.perf_counter(), 0
-
-    def goes_on() -> bool:
-        now = time.perf_counter()
-        return now < deadline and (rounds < 3 or (now - started < seconds * len(functions) and rounds < 50))
-    while not rounds or goes_on():
+    started = now = time.perf_counter()
+    rounds, took = 0, 0.0
+    while not rounds or (now + took < deadline and (
+            rounds < 3 or (now - started < seconds * len(functions) and rounds < 50))):
         for name, function in functions.items():
             times[name].append(milliseconds(function, device))
+        now, took = time.perf_counter(), time.perf_counter() - now
         rounds += 1
     return times
 

@@ -4,9 +4,9 @@
     python benchmarks/loss_kernel.py --heads llama-3-8b --tokens 4096,16384 --only Triton,TRL
 
 On a GPU: bf16, heads of Llama-3-8B, Gemma-2-2B and Qwen2.5-7B, and trl#7244's public row. Without one: the CPU paths in
-fp32 at small sizes. A call takes --minutes at most (8 on a GPU, 3 without), shared out over heads and token counts by
-their size; what does not fit is a row that says so. A row is printed and written when its method is measured. The last
-line is JSON.
+fp32 at small sizes. A call takes --minutes at most (8 on a GPU, 3 without), shared out over heads and token counts, two
+shares for the first; what does not fit is a row that says so. A row is printed and written when its method is measured.
+The last line is JSON.
 
 How methods are compared: each is timed in turns with the head's three bare matrix products and with twdpo's own op,
 round after round, so a busy or hot moment falls on all of them. Compare methods by `x ours` and `x 8NVD`: milliseconds
@@ -46,10 +46,9 @@ from twdpo.logratio import HeadOptions, weighted_logratio_chunked, weighted_logr
 GPU_HEADS = {"llama-3-8b": (128256, 4096, None), "gemma-2-2b": (256000, 2304, 30.0), "qwen2.5-7b": (152064, 3584, None)}
 CPU_HEADS = {"v32k": (32000, 512, None), "v128k": (128256, 512, None)}
 PUBLIC_ROW = ("trl#7244", (151936, 4096, None), 8192)
-TOKENS = {"cuda": (4096, 16384, 1024, 65536), "cpu": (1024, 256)}  # the most worthwhile first
+TOKENS = {"cuda": (4096, 16384, 1024, 65536), "cpu": (256, 1024)}  # the most worthwhile first
 ERROR_TOKENS, MINUTES = {"cuda": 512, "cpu": 128}, {"cuda": 8.0, "cpu": 3.0}
-OVERHEAD = {"cuda": 3e13, "cpu": 1e10}  # what a case costs beyond its N V D, in the same unit
-CALLS = 10  # of forward and backward that a method takes from its first call to its last round, at the least
+CALLS = 7  # of forward and backward that a method takes, turns of others included, when there is time for one round
 BETA = 5e-3  # paper Table 6
 
 
@@ -360,10 +359,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(cases)} heads and token counts, {len(methods) - len(missing)} methods each: at most "
           f"{flags.minutes:g} minutes.\n{LEGEND}\n\n{HEADER}", flush=True)
     session = Session(flags, device, report)
-    sizes = [case.nvd + OVERHEAD[device.type] for case in cases]
     for place, case in enumerate(cases):
         now = time.perf_counter()
-        session.run_case(case, now + (session.deadline - now) * sizes[place] / sum(sizes[place:]))
+        share = 1 / (len(cases) - place) if place else 2 / (len(cases) + 1)
+        session.run_case(case, now + (session.deadline - now) * share)
         torch._dynamo.reset()
     print(f"\n{conclusion(report.rows)}")
     report.finish()
