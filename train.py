@@ -25,6 +25,7 @@ from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_ident
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
 from twdpo.metrics import (
+    Figures,
     Totals,
     add_totals,
     largest,
@@ -32,6 +33,7 @@ from twdpo.metrics import (
     pair_metrics,
     standard_errors,
     sum_over_processes,
+    to_host,
     token_metrics,
 )
 from twdpo.models.build import check_architecture
@@ -203,8 +205,8 @@ def train_step(run: Run) -> dict[str, float]:
         # Divided by the pairs of the global batch, so accumulation and world size change nothing.
         with clock("backward"):
             ((loss_P * batch.coefficient_P).sum() / batch.pair_count).backward()
-    totals = sum_over_processes(totals, run.process.device)  # all ranks
-    row = means(totals)  # sync
+    figures = to_host(sum_over_processes(totals, run.process.device))  # sync, all ranks
+    row = means(figures)
     grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)  # sync, all ranks
     if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"step {run.step + 1}: loss {row['loss']}, gradient norm {grad_norm}; the weights are "
@@ -216,7 +218,7 @@ def train_step(run: Run) -> dict[str, float]:
         run.optimizer.step()
         run.optimizer.zero_grad()
     if run.step == 0 and run.objective.has_reference:
-        run.process.print(describe_first_margin(totals, run.config.dtype))
+        run.process.print(describe_first_margin(figures, run.config.dtype))
     run.step += 1
     row |= {"grad_norm": grad_norm, "lr": lr} | throughput(run, batches, len(pairs), started)
     return {"step": run.step} | row | clock.shares()
@@ -263,9 +265,9 @@ def run_pairs(run: Run, batch: PairBatch, totals: Totals) -> tuple[torch.Tensor,
     return loss_P, outputs
 
 
-def describe_first_margin(totals: Totals, dtype: str) -> str:
+def describe_first_margin(figures: Figures, dtype: str) -> str:
     """Before the first update policy and reference are one model: their largest margin, a warning if it is not 0."""
-    margin = max(largest(totals)[name] for name in ("reward_margin", "weighted_reward_margin"))
+    margin = max(largest(figures)[name] for name in ("reward_margin", "weighted_reward_margin"))
     text = f"max |margin| at step 0: {margin:.3g}"
     limit = 1e-4 if dtype == "float32" else 1e-2
     if margin <= limit:
@@ -288,13 +290,14 @@ def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: floa
     process, cost = run.process, run.cost
     tokens = sum(process.gather(sum(batch.num_tokens for batch in batches)))
     seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if process.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     row = {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / GIB}
+    if process.device.type == "cuda":
+        row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
     if cost:
-        done = sum(flops(cost, batch) for batch in batches if batch.coefficient_P.any())  # sync
+        done = sum(flops(cost, batch) for batch in batches if not batch.is_copy)
         row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
         if peak_rate := peak_tflops(process.device):
             row["mfu"] = row["tflops"] / peak_rate
@@ -314,9 +317,9 @@ def evaluate(run: Run) -> dict[str, float]:
             _, outputs = run_pairs(run, batch, totals)
             if run.is_planted:
                 add_planted(totals, outputs, run.objective.has_reference, with_lift=run.objective.is_online)
-    totals = sum_over_processes(totals, run.process.device)
-    row = {f"eval/{name}": value for name, value in means(totals).items()}
-    row |= {f"eval/{name}_stderr": value for name, value in standard_errors(totals).items()}
+    figures = to_host(sum_over_processes(totals, run.process.device))  # sync, all ranks
+    row = {f"eval/{name}": value for name, value in means(figures).items()}
+    row |= {f"eval/{name}_stderr": value for name, value in standard_errors(figures).items()}
     if run.is_planted and not run.objective.is_online:
         row["eval/planted_lift"], _ = source_lift(run.objective.source, run.held_out, run.context)
     return {"step": run.step} | row | {"eval/pairs": len(run.held_out)}

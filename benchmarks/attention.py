@@ -8,7 +8,7 @@ and of 40 lengths; no length ever came before in the process. Each row is run fo
 warm-up of other lengths; the trials take turns in which row comes first, and one before them does not count. Three
 ways:
 
-- ours: the layer as a training step runs it, a packed row through twdpo.models.attention
+- ours: the layer as a training step runs it, a packed row through twdpo.models.attention, cuDNN off
 - SDPA by sequence, cuDNN off: torch's scaled_dot_product_attention, one call a sequence, attention alone
 - SDPA by sequence: the same with the backend that torch picks (cuDNN on a Hopper card; it plans every new shape)
 
@@ -90,10 +90,10 @@ def sdpa_by_sequence(device: torch.device, dtype: torch.dtype, lengths: list[int
 
 
 @contextmanager
-def cudnn(on: bool | None) -> Iterator[None]:
-    """Inside this context torch may pick cuDNN's attention, or may not; None: as it is."""
+def cudnn(on: bool) -> Iterator[None]:
+    """Inside this context torch may pick cuDNN's attention, or may not."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before if on is None else on)
+    torch.backends.cuda.enable_cudnn_sdp(on)
     try:
         yield
     finally:
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         return sdpa_by_sequence(device, dtype, lengths)
     for place, name in enumerate(ways):
         try:
-            with cudnn({OURS: None, WITHOUT: False, PICKED: True}[name]):
+            with cudnn(name == PICKED):
                 row = {"way": name} | measure(ours if name == OURS else sdpa, device, lengths[place::len(ways)])
         except Exception as error:  # a way's failure is a row, not the end of the run
             row = {"way": name, "note": quiet_failure(error)}

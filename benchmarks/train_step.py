@@ -146,8 +146,6 @@ def run_child(name: str, arguments: list[str], shape: str, work: Path) -> dict[s
     result = work / "result.json"
     result.unlink(missing_ok=True)
     environment = os.environ | {"HF_HOME": str(work / "home"), "TQDM_DISABLE": "1"}
-    if not name.startswith("TRL"):
-        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     command = [sys.executable, __file__, *arguments, "--shape", shape, "--way", name, "--work", str(work)]
     with open(work / "errors.txt", "w+", encoding="utf-8") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child:

@@ -25,6 +25,8 @@ MODELS = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
 }
 
+IN_ONE_CALL = [name for name in MODELS if name not in ("gemma2", "gpt_oss")]  # whose layers have softcap or sinks
+
 
 def build(name: str, implementation: str, **changes):
     torch.manual_seed(0)

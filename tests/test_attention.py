@@ -145,7 +145,7 @@ def test_value_heads_of_another_size():
     capture = JudgeCapture(row, frozenset([0]))
     with InDouble():
         output, _ = attention.attention_forward(module, query, key, value, None,
-                                                layout=attention.Layout(row.ranges, capture))
+                                                layout=attention.Layout(row.ranges, capture=capture))
     assert output.shape == (1, len(row.input_ids_T), 4, 8)
     (first, stop), = row.ranges[0]
     probs = (query[0, :, first:stop] @ key[0, :, first:stop].transpose(1, 2) * 12 ** -0.5

@@ -1,10 +1,7 @@
-"""What only a GPU can show: half precision on tensor cores, sizes past 2^31, memory, host syncs, whole runs.
+"""What only a GPU can show of the fused op: half precision on tensor cores, sizes past 2^31, memory, host syncs.
 
-    pytest -m gpu
+    pytest -m gpu          these tests, and those of tests/test_gpu_runs.py
 """
-
-import json
-import math
 
 import pytest
 import torch
@@ -164,19 +161,3 @@ def test_the_host_never_waits():
         torch.autograd.grad((ratio_S, logps_N, values["entropy"]), leaves, (*upstream, upstream[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_whole_run(tmp_path, toy_model):
-    """bf16, fused AdamW, NCCL: the first margin is exactly 0, the loss falls, the checkpoint resumes and loads."""
-    import train
-    flags = ["--model", str(toy_model), "--data", "toy", "--cache-dir", str(tmp_path / "cache"), "--max-steps", "12",
-             "--save-every", "6", "--output-dir", str(tmp_path / "run")]
-    train.main(flags)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert math.isclose(losses[0], math.log(2), abs_tol=1e-6) and losses[-1] < losses[0]
-    train.main([*flags, "--resume", str(tmp_path / "run" / "checkpoints" / "step-0000006")])
-    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in again if "loss" in row] == pytest.approx(losses, rel=1e-3)
-    from transformers import AutoModelForCausalLM
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")

@@ -8,7 +8,7 @@ import torch
 
 from twdpo.config import InputError, TrainConfig
 from twdpo.losses import LOSSES, dpo, loss_needs
-from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, token_metrics
+from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, to_host, token_metrics
 from twdpo.plugins import bind_options, describe, options_of
 from twdpo.weights import WEIGHTS, normalize, source_needs
 
@@ -301,8 +301,8 @@ def test_metrics_by_hand_with_a_tie_and_a_copy():
     assert metrics["reward_margin"].tolist() == pytest.approx([0.15, 0.05])
     totals = {}
     add_totals(totals, metrics, batch.coefficient_P)
-    assert means(totals)["loss"] == 0.5 and means(totals)["reward_accuracy"] == 1.0
-    assert "loss" not in standard_errors(totals)  # one pair has no standard error
+    assert means(to_host(totals))["loss"] == 0.5 and means(to_host(totals))["reward_accuracy"] == 1.0
+    assert "loss" not in standard_errors(to_host(totals))  # one pair has no standard error
     tied = pair_metrics(loss_P, {}, batch.ratio(batch.ref_logps_N), batch.ref_logps_N, batch, beta=0.1)
     assert tied["reward_accuracy"].tolist() == [0.5, 0.5] == tied["weighted_reward_accuracy"].tolist()
     rounded = batch.ref_logps_N + torch.tensor([1e-7, 0, 0, 0, 0, -1e-7])
@@ -337,6 +337,6 @@ def test_means_and_standard_errors_are_those_of_all_pairs():
     totals = {}
     for part in np.split(values, [7, 18]):
         add_totals(totals, {"x": torch.from_numpy(part)}, torch.ones(len(part)))
-    assert means(totals)["x"] == pytest.approx(values.mean())
-    assert standard_errors(totals)["x"] == pytest.approx(values.std(ddof=1) / math.sqrt(30))
-    assert largest(totals)["x"] == np.abs(values).max()
+    assert means(to_host(totals))["x"] == pytest.approx(values.mean())
+    assert standard_errors(to_host(totals))["x"] == pytest.approx(values.std(ddof=1) / math.sqrt(30))
+    assert largest(to_host(totals))["x"] == np.abs(values).max()

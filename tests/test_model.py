@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models_of_tests import MODELS, build
+from models_of_tests import MODELS, build, build_double
 from precision_of_tests import InDouble, assert_as_exact, assert_exact
 from safetensors.torch import load_file, save_file
 from tokenizers_of_tests import byte_level
@@ -19,7 +19,9 @@ from twdpo.chat import Example, Response
 from twdpo.checkpoint import export_model
 from twdpo.config import InputError
 from twdpo.judge.judge import load_judge, load_sharded_judge
-from twdpo.models.attention import JudgeCapture
+from twdpo.models.attention import ATTENTION_NAME, JudgeCapture
+from twdpo.models.build import use_fused_norms
+from twdpo.models.memory import FusedKernels, LiveBytes
 from twdpo.models.policy import load_policy
 from twdpo.models.source import check_length, load_model_config, locate_model
 from twdpo.pairs import Pair
@@ -281,3 +283,33 @@ def test_lengths_past_the_context(toy_model):
     from transformers import GPT2Config
     with pytest.raises(InputError, match="1025"):
         check_length("--x", 1025, GPT2Config())
+
+
+WITH_PLAIN_RMS_NORMS = {"llama": 7, "mistral": 7, "qwen2": 7, "qwen3": 13, "phi3": 7, "gpt_oss": 7, "olmo2": 13}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_norms_compute_what_the_model_s_own_do(name):
+    """In fp64, with weights that are not 1; norms that compute something else (Gemma's 1 + weight) stay."""
+    models = [build_double(name, ATTENTION_NAME) for _ in range(2)]
+    for model in models:
+        for parameter in (module.weight for module in model.modules() if type(module).__name__.endswith("RMSNorm")):
+            parameter.data.add_(torch.linspace(-0.5, 0.5, len(parameter)))
+    use_fused_norms(models[1])
+    fused = [module for module in models[1].modules() if type(module) is torch.nn.RMSNorm]
+    assert len(fused) == WITH_PLAIN_RMS_NORMS.get(name, 0)
+    assert list(models[1].state_dict()) == list(models[0].state_dict())
+    ids = torch.arange(24).view(2, 12)
+    with InDouble(), torch.no_grad():
+        assert_exact(*(model(ids, use_cache=False).logits for model in reversed(models)))
+
+
+def test_the_plan_counts_what_fused_norms_keep():
+    """As a fused kernel keeps it: what came in, and a number a token. Plain torch keeps copies in fp32."""
+    norm = torch.nn.RMSNorm(512, device="meta", dtype=torch.bfloat16)
+    hidden = torch.empty(1, 100, 512, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with FusedKernels(), LiveBytes([norm.weight, hidden]) as tally:
+        output = norm(hidden)
+        assert output.shape == hidden.shape and tally.live == 100 * 512 * 2 + 100 * 4
+        output.backward(torch.empty_like(output))
+    assert hidden.grad.shape == hidden.shape and norm.weight.grad.shape == (512,)

@@ -11,7 +11,7 @@ import train
 from twdpo.batch import Outputs, collate
 from twdpo.chat import tokenize_pairs
 from twdpo.config import TrainConfig
-from twdpo.metrics import means
+from twdpo.metrics import means, to_host
 from twdpo.pairs import parse_row
 from twdpo.rows import MicroBatch
 from twdpo.toy.planted import add_planted, content_tokens, filler_drift, planted_lift, planted_tokens, source_lift
@@ -69,7 +69,7 @@ def test_accuracy_is_told_apart_by_kind(toy_model):
     gains[starts[0]], gains[starts[3]] = 0.3, 0.6  # the tone pair's chosen answer, the topic pair's rejected one
     totals: dict = {}
     add_planted(totals, Outputs(torch.zeros(6), gains, batch, {}), True)
-    figures = means(totals)
+    figures = means(to_host(totals))
     assert figures["reward_accuracy_tone"] == 0.75 and figures["reward_accuracy_topic"] == 0  # the third is a tie
     drift = (0.3 / 13 + 0.6 / 12) / 2
     assert figures["filler_drift"] == pytest.approx(drift, rel=1e-5)

@@ -19,10 +19,10 @@ PAGES += (ROOT / "docs").glob("*.md")
 # A file imports only from files before it. README's order, but that folders stand last there.
 IMPORT_ORDER = """
     config files dist plugins toy/grammar pairs chat rows weights_file align postprocess judge/verbalized weights
-    authors_columns batch kernels/tile_kernels kernels/weighted_logratio logratio losses objective metrics models/source
-    models/attention models/build models/shards models/policy models/generate models/memory judge/prompt judge/judge
-    judge/extraction judge/verbalize logps inputs run_folder checkpoint log pages/style pages/run pages/weights
-    toy/planted toy/train
+    authors_columns batch kernels/tile_kernels kernels/weighted_logratio logratio losses objective metrics
+    models/source models/varlen models/attention models/build models/shards models/policy models/generate
+    models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps inputs run_folder checkpoint log
+    pages/style pages/run pages/weights toy/planted toy/train
 """.split()
 
 

@@ -24,14 +24,16 @@ class PairBatch:
     examples: list[Example]
     input_ids_RT: torch.Tensor  # int64; plain rows are padded on the right
     positions_RT: torch.Tensor  # int64, of each token in its own sequence
-    ranges: Ranges | None  # of the packed row's sequences (twdpo.rows.PackedRow); None for plain rows
+    ranges: Ranges  # of each sequence in R*T, prompt and response: see twdpo.rows.PackedRow
+    packs: bool  # whether the row is a packed one
     predict_N: torch.Tensor  # int64, index into R*T of the position whose output predicts response token n
     targets_N: torch.Tensor  # int64, the response tokens
     ref_logps_N: torch.Tensor  # fp32, 0 when the loss needs no reference
     weights_N: torch.Tensor  # fp32, as the op receives them
     scale_S: torch.Tensor  # fp32
     seq_lens_S: torch.Tensor  # int64 on the CPU, n = |y|
-    coefficient_P: torch.Tensor  # fp32, 1, or 0 for copies that only keep the processes in step
+    coefficient_P: torch.Tensor  # fp32, 1, or 0 in a copy
+    is_copy: bool  # of another micro-batch, which only keeps the processes in step
     pair_count: int  # pairs of the global batch
     chosen_tokens: int  # response tokens of its chosen answers
     averaged: bool = False  # whether ratios are means over tokens already, by their weights
@@ -42,9 +44,8 @@ class PairBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens that count towards throughput: no padding, no copies."""
-        lens = self.seq_lens_S.tolist()
         prompts = sum(2 * len(example.prompt_ids) for example in self.examples)
-        return int(self.coefficient_P.sum() > 0) * (sum(lens) + prompts)
+        return 0 if self.is_copy else sum(self.seq_lens_S.tolist()) + prompts
 
     def to(self, device: torch.device) -> "PairBatch":
         """A copy on `device`."""
@@ -88,13 +89,13 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
         input_ids_RT = torch.from_numpy(row.input_ids_T).long()[None]
         positions_RT = torch.from_numpy(row.positions_T).long()[None]
         ranges = row.ranges
-        places = [np.concatenate([np.arange(*piece) for piece in pieces]) for pieces in ranges]
     else:
         input_ids_RT = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(each).long() for each in rows],
                                                        batch_first=True)
         positions_RT = torch.arange(input_ids_RT.shape[1]).expand(input_ids_RT.shape)
-        ranges = None
-        places = [number * input_ids_RT.shape[1] + np.arange(len(each)) for number, each in enumerate(rows)]
+        starts = range(0, input_ids_RT.numel(), input_ids_RT.shape[1])
+        ranges = tuple(((start, start + len(each)),) for start, each in zip(starts, rows))
+    places = [np.concatenate([np.arange(*piece) for piece in pieces]) for pieces in ranges]
     # The label shift: the token at position t is predicted by the output at position t - 1.
     predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)]
                                                  for place, (prompt, response) in zip(places, sequences)]))
@@ -105,7 +106,7 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
         ref_logps_N = torch.from_numpy(np.concatenate([side for example in selected
                                                        for side in ref_logps[example.pair.key]]))
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
-    return PairBatch(selected, input_ids_RT, positions_RT, ranges, predict_N, targets_N, ref_logps_N.float(),
+    return PairBatch(selected, input_ids_RT, positions_RT, ranges, packs, predict_N, targets_N, ref_logps_N.float(),
                      torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
-                     torch.full((len(selected),), float(micro_batch.real)), len(pairs),
+                     torch.full((len(selected),), float(micro_batch.real)), not micro_batch.real, len(pairs),
                      sum(len(examples[pair].chosen.ids) for pair in pairs))

@@ -146,9 +146,9 @@ class TrainConfig(SharedConfig):
     micro_batch_tokens: int = flag(0, "hardware", "of one pass; 0: 4096 on CPU, on CUDA 16384 or by plan", free=True)
     packing: Switch = flag("auto", "hardware", "many pairs a row, unpadded; off: a sequence; auto: after a check",
                            settled=("auto",))
-    checkpointing: Literal["auto", "none", "selective", "full"] = flag(
-        "auto", "hardware", "activations computed again: of every second layer, or all; auto: none on CPU, on CUDA the "
-        "least that fits by the memory plan", free=True)
+    checkpointing: Literal["auto", "none", "selective", "attention", "full"] = flag(
+        "auto", "hardware", "activations computed again: every second layer's, all but attention's, or all; auto: none "
+        "on CPU, on CUDA what fits by the plan: none, selective or full", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
     no_sync: bool = flag(False, "hardware", "reduce gradients at the last micro-batch alone; off: at all", free=True)

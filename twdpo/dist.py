@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from twdpo.config import InputError
 
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -117,8 +118,12 @@ def is_first_to_say(message: str) -> bool:
 def start() -> Process:
     """Join the process group of torchrun, or make one of this process alone."""
     transformers_logging.disable_progress_bar()  # its bars would tear ours
+    _before["cudnn_sdp"] = torch.backends.cuda.cudnn_sdp_enabled()
+    # cuDNN builds a plan for every shape, 136 ms for each on an H200: rows, and what is sampled, change their length.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        expand_segments(os.environ)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -127,9 +132,22 @@ def start() -> Process:
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
+_before: dict[str, bool] = {}  # what `stop` restores
+
+
+def expand_segments(environment: MutableMapping[str, str]) -> None:
+    """Let CUDA's allocator grow its segments, unless the user has set it up: rows of all lengths leave gaps between
+    segments of fixed sizes. It reads the environment when it is first used."""
+    if not any(name in environment for name in ALLOCATOR_SETTINGS):
+        environment[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
 def stop() -> None:
-    """Leave the process group, if there is one, and restore what `start` changed."""
+    """Leave the process group, if there is one, and restore what `start` changed (the allocator's settings hold for as
+    long as the process lives)."""
     transformers_logging.enable_progress_bar()
+    if _before:
+        torch.backends.cuda.enable_cudnn_sdp(_before.pop("cudnn_sdp"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -171,8 +189,9 @@ def shard_module(root: torch.nn.Module, layers: list[torch.nn.Module], param_dty
     for module in root.modules():  # neither setting is recursive
         if isinstance(module, FSDPModule):
             # Sum, not mean: the loss is divided by the pairs of the global batch already.
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if world_size > 1:  # alone, FSDP2 would divide by it all the same: a pass over all gradients, and a copy
+                module.set_gradient_divide_factor(1.0)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:

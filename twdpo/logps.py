@@ -34,7 +34,8 @@ def logps_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, dev
     """The cache folder of one set of weights and numerics."""
     # The device: log-probs of another one differ by rounding, and the first margin would not be exactly 0.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = {"model": model_fingerprint, "dtype": str(dtype), "attention": "sdpa", "packing": packs,
+    attention = "varlen" if device.type == "cuda" else "sdpa"  # twdpo.models.varlen, where it can
+    key = {"model": model_fingerprint, "dtype": str(dtype), "attention": attention, "packing": packs,
            "compiled": compiled, "op": LOGPS_VERSION, "torch": torch.__version__, "device": device_name}
     return cache / "reference" / hash_json(key)[:24]
 

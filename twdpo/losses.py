@@ -50,7 +50,7 @@ def answer_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tens
     if length_by == "mass":
         length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
     else:
-        length_S = batch.seq_lens_S.to(batch.scale_S)
+        length_S = batch.seq_lens_S.to(batch.scale_S, non_blocking=True)
     return length_S[0::2].clamp(min=1e-6), length_S[1::2].clamp(min=1e-6)
 
 
@@ -86,7 +86,8 @@ def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     if over == "sums":
         return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), label_smoothing), {}
     lens = batch.seq_lens_S.tolist()
-    scale_N = torch.repeat_interleave(batch.scale_S, batch.seq_lens_S.to(batch.scale_S.device), output_size=sum(lens))
+    lens_S = batch.seq_lens_S.to(batch.scale_S.device, non_blocking=True)
+    scale_N = torch.repeat_interleave(batch.scale_S, lens_S, output_size=sum(lens))
     terms = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
     loss_P = []
     for chosen_T, rejected_T in zip(terms[0::2], terms[1::2]):
@@ -207,7 +208,7 @@ def cpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, nll: flo
     if nll_over == "token":
         likelihood_P = chosen_P / pair_lengths(batch, length_by)[0]
     elif nll_over == "batch":
-        sum_P = chosen_P * batch.seq_lens_S[0::2].to(chosen_P) if batch.averaged else chosen_P
+        sum_P = chosen_P * batch.seq_lens_S[0::2].to(chosen_P, non_blocking=True) if batch.averaged else chosen_P
         likelihood_P = sum_P * batch.pair_count / batch.chosen_tokens
     margin_P = config.beta * (chosen_P - ratio_S[1::2])
     return smoothed(margin_P, label_smoothing) - nll * likelihood_P, {}

@@ -18,6 +18,7 @@ from twdpo.logratio import combine, segment_sum
 ROUNDING = 1e-6  # relative: some eight times fp32's
 
 Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count, largest absolute value
+Figures = dict[str, list[float]]  # the same on the host
 
 
 def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float,
@@ -44,7 +45,7 @@ def kl_estimate(logps_N: torch.Tensor, batch: PairBatch) -> torch.Tensor:
     """KL(reference || policy) in nats a response token, [P]: the mean of exp(d) - 1 - d, d the log-ratio (Schulman's
     k3). Unbiased where the reference wrote the responses, and never negative; a measure of drift elsewhere."""
     ratio_N = logps_N - batch.ref_logps_N
-    tokens_P = batch.seq_lens_S.to(logps_N.device).view(-1, 2).sum(dim=1)
+    tokens_P = batch.seq_lens_S.to(logps_N.device, non_blocking=True).view(-1, 2).sum(dim=1)
     return segment_sum(ratio_N.expm1() - ratio_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
 
 
@@ -54,7 +55,7 @@ def token_metrics(batch: PairBatch, names: Iterable[str]) -> dict[str, torch.Ten
     metrics = {}
     for name in names:
         value_N = batch.terms[name].detach().to(batch.weights_N.dtype)
-        tokens_P = batch.seq_lens_S.to(value_N.device).view(-1, 2).sum(dim=1)
+        tokens_P = batch.seq_lens_S.to(value_N.device, non_blocking=True).view(-1, 2).sum(dim=1)
         metrics[f"token_{name}"] = segment_sum(value_N, batch.seq_lens_S).view(-1, 2).sum(dim=1) / tokens_P
     return metrics
 
@@ -80,22 +81,26 @@ def sum_over_processes(totals: Totals, device: torch.device) -> Totals:
     return dict(zip(names, torch.cat([sums, peaks], dim=1)))
 
 
-def means(totals: Totals) -> dict[str, float]:
-    """Mean of each metric over the counted pairs, without those that no pair has. A host-device sync."""
-    return {name: float(total[0] / total[2]) for name, total in totals.items() if total[2] > 0}
+def to_host(totals: Totals) -> Figures:
+    """All totals in one host-device sync."""
+    return dict(zip(totals, torch.stack(list(totals.values())).tolist()))
 
 
-def standard_errors(totals: Totals) -> dict[str, float]:
+def means(figures: Figures) -> dict[str, float]:
+    """Mean of each metric over the counted pairs, without those that no pair has."""
+    return {name: total / count for name, (total, _, count, _) in figures.items() if count > 0}
+
+
+def standard_errors(figures: Figures) -> dict[str, float]:
     """Standard error of each mean; left out for fewer than two pairs."""
     errors = {}
-    for name, total in totals.items():
-        value_sum, square_sum, count, _ = total.tolist()
+    for name, (value_sum, square_sum, count, _) in figures.items():
         if count > 1:
             variance = max(square_sum - value_sum ** 2 / count, 0.0) / (count - 1)
             errors[name] = math.sqrt(variance / count)
     return errors
 
 
-def largest(totals: Totals) -> dict[str, float]:
-    """Largest absolute value of each metric. A host-device sync."""
-    return {name: float(total[3]) for name, total in totals.items()}
+def largest(figures: Figures) -> dict[str, float]:
+    """Largest absolute value of each metric."""
+    return {name: peak for name, (*_, peak) in figures.items()}

@@ -1,8 +1,10 @@
 """Attention of every model here: SDPA, and beside it the row that a judge's verdict pays to each token.
 
 All rows are causal and none needs a mask: plain rows are padded on the right, sequences of a packed row
-(twdpo.rows.PackedRow) are taken apart for the attention alone. No S x S map is ever made, unless `eager` asks for it
-as a check. What SDPA can't express (softcap, sinks) and windows shorter than a sequence go block by block.
+(twdpo.rows.PackedRow) are taken apart for the attention alone. On a GPU all sequences of a row go in one call
+(twdpo.models.varlen) where its kernels can do that; else, and on a CPU, one by one. No S x S map is ever made, unless
+`eager` asks for it as a check. What SDPA can't express (softcap, sinks) and windows shorter than a sequence go block by
+block.
 
 Shapes: B rows, S sequences, T tokens, Q queries, K keys, H heads (keys and values may have fewer), D head dimension,
 L wanted layers.
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from twdpo.config import InputError
+from twdpo.models.varlen import RowIndex, attend_rows, can_attend_rows, index_rows
 from twdpo.rows import PackedRow, Ranges
 
 ATTENTION_NAME = "twdpo"
@@ -57,12 +60,22 @@ class Layout:
     """What one forward is told of its rows: the decoder's keyword `layout`, which transformers hands on to every
     layer's attention, also where a backward pass computes a layer again. (No dataclass: FSDP2 would copy it.)
 
-    ranges: of a packed row; None: plain rows. capture: of a judge forward. attended: layers, as they attend.
+    ranges: of the sequences, as the rows stand end to end; None: all rows are whole ones. packs: the row is a packed
+    one. capture: of a judge forward. attended: layers, as they attend.
     """
 
-    def __init__(self, ranges: Ranges | None = None, capture: JudgeCapture | None = None):
-        self.ranges, self.capture = ranges, capture
+    def __init__(self, ranges: Ranges | None = None, packs: bool = True, capture: JudgeCapture | None = None):
+        self.ranges, self.packs, self.capture = ranges, packs and ranges is not None, capture
+        self.longest = max(sum(stop - first for first, stop in pieces) for pieces in ranges) if ranges else 0
         self.attended: list[int] = []
+        self._index: RowIndex | None = None
+
+    def index(self, query_RHTD: torch.Tensor) -> RowIndex:
+        """What one call for all sequences needs to know: made once, in the first layer that asks."""
+        if self._index is None:
+            num_tokens = query_RHTD.shape[0] * query_RHTD.shape[2]
+            self._index = index_rows(self.ranges, num_tokens, query_RHTD.device)
+        return self._index
 
 
 def run_decoder(decoder, input_ids_RT: torch.Tensor, positions_RT: torch.Tensor, layout: Layout,
@@ -86,26 +99,31 @@ def attention_forward(module, query_BHTD, key, value, attention_mask, scaling=No
                       softcap=None, s_aux=None, layout: Layout | None = None, **kwargs):
     """The attention function behind `ATTENTION_NAME`, as transformers calls it; returns ([B, T, H, D], None)."""
     layout = layout or Layout()
-    capture, row_ranges = layout.capture, layout.ranges
+    capture = layout.capture
     if capture is not None and capture.final_output is not None:
         return capture.final_output, None  # the final layer's second call, `_run_at_last_positions`
     layout.attended.append(module.layer_idx)
     scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:  # made by the architecture itself; it knows nothing of packed rows
-        if row_ranges is not None or softcap is not None or s_aux is not None:
+        if layout.packs or softcap is not None or s_aux is not None:
             raise InputError("this architecture makes an attention mask of its own: use another model")
         return F.scaled_dot_product_attention(query_BHTD, key, value, attn_mask=attention_mask, scale=scaling,
                                               enable_gqa=key.shape[1] != query_BHTD.shape[1]).transpose(1, 2), None
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    longest = query_BHTD.shape[2]
-    if row_ranges is not None:
-        longest = max(sum(stop - first for first, stop in ranges) for ranges in row_ranges)
-    refuse_what_is_not_done(module, longest, sliding_window, kwargs)
+    refuse_what_is_not_done(module, layout.longest or query_BHTD.shape[2], sliding_window, kwargs)
     if capture is not None:
-        return _judge_attention(capture, module.layer_idx, query_BHTD, key, value, options), None
-    if row_ranges is not None:
-        return packed_attention(query_BHTD, key, value, row_ranges, options).transpose(1, 2), None
+        return _judge_attention(layout, module.layer_idx, query_BHTD, key, value, options), None
+    if attends_at_once(layout, query_BHTD, key, value, options):
+        return attend_rows(query_BHTD, key, value, layout.index(query_BHTD), scaling, sliding_window), None
+    if layout.packs:
+        return packed_attention(query_BHTD, key, value, layout.ranges, options).transpose(1, 2), None
     return causal_attention(query_BHTD, key, value, options).transpose(1, 2), None
+
+
+def attends_at_once(layout: Layout, query_BHTD, key, value, options: AttentionOptions) -> bool:
+    """Whether all sequences go in one call (twdpo.models.varlen): no softcap, no sinks, and what its kernels take."""
+    return (layout.ranges is not None and options.softcap is None and options.sinks_H is None
+            and can_attend_rows(query_BHTD, key, value))
 
 
 def refuse_what_is_not_done(module, num_tokens: int, sliding_window: int | None, kwargs: dict[str, object]) -> None:
@@ -123,32 +141,40 @@ def refuse_what_is_not_done(module, num_tokens: int, sliding_window: int | None,
             raise InputError(f"layer {layer + 1} adds {name} to its attention, which can't be done: use another model")
 
 
-def _judge_attention(capture: JudgeCapture, layer: int, query_1HTD, key, value, options: AttentionOptions
-                     ) -> torch.Tensor:
+def _judge_attention(layout: Layout, layer: int, query_1HTD, key, value, options: AttentionOptions) -> torch.Tensor:
     """Attention of one layer of a judge forward, [1, T, H, D]; rows of wanted layers go into the capture."""
+    capture = layout.capture
     if capture.keep:
         capture.kept[layer] = query_1HTD, key, options
-    wanted = layer in capture.layers
+    wanted, is_final = layer in capture.layers, layer == capture.final_layer
     rows = capture.rows.setdefault(layer, []) if wanted else []
-    output_1THD = value.new_zeros(1, query_1HTD.shape[2], query_1HTD.shape[1], value.shape[3])
+    at_once = (not is_final and not (wanted and capture.eager)
+               and attends_at_once(layout, query_1HTD, key, value, options))
+    if at_once:
+        output_1THD = attend_rows(query_1HTD, key, value, layout.index(query_1HTD), options.scaling,
+                                  options.sliding_window)
+        if not wanted:
+            return output_1THD
+    else:
+        output_1THD = value.new_zeros(1, query_1HTD.shape[2], query_1HTD.shape[1], value.shape[3])
     last_1HD, done = [], 0
     for ranges in capture.row.ranges:
         query, keys, values = (_take(tensor, ranges) for tensor in (query_1HTD, key, value))
         stop = ranges[-1][1]
-        if wanted or layer == capture.final_layer:
+        if wanted or is_final:
             start = 0 if capture.eager else query.shape[2] - 1
             probs_1HQK = attention_probabilities(query[:, :, start:], keys, start, options)
             last_HK = probs_1HQK[0, :, -1]
             if wanted:
                 rows.append((last_HK[list(capture.heads)] if capture.heads else last_HK).mean(dim=0))
-        if layer == capture.final_layer:
+        if is_final:
             last_1HD.append(_grouped_matmul(last_HK[None, :, None].to(value.dtype), values)[:, :, 0])
-        else:
+        elif not at_once:
             output = (_grouped_matmul(probs_1HQK.to(value.dtype), values) if wanted and capture.eager
                       else causal_attention(query, keys, values, options))
             output_1THD[:, done:stop] = output[:, :, done - stop:].transpose(1, 2)  # a shared beginning is done once
         done = stop
-    if layer == capture.final_layer:
+    if is_final:
         capture.final_output = torch.stack(last_1HD, dim=1)
         raise _AttendedAsLast
     return output_1THD
@@ -343,5 +369,6 @@ def judge_forward(decoder, capture: JudgeCapture, num_layers: int, final_layer: 
     ids_1T, positions_1T = (torch.from_numpy(part)[None].long().to(device)
                             for part in (capture.row.input_ids_T, capture.row.positions_T))
     with _run_at_last_positions(final_layer, capture) if final_layer is not None else nullcontext():
-        hidden_1TD = run_decoder(decoder, ids_1T, positions_1T, Layout(capture.row.ranges, capture), num_layers)
+        layout = Layout(capture.row.ranges, capture=capture)
+        hidden_1TD = run_decoder(decoder, ids_1T, positions_1T, layout, num_layers)
     return hidden_1TD[0, [ranges[-1][1] - 1 for ranges in capture.row.ranges]]

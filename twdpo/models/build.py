@@ -1,13 +1,21 @@
 """Building a model from its config alone: without memory or dropout; its layers and its head."""
 
 import copy
+from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import InputError
 from twdpo.logratio import HeadOptions
 from twdpo.models.attention import ATTENTION_NAME
+
+_aten = torch.ops.aten
+ATTENTION_OPERATIONS = (  # of twdpo.models.attention on all devices: what a fused kernel does in one go
+    torch.ops.torch_attn._varlen_attn.default, _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default)
 
 
 def head_options(model_config) -> HeadOptions:
@@ -50,19 +58,27 @@ def build_on_meta(model_config, dtype: torch.dtype):
 
 
 def enable_checkpointing(model, checkpointing: str) -> None:
-    """Compute the activations of all layers (`full`) or of every second one (`selective`) again in the backward pass.
+    """Compute the activations of all layers (`full`), of all but their attention's outputs (`attention`) or of every
+    second layer (`selective`) again in the backward pass.
 
     Raises InputError for an architecture that has no such way.
     """
+    options = {"context_fn": keep_attention} if checkpointing == "attention" else {}
     # transformers 5.23 renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False} | options)
     except ValueError as error:
         raise InputError(f"--checkpointing {checkpointing}: {error}") from error
     if checkpointing == "selective":
         for layer in decoder_layers(model)[1::2]:
             layer.gradient_checkpointing = False
+
+
+def keep_attention():
+    """What torch's checkpoint asks for: contexts of a forward and of its repetition, which takes what these operations
+    gave from the first."""
+    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATIONS))
 
 
 def disable_dropout(model_config) -> None:
@@ -71,6 +87,35 @@ def disable_dropout(model_config) -> None:
     for name, value in list(vars(config).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def use_fused_norms(model) -> None:
+    """Put torch's RMS norm, on a GPU one kernel, in the place of those of the model that compute the same in ten: more
+    than half of the bytes that a layer of Llama-3-8B moves beside its matrix products (counted). Parameters and names
+    stay."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if is_rms_norm(type(module)):
+                norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
+                norm.weight = module.weight
+                setattr(parent, name, norm.train(module.training))
+
+
+@cache
+def is_rms_norm(kind: type) -> bool:
+    """Whether modules of this class of transformers compute what torch's RMS norm does: tried on a few numbers.
+    (Gemma's multiply by 1 + weight.)"""
+    if not kind.__name__.endswith("RMSNorm") or kind is torch.nn.RMSNorm:
+        return False
+    with torch.no_grad(), torch.device("cpu"):
+        try:
+            module = kind(8, eps=1e-3)
+            module.weight.copy_(torch.linspace(-1, 2, 8))
+            epsilon, numbers = module.variance_epsilon, torch.linspace(-0.1, 0.2, 24).sin().view(3, 8)
+            found = module(numbers)
+        except (AttributeError, TypeError):  # built or named in another way
+            return False
+        return torch.allclose(found, F.rms_norm(numbers, (8,), module.weight, epsilon), rtol=1e-4, atol=1e-6)
 
 
 def refuse_converted_checkpoints(model) -> None:

@@ -18,7 +18,7 @@ from twdpo.batch import PairBatch
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
 from twdpo.models.attention import Layout, run_decoder
-from twdpo.models.build import build_on_meta, decoder_layers
+from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
 from twdpo.models.source import load_model_config, locate_model
 from twdpo.rows import pack
 
@@ -36,7 +36,8 @@ PAPER_MODELS = {  # transformers' name of the architecture, and its sizes
 RESERVED_GIB = 2.0  # CUDA context, NCCL, fragments
 OP_BUFFER_BYTES = 160 << 20  # kernels/weighted_logratio.py: a wave of logits and what goes with it
 SAMPLE_TOKENS = 1 << 14  # of the row that is run on the meta device: many, so that gradients of parameters weigh little
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "selective", "attention", "full")
+AUTOMATIC = ("none", "selective", "full")  # what `auto` chooses among; nobody has timed `attention`
 CPU_TOKENS, CUDA_TOKENS = 4096, 1 << 14  # of a micro-batch, unless --micro-batch-tokens says otherwise
 
 
@@ -99,7 +100,8 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     positions = torch.zeros_like(ids)
     model.config.pad_token_id = None  # some models look for it among the ids
     known = [*model.parameters(), *model.buffers(), ids, positions]
-    with FlashAttention(), LiveBytes(known) as tally:
+    use_fused_norms(model)
+    with FusedKernels(), LiveBytes(known) as tally:
         hidden = run_decoder(model.get_decoder(), ids, positions, Layout(row.ranges))
         tally.peak = saved = tally.live
         for parameter in model.parameters():  # their gradients are planned for apart
@@ -108,12 +110,14 @@ def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
     return saved / num_tokens, (tally.peak - saved) / num_tokens
 
 
-class FlashAttention(TorchFunctionMode):
-    """Inside this context scaled_dot_product_attention keeps what a fused kernel keeps, and no S x S map."""
+class FusedKernels(TorchFunctionMode):
+    """Inside this context attention and RMS norms keep what fused kernels keep: no S x S map, no fp32 copy."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _Flash.apply(*args[:3])
+        if func is F.rms_norm:
+            return _Norm.apply(args[0], kwargs["weight"])
         return func(*args, **(kwargs or {}))
 
 
@@ -128,6 +132,17 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_X, weight_D):
+        ctx.save_for_backward(hidden_X, weight_D, hidden_X.new_empty(hidden_X.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(hidden_X)
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:2])
 
 
 class LiveBytes(TorchDispatchMode):
@@ -167,10 +182,11 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them).
     """
     shards, width = shards or world_size, cost.compute_bytes
-    kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2), "full": 0}[checkpointing]
+    kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2)}.get(checkpointing, 0)
     a_layer = cost.saved_bytes / cost.num_layers
     # What a layer that is computed again keeps is its input; one of them at a time is whole again.
     activations = kept * a_layer + (cost.num_layers - kept) * cost.hidden_size * width
+    activations += cost.heads_width * width if checkpointing == "attention" else 0
     activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
     head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
     # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
@@ -205,7 +221,7 @@ def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainCon
     fit by the plan; 0 tokens when nothing fits."""
     wanted = config.micro_batch_tokens or CUDA_TOKENS
     shards = world_size // config.replicate
-    for checkpointing in CHECKPOINTING if config.checkpointing == "auto" else (config.checkpointing,):
+    for checkpointing in AUTOMATIC if config.checkpointing == "auto" else (config.checkpointing,):
         tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards))
         if tokens == wanted:
             break
@@ -281,12 +297,12 @@ def find_model_config(config: TrainConfig):
     """The config of --model: of a folder, from the hub, or known here. Raises InputError."""
     if config.model in ("", "toy"):
         return load_model_config(locate_model("toy", "--model"))
+    if config.model in PAPER_MODELS:  # gated; and a hub that can't be reached is asked again for half a minute
+        name, settings = PAPER_MODELS[config.model]
+        return AutoConfig.for_model(name, **settings)
     try:
         return AutoConfig.from_pretrained(config.model)
     except Exception as error:  # noqa: BLE001 - a config may say anything
-        if config.model in PAPER_MODELS:  # gated, or no network
-            name, settings = PAPER_MODELS[config.model]
-            return AutoConfig.for_model(name, **settings)
         raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
 
 
@@ -296,10 +312,7 @@ def flops(cost: ModelCost, batch: PairBatch) -> float:
     models; sliding windows are counted as if they were not there."""
     lengths = [len(example.prompt_ids) + len(response.ids) for example in batch.examples
                for response in (example.chosen, example.rejected)]
-    shared = [0] * len(lengths)
-    if batch.ranges is not None:
-        shared = [stop_before - first for (first, stop_before), *_ in batch.ranges]
-        shared = [length if len(ranges) > 1 else 0 for length, ranges in zip(shared, batch.ranges)]
+    shared = [pieces[0][1] - pieces[0][0] if len(pieces) > 1 else 0 for pieces in batch.ranges]
     tokens = sum(lengths) - sum(shared)
     seen = sum(length ** 2 - before ** 2 for length, before in zip(lengths, shared)) / 2
     head = cost.head_params * len(batch.targets_N)

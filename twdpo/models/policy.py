@@ -13,7 +13,7 @@ from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
 from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import Layout, run_decoder
-from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options
+from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options, use_fused_norms
 from twdpo.models.shards import load_shards
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
@@ -48,7 +48,8 @@ class Policy(torch.nn.Module):
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""
-        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, Layout(batch.ranges))
+        layout = Layout(batch.ranges, batch.packs)
+        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, layout)
         return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
 
     def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -110,6 +111,8 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
     """The sharded policy, still on meta. All ranks."""
     model = build_on_meta(model_config, torch.float32)
     layers = decoder_layers(model)
+    if process.device.type == "cuda":
+        use_fused_norms(model)
     if checkpointing != "none":
         enable_checkpointing(model, checkpointing)
     policy = Policy(model)

@@ -1,0 +1,40 @@
+"""What a run sets for its process, and restores."""
+
+import pytest
+import torch
+
+import train
+from twdpo import dist
+from twdpo.dist import expand_segments
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_is_off_while_a_run_lasts(before, toy_flags, tmp_path, monkeypatch):
+    seen, original = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *args: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+                        or original(*args))
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        train.main([*toy_flags, "--output-dir", str(tmp_path / "run")])
+        with pytest.raises(SystemExit):
+            train.main(["--model", str(tmp_path / "nowhere"), "--data", "toy"])
+        assert seen == [False, False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(usual)
+
+
+def test_the_allocator_is_set_up_unless_the_user_has():
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        given = {name: "max_split_size_mb:128"}
+        expand_segments(given)
+        assert given == {name: "max_split_size_mb:128"}
+    empty: dict[str, str] = {}
+    expand_segments(empty)
+    assert empty == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def test_a_stop_without_a_start_changes_nothing():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    dist.stop()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
