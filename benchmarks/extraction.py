@@ -2,28 +2,46 @@
 
     python benchmarks/extraction.py                              this machine's default shape, 1,024 and 4,096 tokens
     python benchmarks/extraction.py --lengths 1024 --pairs 16    more pairs at once
+    python benchmarks/extraction.py --ragged                     inputs as long as those of real pairs, new in each call
 
 `ours` is what extract.py runs for both rounds of a pair: packed rows, shared beginnings, one fp32 row on the last
 layer, the head at one position. The limit is a bare forward of the same trunk over the same rows, with SDPA and
 nothing captured; beside it transformers' own SDPA, each round alone. `eager` is one round at a time with
 output_attentions=True. The model is a random Llama: 8 layers, d 512 and V 32,000 on a CPU, the shape of Llama-3-8B on
-a GPU. All ways are timed in turns, round after round; memory is the peak above the model. The last line is JSON.
+a GPU.
+
+Each way is timed in turns with ours, round after round, and its row printed and written at once; ratios are of times in
+the same turns. With --ragged every call gets answers of lengths that the one before did not have, as in a pass over
+real pairs: where a length that was not seen before costs something, it shows. Memory is the peak above the model. The
+last line is JSON.
 """
 
 import argparse
-import copy
+import itertools
 import statistics
+import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harness import finish, interleave, machine, peak_memory_mib, result_path
+from harness import (
+    Report,
+    add_output_flags,
+    interleave,
+    machine,
+    output_path,
+    peak_memory_mib,
+    print_machine,
+    quiet_failure,
+    real_lengths,
+    spread,
+)
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
 from twdpo.models.build import decoder_layers
-from twdpo.rows import pack
+from twdpo.rows import PackedRow, common_beginning, fill_rows, pack
 
 SHAPES = {
     "cpu": dict(num_hidden_layers=8, hidden_size=512, intermediate_size=1376, num_attention_heads=8,
@@ -32,25 +50,48 @@ SHAPES = {
                  num_key_value_heads=8, vocab_size=128256),
 }
 PREAMBLE, END = 249, 60  # tokens around the answers: the paper's prompt and a median question in Llama-3's tokens
+ROW_TOKENS = 1 << 14
+RAGGED_PAIRS = {"cpu": 2, "cuda": 32}
+MINUTES = {"cpu": 8.0, "cuda": 4.0}
+Pairs = list[list[np.ndarray]]  # both rounds of each pair
 
 
-def make_pairs(num_pairs: int, length: int, vocabulary: int) -> list[list[np.ndarray]]:
-    """Both rounds of each pair, `length` tokens each: a common beginning, two answers in both orders, an end."""
+def make_pairs(answers: list[tuple[int, int]], vocabulary: int) -> Pairs:
+    """Both rounds of each pair: a common beginning, two answers in both orders, an end. answers: their lengths."""
     rng = np.random.default_rng(0)
     pairs = []
-    for _ in range(num_pairs):
+    for lengths in answers:
         begin, end = rng.integers(3, vocabulary, PREAMBLE), rng.integers(3, vocabulary, END)
-        first, second = np.array_split(rng.integers(3, vocabulary, length - PREAMBLE - END), 2)
+        first, second = (rng.integers(3, vocabulary, length) for length in lengths)
         pairs.append([np.concatenate([begin, *order, end]).astype(np.int32)
                       for order in ((first, second), (second, first))])
     return pairs
 
 
+def equal_pairs(num_pairs: int, length: int, vocabulary: int) -> Pairs:
+    """Every judge input has `length` tokens."""
+    half = (length - PREAMBLE - END) // 2
+    return make_pairs([(half, length - PREAMBLE - END - half)] * num_pairs, vocabulary)
+
+
+def ragged_pairs(num_pairs: int, call: int, vocabulary: int) -> Pairs:
+    """Judge inputs as long as those of real pairs; each of another length in the next call, as many tokens in all."""
+    shifts = [call if place % 2 else -call for place in range(num_pairs)]
+    return make_pairs([(max(4, chosen + shift), rejected) for (_, chosen, rejected), shift
+                       in zip(real_lengths(num_pairs), shifts)], vocabulary)
+
+
+def packed_rows(pairs: Pairs) -> list[PackedRow]:
+    """As extract.py fills them."""
+    lengths = [sum(map(len, pair)) - common_beginning(pair) for pair in pairs]
+    return [pack([pairs[place] for place in row]) for row in fill_rows(lengths, ROW_TOKENS)]
+
+
 @torch.no_grad()
-def judge(model, rows, rollout: bool) -> None:
+def judge(model, pairs: Pairs, rollout: bool) -> None:
     """Both rounds of every pair, as extract.py does it."""
     last = model.config.num_hidden_layers - 1
-    for row in rows:
+    for row in packed_rows(pairs):
         capture = JudgeCapture(row, frozenset([last]), keep=rollout, final_layer=last)
         hidden_SD = judge_forward(model.get_decoder(), capture, last + 1, decoder_layers(model)[last])
         model.get_output_embeddings()(hidden_SD).float().log_softmax(dim=-1)
@@ -60,73 +101,170 @@ def judge(model, rows, rollout: bool) -> None:
 
 
 @torch.no_grad()
-def trunk(model, rows) -> None:
+def trunk(model, pairs: Pairs) -> None:
     """The limit: the same tokens through the same layers, nothing else."""
-    for row in rows:
+    for row in packed_rows(pairs):
         capture = JudgeCapture(row, frozenset())
         judge_forward(model.get_decoder(), capture, model.config.num_hidden_layers)
 
 
 @torch.no_grad()
-def plain_trunk(model, pairs, device) -> None:
+def plain_trunk(model, pairs: Pairs) -> None:
     """What transformers does with each round alone."""
-    for ids in (ids for pair in pairs for ids in pair):
-        model.get_decoder()(torch.from_numpy(ids).long()[None].to(device), use_cache=False)
+    for ids in itertools.chain(*pairs):
+        model.get_decoder()(torch.from_numpy(ids).long()[None].to(model.device), use_cache=False)
 
 
 @torch.no_grad()
-def eager(model, pairs, device) -> None:
+def eager(model, pairs: Pairs) -> None:
     """One round at a time, all maps of all layers."""
-    for ids in (ids for pair in pairs for ids in pair):
-        output = model(torch.from_numpy(ids).long()[None].to(device), output_attentions=True, use_cache=False)
+    for ids in itertools.chain(*pairs):
+        output = model(torch.from_numpy(ids).long()[None].to(model.device), output_attentions=True, use_cache=False)
         output.attentions[-1][0, :, -1].float().mean(dim=0).cpu()
 
 
-def main(argv: list[str] | None = None) -> None:
+OURS, LIMIT, EAGER = "ours", "limit: bare trunk", "eager, output_attentions"
+WAYS = {  # with the attention that the model then has
+    OURS: (partial(judge, rollout=False), ATTENTION_NAME),
+    LIMIT: (trunk, ATTENTION_NAME),
+    EAGER: (eager, "eager"),
+    "bare trunk, rounds apart": (plain_trunk, "sdpa"),
+    "ours, with rollout": (partial(judge, rollout=True), ATTENTION_NAME),
+}
+
+
+def bind(model, name: str, draw: Callable[[], Pairs]) -> Callable[[], None]:
+    """A way as a function of nothing. draw: gives the pairs of each call."""
+    way, attention = WAYS[name]
+
+    def run() -> None:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        way(model, draw())
+    return run
+
+
+def measure(ways: dict[str, Callable], name: str, num_pairs: int, device, seconds: float, deadline: float) -> dict:
+    """One way's figures, timed in turns with ours."""
+    started = time.perf_counter()
+    ways[name]()
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # sync
+    first = time.perf_counter() - started
+    memory = peak_memory_mib(ways[name], device)
+    times = interleave({each: ways[each] for each in dict.fromkeys((OURS, name))}, device, seconds, deadline)
+    median = statistics.median(times[name])
+    p20, p80 = (value / num_pairs / 1e3 for value in spread(times[name]))
+    return {"seconds_a_pair": median / num_pairs / 1e3, "p20": p20, "p80": p80, "rounds": len(times[name]),
+            "first_seconds_a_pair": first / num_pairs, "over_ours": median / statistics.median(times[OURS]),
+            "peak_extra_mib": memory}
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """What can be compared so far of the rows of one set of inputs: with the limit, and with eager attention."""
+    measured = {row["way"]: row for row in rows if "note" not in row}
+    limit, slow = measured.get(LIMIT), measured.get(EAGER)
+    for row in measured.values():
+        if limit:
+            row["over_limit"] = row["over_ours"] / limit["over_ours"]
+        if slow:
+            row["speed_over_eager"] = slow["over_ours"] / row["over_ours"]
+            if slow["peak_extra_mib"] > 0:
+                row["memory_over_eager"] = row["peak_extra_mib"] / slow["peak_extra_mib"]
+
+
+HEADER = (f"{'tokens':>6} {'way':25} {'s a pair':>9} {'20 to 80 %':>17} {'first call':>10} {'x ours':>7} "
+          f"{'MiB extra':>9}\n{'':42} {'of rounds':>17} {'s a pair':>10}")
+
+
+def show(row: dict) -> str:
+    start = f"{row['tokens']:6} {row['way']:25} "
+    if "note" in row:
+        return start + row["note"]
+    return (f"{start}{row['seconds_a_pair']:9.3f} {row['p20']:8.3f}..{row['p80']:7.3f} "
+            f"{row['first_seconds_a_pair']:10.3f} {row['over_ours']:7.2f} {row['peak_extra_mib']:9.0f}")
+
+
+def conclusion(rows: list[dict]) -> str:
+    """What the rows of one set of inputs say, for a person."""
+    measured = {row["way"]: row for row in rows if "note" not in row}
+    if OURS not in measured:
+        return f"{rows[0]['tokens']:,} tokens: ours was not measured."
+    ours = measured[OURS]
+    tokens = f"{ours['tokens']:,} tokens" + (" on average" if ours.get("ragged") else "")
+    text = f"{tokens}: {ours['seconds_a_pair']:.3f} s a pair"
+    if "over_limit" in ours:
+        text += f", {ours['over_limit']:.2f} times the bare trunk"
+    if "speed_over_eager" in ours:
+        text += f", {ours['speed_over_eager']:.1f} times as fast as eager attention"
+    if "memory_over_eager" in ours:
+        text += f" with {ours['memory_over_eager']:.3f} of its extra memory"
+    return text + "."
+
+
+def run_set(model, report: Report, draw: Callable[[], Pairs], named: dict, flags, deadline: float) -> list[dict]:
+    """All ways over one kind of inputs, `named` in their rows."""
+    ways = {name: bind(model, name, draw) for name in WAYS}
+    rows: list[dict] = []
+    for name in ways:
+        row = named | {"way": name}
+        if time.perf_counter() > deadline:
+            row["note"] = f"left out: it does not fit the {flags.minutes:g} minutes"
+        else:
+            try:
+                row |= measure(ways, name, named["pairs"], model.device, flags.seconds, deadline)
+            except Exception as error:  # a way's failure is a row, not the end of the run
+                row["note"] = quiet_failure(error)
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        rows.append(row)
+        add_ratios(rows)
+        print(show(row), flush=True)
+        report.add(row)
+    return rows
+
+
+def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", default="1024,4096", help="tokens of one judge input, comma-separated")
-    parser.add_argument("--pairs", type=int, default=1, help="pairs in a batch; eager takes them one by one")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each way, of a length's rounds")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>/extraction.json by default")
+    parser.add_argument("--ragged", action="store_true", help="lengths of real pairs instead")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs in a call; eager takes them one by one "
+                        f"(default: 1; with --ragged {RAGGED_PAIRS[device.type]})")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each way, and for ours in its turns")
+    parser.add_argument("--minutes", type=float, default=MINUTES[device.type], help="when no further way is begun")
+    add_output_flags(parser, "extraction.json")
     flags = parser.parse_args(argv)
+    flags.pairs = flags.pairs or (RAGGED_PAIRS[device.type] if flags.ragged else 1)
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = LlamaConfig(**SHAPES[device.type], max_position_embeddings=1 << 14)
-    with torch.device(device):  # a config each: a model keeps the one it is given, and the attention's name in it
-        models = {name: AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype,
-                                                         attn_implementation=name).eval()
-                  for name in (ATTENTION_NAME, "sdpa", "eager")}
-    report = {"machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "shape": SHAPES[device.type],
-              "rows": []}
-    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
-    print(f"{'tokens':>6} {'way':24} {'s a pair':>9} {'20..80 %':>17} {'pairs/s':>8} {'x limit':>8} {'x eager':>8} "
-          f"{'extra MiB':>9} {'of eager':>8}")
-    for length in map(int, flags.lengths.split(",")):
-        pairs = make_pairs(flags.pairs, length, config.vocab_size)
-        rows = [pack(pairs)]
-        ours = models[ATTENTION_NAME]
-        ways = {"ours": partial(judge, ours, rows, False), "ours, with rollout": partial(judge, ours, rows, True),
-                "limit: bare trunk": partial(trunk, ours, rows),
-                "bare trunk, rounds apart": partial(plain_trunk, models["sdpa"], pairs, device),
-                "eager, output_attentions": partial(eager, models["eager"], pairs, device)}
-        for way in ways.values():
-            way()  # warms up
-        memory = {name: peak_memory_mib(way, device) for name, way in ways.items()}
-        times = interleave(ways, device, flags.seconds)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name, values in times.items():
-            ordered = sorted(value / flags.pairs / 1e3 for value in values)
-            row = {"tokens": length, "way": name, "seconds_a_pair": medians[name] / flags.pairs / 1e3,
-                   "p20": ordered[int(0.2 * len(ordered))], "p80": ordered[int(0.8 * len(ordered))],
-                   "rounds": len(values), "over_limit": medians[name] / medians["limit: bare trunk"],
-                   "speed_over_eager": medians["eager, output_attentions"] / medians[name],
-                   "peak_extra_mib": memory[name],
-                   "memory_over_eager": memory[name] / memory["eager, output_attentions"]}
-            report["rows"].append(row)
-            print(f"{length:6} {name:24} {row['seconds_a_pair']:9.3f} {row['p20']:8.3f}..{row['p80']:7.3f} "
-                  f"{1 / row['seconds_a_pair']:8.2f} {row['over_limit']:8.2f} {row['speed_over_eager']:8.2f} "
-                  f"{row['peak_extra_mib']:9.0f} {row['memory_over_eager']:8.3f}", flush=True)
-    finish(flags.out or result_path(device, "extraction.json"), report)
+    flags = parse(argv, device)
+    deadline = time.perf_counter() + 60 * flags.minutes
+    dtype, shape = torch.bfloat16 if device.type == "cuda" else torch.float32, SHAPES[device.type]
+    report = Report(output_path(flags, device, "extraction.json"),
+                    {"machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape},
+                    ("tokens", "way", "ragged"))
+    print_machine(report.head)
+    print(f"at most about {flags.minutes:g} minutes\n{HEADER}", flush=True)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, max_position_embeddings=1 << 14), dtype=dtype,
+                                                 attn_implementation=ATTENTION_NAME).eval()
+    vocabulary, num_pairs = shape["vocab_size"], flags.pairs
+    sets = []
+    if flags.ragged:
+        calls = itertools.count()
+        tokens = round(np.mean([len(ids) for pair in ragged_pairs(num_pairs, 0, vocabulary) for ids in pair]))
+        sets.append((lambda: ragged_pairs(num_pairs, next(calls), vocabulary), {"tokens": tokens, "ragged": True}))
+    else:
+        for length in map(int, flags.lengths.split(",")):
+            pairs = equal_pairs(num_pairs, length, vocabulary)
+            sets.append((lambda pairs=pairs: pairs, {"tokens": length}))
+    ends = [conclusion(run_set(model, report, draw, named | {"pairs": num_pairs}, flags, deadline))
+            for draw, named in sets]
+    print("\n" + "\n".join(ends))
+    report.finish()
 
 
 if __name__ == "__main__":

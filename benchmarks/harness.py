@@ -1,17 +1,30 @@
-"""What benchmarks share: time in turns, peak memory, the machine, and where results go."""
+"""What benchmarks share: time in turns, peak memory, lengths of real pairs, the machine, and where results go.
 
+Results go to `runs/benchmarks/<device>/`, which git ignores, or with --record to `benchmarks/results/<device>/`, which
+is committed; --out names another file.
+"""
+
+import argparse
 import ctypes
 import importlib.metadata
 import json
+import math
 import platform
+import random
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 
 from twdpo.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+# Median tokens of a prompt, a chosen and a rejected answer, and how far lengths spread (standard deviation of their
+# logarithm). 32 pairs are 22,500 tokens with each prompt once.
+MEDIAN_LENGTHS, LENGTH_SPREAD = (128, 247, 220), 0.6
 
 
 def milliseconds(function, device: torch.device) -> float:
@@ -28,15 +41,50 @@ def milliseconds(function, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def interleave(functions: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every function, round after round, so that a busy moment of the machine falls on all of them."""
+def interleave(functions: dict[str, Callable], device: torch.device, seconds: float, deadline: float = math.inf
+               ) -> dict[str, list[float]]:
+    """Milliseconds of every function, round after round, so that a busy moment of the machine falls on all of them.
+
+    At least three rounds, or until `seconds` a function are over. After the first none is begun that would not be over
+    by `deadline` (of time.perf_counter) if it took as long as the one before.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    started, rounds = time.perf_counter(), 0
-    while rounds < 3 or (time.perf_counter() - started < seconds * len(functions) and rounds < 50):
+    started = now = time.perf_counter()
+    rounds, took = 0, 0.0
+    while not rounds or (now + took < deadline and (
+            rounds < 3 or (now - started < seconds * len(functions) and rounds < 50))):
         for name, function in functions.items():
             times[name].append(milliseconds(function, device))
+        now, took = time.perf_counter(), time.perf_counter() - now
         rounds += 1
     return times
+
+
+def spread(times: list[float]) -> tuple[float, float]:
+    """20th and 80th percentile."""
+    ordered = sorted(times)
+    return ordered[int(0.2 * len(ordered))], ordered[int(0.8 * len(ordered))]
+
+
+def quiet_failure(error: Exception) -> str:
+    """A row's note for a way that failed: what, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).split(chr(10))[0][:150]}"
+
+
+def real_lengths(num_pairs: int, seed: int = 0) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected answer of made-up pairs: log-normal, as lengths of real ones are.
+
+    Every 32 pairs in turn hold the same lengths in another order: 22,500 tokens, each prompt once.
+    """
+    rng = random.Random(seed)
+    quantiles = [NormalDist().inv_cdf((place + 0.5) / 32) for place in range(32)]
+
+    def lengths(median: int) -> list[int]:
+        values = [max(4, round(median * math.exp(LENGTH_SPREAD * value))) for value in quantiles]
+        return [length for _ in range(-(-num_pairs // 32)) for length in rng.sample(values, 32)]
+    return list(zip(*map(lengths, MEDIAN_LENGTHS)))[:num_pairs]
 
 
 def peak_memory_mib(function, device: torch.device) -> float:
@@ -79,6 +127,27 @@ def installed_version(package: str) -> str:
         return "none"
 
 
+def print_machine(report: dict) -> None:
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
+
+
+def device_folder(device: torch.device) -> str:
+    """A kind of device as a folder's name."""
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-") if device.type == "cuda" else "cpu"
+
+
+def add_output_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--out", type=Path, help=f"JSON file; runs/benchmarks/<device>/{name} by default")
+    parser.add_argument("--record", action="store_true",
+                        help=f"write benchmarks/results/<device>/{name}, which is committed")
+
+
+def output_path(flags: argparse.Namespace, device: torch.device, name: str) -> Path:
+    """Where the flags of `add_output_flags` say that results go."""
+    folder = ROOT / ("benchmarks/results" if flags.record else "runs/benchmarks") / device_folder(device)
+    return flags.out or folder / name
+
+
 def finish(out: Path, report: dict) -> None:
     """Write the report and end standard output with it."""
     write_result(out, report)
@@ -87,13 +156,48 @@ def finish(out: Path, report: dict) -> None:
 
 
 def write_result(out: Path, report: dict) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, report)
 
 
-def result_path(device: torch.device, name: str) -> Path:
-    """`benchmarks/results/<device>/<name>`."""
-    folder = "cpu"
-    if device.type == "cuda":
-        folder = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    return Path(__file__).resolve().parent / "results" / folder / name
+class Report:
+    """A benchmark's JSON file: written at every row, so that whatever ends a call leaves the rows that it has.
+
+    head: what all rows share; rows of an earlier call stay when theirs is the same but for the date. keys: what names
+    a row. extra: what goes into the file beside them and is not compared.
+    """
+
+    def __init__(self, path: Path, head: dict, keys: tuple[str, ...], **extra):
+        self.path, self.head, self.keys, self.extra = path, head, keys, extra
+        self.rows: list[dict] = []
+        self.earlier = self._read_earlier()
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        figures = {self._name(row) for row in self.earlier if "note" not in row}
+        # What was left out or failed this time does not take the place of a figure.
+        rows = [row for row in self.rows if "note" not in row or self._name(row) not in figures]
+        names = {self._name(row) for row in rows}
+        rows += [row for row in self.earlier if self._name(row) not in names]
+        write_json(self.path, self.head | self.extra | {"rows": rows})
+
+    def finish(self) -> None:
+        """Ends standard output with the rows of this call, as one line of JSON."""
+        self.write()
+        print(f"written to {self.path}")
+        print(json.dumps(self.head | self.extra | {"rows": self.rows}))
+
+    def _name(self, row: dict) -> tuple:
+        return tuple(row.get(key) for key in self.keys)
+
+    def _read_earlier(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        old = json.loads(self.path.read_text(encoding="utf-8"))
+
+        def without_date(report: dict) -> dict:
+            head = {key: report.get(key) for key in self.head}
+            return head | {"machine": (head["machine"] or {}) | {"date": ""}}
+        return old["rows"] if without_date(old) == without_date(self.head) else []

@@ -4,34 +4,94 @@
     python benchmarks/loss_kernel.py --heads llama-3-8b --tokens 4096,16384 --only Triton,TRL
 
 On a GPU: bf16, heads of Llama-3-8B, Gemma-2-2B and Qwen2.5-7B, and trl#7244's public row. Without one: the CPU paths in
-fp32 at small sizes. A head and token count at a time is measured, its methods in turns, round after round, and its rows
-are printed and written to --out; a method that is missing or out of memory is a row too. The last line is JSON.
+fp32 at small sizes. A call takes --minutes at most (8 on a GPU, 3 without), shared out over heads and token counts, two
+shares for the first; what does not fit is a row that says so. A row is printed and written when its method is measured.
+The last line is JSON.
 
-Columns: median of forward and of forward + backward in ms, with the 20th and 80th percentiles of the latter; the rate
-that the method's own operations (6 or 8 N V D) ran at, and its share of the rate of the head's three bare matrix
-products in the same run; time over that of 8 N V D at that rate; peak memory above inputs and gradients; relative
-(Frobenius) error of log-probs and gradients against fp64, at the first --error-tokens tokens.
+How methods are compared: each is timed in turns with the head's three bare matrix products and with twdpo's own op,
+round after round, so a busy or hot moment falls on all of them. Compare methods by `x ours` and `x 8NVD`: milliseconds
+of two rows are of two moments. A first call, compilation included, can't be interrupted: what torch.compile compiles
+comes last, and a method whose first call took longer than --compile-limit is a row that says so, is not timed, and is
+left out of what follows.
+
+Errors are relative (Frobenius) to fp64, which is made once a head and token count, and of the loss of the first
+--error-tokens tokens: the rest has weight 0 there, so that a method sees one shape and compiles once.
 """
 
 import argparse
-import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from harness import interleave, machine, peak_memory_mib, result_path, write_result
+from harness import (
+    Report,
+    add_output_flags,
+    interleave,
+    machine,
+    output_path,
+    peak_memory_mib,
+    print_machine,
+    quiet_failure,
+    spread,
+)
 from loss_peers import Method, find_methods
-from twdpo.logratio import HeadOptions, weighted_logratio_chunked
+from twdpo.logratio import HeadOptions, weighted_logratio_chunked, weighted_logratio_spec
 
 # name: (vocabulary, hidden size, softcap)
 GPU_HEADS = {"llama-3-8b": (128256, 4096, None), "gemma-2-2b": (256000, 2304, 30.0), "qwen2.5-7b": (152064, 3584, None)}
 CPU_HEADS = {"v32k": (32000, 512, None), "v128k": (128256, 512, None)}
 PUBLIC_ROW = ("trl#7244", (151936, 4096, None), 8192)
+TOKENS = {"cuda": (4096, 16384, 1024, 65536), "cpu": (256, 1024)}  # the most worthwhile first
+ERROR_TOKENS, MINUTES = {"cuda": 512, "cpu": 128}, {"cuda": 8.0, "cpu": 3.0}
+CALLS = 7  # of forward and backward that a method takes, turns of others included, when there is time for one round
 BETA = 5e-3  # paper Table 6
+
+
+class Case(NamedTuple):
+    """One head at one token count."""
+
+    head: str
+    vocabulary: int
+    hidden: int
+    softcap: float | None
+    tokens: int
+
+    @property
+    def nvd(self) -> int:
+        return self.tokens * self.vocabulary * self.hidden
+
+
+class Operands(NamedTuple):
+    """A case's tensors, and what every method's first call is compared with."""
+
+    hidden_ND: torch.Tensor
+    head_VD: torch.Tensor
+    batch: dict[str, torch.Tensor]
+    error_batch: dict[str, torch.Tensor]
+    truth: list[torch.Tensor]  # fp64: log-probs and hidden gradient of the first tokens, head gradient
+
+
+def prepare(case: Case, device: torch.device, error_tokens: int) -> Operands:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden_ND, head_VD, batch = make_case(case.vocabulary, case.hidden, case.tokens, device, dtype)
+    few = min(error_tokens, case.tokens)
+    weights_N = batch["weights_N"].clone()
+    weights_N[few:] = 0
+    two = {"scale_S": batch["scale_S"][:2]}
+    error_batch = batch | two | {"weights_N": weights_N, "seq_lens_S": torch.tensor([few // 2, case.tokens - few // 2])}
+    first = {name: value[:few] for name, value in batch.items() if name.endswith("_N")} | two | {
+        "seq_lens_S": torch.tensor([few // 2, few - few // 2])}
+    # The specification makes all logits at once: on a CPU that is too much memory.
+    op = weighted_logratio_spec if device.type == "cuda" else weighted_logratio_chunked
+    operands = [matrix.detach().double().requires_grad_() for matrix in (hidden_ND[:few], head_VD)]
+    output = op(*operands, **first, options=HeadOptions(softcap=case.softcap))
+    truth = [output[1].detach(), *torch.autograd.grad(loss_of(output), operands)]
+    return Operands(hidden_ND, head_VD, batch, error_batch, truth)
 
 
 def make_case(vocabulary: int, hidden: int, num_tokens: int, device: torch.device, dtype: torch.dtype):
@@ -72,156 +132,240 @@ def matrix_products(hidden_ND, head_VD) -> tuple[dict[str, Callable], float]:
     }, 6 * logits_NV.numel() * head_VD.shape[1]
 
 
-def relative_errors(method: Method, hidden_ND, head_VD, batch, softcap, num_tokens: int) -> dict[str, float]:
-    """||ours - truth|| / ||truth|| of log-probs and both gradients of the loss, truth in fp64."""
-    part = hidden_ND.detach()[:num_tokens]
-    lens_S = torch.tensor([len(part) // 2, len(part) - len(part) // 2])
-    batch = {name: value[:len(part)] for name, value in batch.items() if name.endswith("_N")} | {
-        "seq_lens_S": lens_S, "scale_S": batch["scale_S"][:2]}
-    results = []
-    for dtype, op in ((torch.float64, None), (part.dtype, method.op)):
-        operands = [matrix.detach().to(dtype).requires_grad_() for matrix in (part, head_VD)]
-        output = (weighted_logratio_chunked(*operands, **batch, options=HeadOptions(softcap=softcap)) if op is None
-                  else op(*operands, batch))
-        results.append([output[1].detach(), *torch.autograd.grad(loss_of(output), operands)])
-    return {name: float((ours.double() - truth).norm() / truth.norm())
-            for name, truth, ours in zip(("logps", "grad_hidden", "grad_head"), *results)}
+def relative_errors(method: Method, operands: Operands) -> dict[str, float]:
+    """||its own - truth|| / ||truth|| of log-probs and both gradients of the loss; one call."""
+    matrices = operands.hidden_ND, operands.head_VD
+    output = method.op(*matrices, operands.error_batch)
+    results = [output[1].detach(), *torch.autograd.grad(loss_of(output), matrices)]
+    errors = {}
+    for name, truth, own in zip(("logps", "grad_hidden", "grad_head"), operands.truth, results):
+        errors[name] = float((own[:len(truth)] - truth).norm() / truth.norm())
+    return errors
 
 
-def measure(methods: list[Method], case, softcap, device: torch.device, seconds: float, error_tokens: int):
-    """(a dict of figures per method, TFLOP/s of the bare matrix products)."""
-    hidden_ND, head_VD, batch = case
-    products, product_operations = matrix_products(hidden_ND, head_VD)
-    functions: dict[str, Callable] = dict(products)
-    figures: dict[str, dict[str, object]] = {}
-    gradients_mib = sum(matrix.numel() * matrix.element_size() for matrix in (hidden_ND, head_VD)) / 2**20
+def forward(method: Method, operands: Operands):
+    with torch.no_grad():
+        return method.op(*operands[:3])
 
-    def forward(method: Method):
-        with torch.no_grad():
-            return method.op(hidden_ND, head_VD, batch)
 
-    def forward_backward(method: Method):
-        hidden_ND.grad = head_VD.grad = None
-        loss_of(method.op(hidden_ND, head_VD, batch)).backward()
-    for method in methods:
-        figure = figures[method.name] = {}
-        if method.missing:
-            figure["note"] = f"missing: {method.missing}"
-            continue
+def forward_backward(method: Method, operands: Operands) -> None:
+    operands.hidden_ND.grad = operands.head_VD.grad = None
+    loss_of(method.op(*operands[:3])).backward()
+
+
+def measure(method: Method, ours: Method | None, operands: Operands, seconds: float, deadline: float,
+            compile_limit: float) -> dict[str, object]:
+    """A row's figures, or why there are none. ours: what it is timed in turns with. deadline: of interleave."""
+    device = operands.hidden_ND.device
+    started, row = time.perf_counter(), {}
+    if method.reference_row:
+        forward_backward(method, operands)
+    else:
+        row["relative_error"] = relative_errors(method, operands)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # sync
+    row["first_call_s"] = time.perf_counter() - started
+    if row["first_call_s"] > compile_limit:
+        return row | {"note": f"the first call, compilation included, took {row['first_call_s']:.0f} s, over the limit "
+                              f"of {compile_limit:g} s: not timed"}
+    operands.hidden_ND.grad = operands.head_VD.grad = None
+    run = partial(forward_backward, method, operands)
+    gradients = sum(matrix.numel() * matrix.element_size() for matrix in operands[:2])
+    row["peak_extra_mib"] = peak_memory_mib(run, device) - gradients / 2**20
+    products, product_operations = matrix_products(*operands[:2])
+    functions: dict[str, Callable] = products | {"forward and backward": run}
+    if not method.reference_row:  # those compute gradients in their forward pass: it has no time of its own
+        functions["forward"] = partial(forward, method, operands)
+        functions["forward"]()
+    if ours is not None and ours is not method:
+        functions["ours"] = partial(forward_backward, ours, operands)
+    times = interleave(functions, device, seconds / len(functions), deadline)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rate = product_operations / sum(medians[name] for name in products) / 1e9
+    median, operations = medians["forward and backward"], operands.hidden_ND.numel() * len(operands.head_VD)
+    p20, p80 = spread(times["forward and backward"])
+    tflops = method.operations * operations / median / 1e9
+    if "forward" in medians:
+        row["forward_ms"] = medians["forward"]
+    if ours is not None:
+        row["over_ours"] = median / medians.get("ours", median)
+    return row | {"forward_backward_ms": median, "p20_ms": p20, "p80_ms": p80,
+                  "rounds": len(times["forward and backward"]), "matrix_tflops": rate, "tflops": tflops,
+                  "share_of_matrix_rate": tflops / rate, "times_8nvd": median * rate * 1e9 / (8 * operations)}
+
+
+class Session:
+    """One call of this script: its time, and what it has learnt of the methods so far."""
+
+    def __init__(self, flags: argparse.Namespace, device: torch.device, report: Report):
+        self.flags, self.device, self.report = flags, device, report
+        self.deadline = time.perf_counter() + 60 * flags.minutes
+        self.pace = 0.0  # seconds for each of N V D, of the slowest method
+        self.first_calls: dict[str, float] = {}  # seconds; of what compiles
+        self.too_slow: set[str] = set()
+
+    def run_case(self, case: Case, share_end: float) -> None:
+        """All methods at one case; share_end: when it should be over."""
+        methods = [method for method in find_methods(self.device, case.softcap) if not method.missing
+                   and (case.softcap is None or method.takes_softcap) and is_wanted(method, self.flags.only)]
+        print(f"\n{case.head}: V {case.vocabulary:,}, D {case.hidden:,}, {case.tokens:,} tokens", flush=True)
+        operands, ours, left_out = None, None, {}
+        for place, method in enumerate(methods):
+            row = {"head": case.head, "vocabulary": case.vocabulary, "hidden": case.hidden, "tokens": case.tokens,
+                   "method": method.name + (" (reference row)" if method.reference_row else "")}
+            if note := self.why_left_out(method, case, place and share_end):
+                left_out.setdefault(note, []).append(method.name)
+                self.report.add(row | {"note": f"left out: {note}"})
+                continue
+            operands = operands or prepare(case, self.device, self.flags.error_tokens)
+            if ours is None and method.name.startswith("twdpo"):
+                ours = method
+            row |= self.try_method(method, ours, operands, share_end, len(methods) - place)
+            if "forward_backward_ms" in row:
+                self.pace = max(self.pace, row["forward_backward_ms"] / 1e3 / case.nvd)
+            elif ours is method:
+                ours = None
+            print(show(row), flush=True)
+            self.report.add(row)
+        for note, names in left_out.items():
+            print(f"  left out, as {note}: {'; '.join(names)}", flush=True)
+
+    def why_left_out(self, method: Method, case: Case, share_end: float) -> str:
+        """Why a method gets no turn, or nothing. share_end: 0 for a case's first method."""
+        now = time.perf_counter()
+        expected = CALLS * self.pace * case.nvd
+        if method.compiles:
+            expected += self.first_calls.get(method.name, 2 * self.flags.compile_limit)
+        if method.name in self.too_slow:
+            return f"its first call took over {self.flags.compile_limit:g} s before"
+        if now + expected > self.deadline:
+            return f"it does not fit the {self.flags.minutes:g} minutes"
+        if share_end and now > share_end:
+            return f"this head and token count had its share of the {self.flags.minutes:g} minutes"
+        return ""
+
+    def try_method(self, method: Method, ours: Method | None, operands: Operands, share_end: float, methods_left: int
+                   ) -> dict[str, object]:
+        seconds = max(0.0, min(self.flags.seconds, (share_end - time.perf_counter()) / methods_left))
         try:
-            forward_backward(method)  # compiles
-            hidden_ND.grad = head_VD.grad = None
-            figure["peak_extra_mib"] = peak_memory_mib(partial(forward_backward, method), device) - gradients_mib
-            hidden_ND.grad = head_VD.grad = None
-            if not method.reference_row:
-                forward(method)
-                figure["relative_error"] = relative_errors(method, hidden_ND, head_VD, batch, softcap, error_tokens)
-                functions[f"{method.name} forward"] = partial(forward, method)
-            functions[method.name] = partial(forward_backward, method)
-        except torch.OutOfMemoryError:
-            figure["note"] = "out of memory"
+            row = measure(method, ours, operands, seconds, self.deadline, self.flags.compile_limit)
+            self.first_calls[method.name] = row["first_call_s"]
+            if row["first_call_s"] > self.flags.compile_limit:
+                self.too_slow.add(method.name)
         except Exception as error:  # a peer's failure is a row, not the end of the run
-            figure["note"] = f"failed: {type(error).__name__}: {str(error).split(chr(10))[0][:150]}"
-        hidden_ND.grad = head_VD.grad = None
-    times = interleave(functions, device, seconds)
-    rate = product_operations / (sum(statistics.median(times[name]) for name in products) * 1e-3) / 1e12
-    for method in methods:
-        figure = figures[method.name]
-        if method.name not in functions:
-            continue
-        if not method.reference_row:  # those compute gradients in their forward pass: it has no time of its own
-            figure["forward_ms"] = statistics.median(times[f"{method.name} forward"])
-        ordered = sorted(times[method.name])
-        median = statistics.median(ordered)
-        operations = hidden_ND.numel() * head_VD.shape[0]
-        figure |= {"forward_backward_ms": median, "p20_ms": ordered[int(0.2 * len(ordered))],
-                   "p80_ms": ordered[int(0.8 * len(ordered))], "rounds": len(ordered),
-                   "tflops": method.operations * operations / median / 1e9}
-        figure |= {"share_of_matrix_rate": figure["tflops"] / rate,
-                   "times_8nvd": median / (8 * operations / rate / 1e9)}
-    return figures, rate
+            row = {"note": quiet_failure(error)}
+        operands.hidden_ND.grad = operands.head_VD.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return row
 
 
-HEADER = (f"{'head':11} {'tokens':>6} {'method':36} {'fwd ms':>9} {'fwd+bwd ms':>11} {'20..80 %':>19} {'TFLOP/s':>8} "
-          f"{'of rate':>7} {'x 8NVD':>6} {'extra MiB':>9}  error: logps / dX / dW")
+def is_wanted(method: Method, only: str) -> bool:
+    return not only or any(part in method.name for part in only.split(","))
+
+
+HEADER = (f"{'':39}{'forward':>9} {'forward and':>11} {'20 to 80 %':>18} {'TFLOP/s':>8} {'share of':>9} "
+          f"{'x 8NVD':>7} {'x ours':>7} {'MiB':>7}  error against fp64:\n"
+          f"{'':39}{'ms':>9} {'backward ms':>11} {'of rounds':>18} {'':>8} {'bare rate':>9} "
+          f"{'':>7} {'':>7} {'extra':>7}  log-probs, dX, dW")
+LEGEND = """\
+bare rate: of the head's three bare matrix products in the same turns. x 8NVD: time over that of 8 N V D operations at
+that rate. x ours: over twdpo's first row in the same turns. MiB extra: peak memory beyond inputs and gradients."""
 
 
 def show(row: dict) -> str:
-    start = f"{row['head']:11} {row['tokens']:6} {row['method']:36} "
+    start = f"  {row['method']:37}"
     if "note" in row:
-        return start + row["note"]
+        return f"{start}{row['note']}"
     forward = f"{row['forward_ms']:9.2f}" if "forward_ms" in row else f"{'-':>9}"
-    errors = " / ".join(f"{value:.1e}" for value in row.get("relative_error", {}).values()) or "another loss"
-    return (f"{start}{forward} {row['forward_backward_ms']:11.2f} {row['p20_ms']:9.2f}..{row['p80_ms']:8.2f} "
-            f"{row['tflops']:8.3g} {row['share_of_matrix_rate']:7.0%} {row['times_8nvd']:6.2f} "
-            f"{row['peak_extra_mib']:9.0f}  {errors}")
+    errors = " ".join(f"{value:.1e}" for value in row.get("relative_error", {}).values()) or "another loss"
+    ours = f"{row['over_ours']:7.2f}" if "over_ours" in row else f"{'-':>7}"
+    return (f"{start}{forward} {row['forward_backward_ms']:11.2f} {row['p20_ms']:8.2f}..{row['p80_ms']:8.2f} "
+            f"{row['tflops']:8.3g} {row['share_of_matrix_rate']:9.0%} {row['times_8nvd']:7.2f} {ours} "
+            f"{row['peak_extra_mib']:7.0f}  {errors}")
 
 
-def rows_of_other_calls(path: Path, report: dict) -> list[dict]:
-    """Rows that earlier calls wrote to `path` with the same machine and versions and that this one did not measure."""
-    if not path.exists():
-        return []
-    old = json.loads(path.read_text(encoding="utf-8"))
-    if [old["machine"] | {"date": ""}, old["dtype"]] != [report["machine"] | {"date": ""}, report["dtype"]]:
-        return []
-    measured = [[row[name] for name in ("head", "tokens", "method")] for row in report["rows"]]
-    return [row for row in old["rows"] if [row[name] for name in ("head", "tokens", "method")] not in measured]
+def conclusion(rows: list[dict]) -> str:
+    """What the rows say, for a person: of the first head and token count, and how many others it holds for."""
+    cases: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "forward_backward_ms" in row and "relative_error" in row:
+            cases.setdefault((row["head"], row["tokens"]), []).append(row)
+    if not cases:
+        return "Nothing was measured."
+    fastest = {key: min(group, key=lambda row: row.get("over_ours", row["times_8nvd"])) for key, group in cases.items()}
+    (head, tokens), group = next(iter(cases.items()))
+    best, ours = fastest[head, tokens], next((row for row in group if row["method"].startswith("twdpo")), None)
+
+    def figures(row: dict) -> str:
+        return f"{row['forward_backward_ms']:.2f} ms forward and backward, {row['peak_extra_mib']:.0f} MiB extra"
+    text = f"{head} at {tokens:,} tokens: the fastest of {len(group)} is {best['method']} ({figures(best)})"
+    if ours is None:
+        return text + "; twdpo was not measured."
+    if best is not ours:
+        text += f"; {ours['method']} takes {1 / best['over_ours']:.2f} times as long ({figures(ours)})"
+    wins = sum(row["method"].startswith("twdpo") for row in fastest.values())
+    return f"{text}. twdpo is the fastest at {wins} of {len(cases)} heads and token counts."
+
+
+def parse(argv: list[str] | None, device: torch.device) -> tuple[argparse.Namespace, list[Case]]:
+    """(flags, cases, the most worthwhile first)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    kind = device.type
+    parser.add_argument("--heads", help="comma-separated; all that fit the device by default, and 'public' on a GPU")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS[kind])), help="comma-separated token counts")
+    parser.add_argument("--only", default="", help="comma-separated: methods whose name contains one of these")
+    parser.add_argument("--minutes", type=float, default=MINUTES[kind], help="the longest that it may take")
+    parser.add_argument("--seconds", type=float, default=1.5, help="the most time for a method's turns")
+    parser.add_argument("--compile-limit", type=float, default=30.0, metavar="SECONDS",
+                        help="a method whose first call takes longer is not timed")
+    parser.add_argument("--error-tokens", type=int, default=ERROR_TOKENS[kind], help="tokens compared with fp64")
+    add_output_flags(parser, "loss_kernel.json")
+    flags = parser.parse_args(argv)
+    heads, tokens = (GPU_HEADS if kind == "cuda" else CPU_HEADS), [int(part) for part in flags.tokens.split(",")]
+    if min(*tokens, flags.error_tokens) < 2:
+        parser.error("--tokens and --error-tokens must be at least 2: a pair has two sequences")
+    names = [method.name for method in find_methods(device, None)]
+    if flags.only and not any(part in name for name in names for part in flags.only.split(",")):
+        parser.error(f"--only {flags.only}: no method's name contains that; there are {'; '.join(names)}")
+    cases = [Case(name, *shape, count) for count in tokens for name, shape in heads.items()]
+    if kind == "cuda":
+        cases.insert(len(heads), Case(PUBLIC_ROW[0], *PUBLIC_ROW[1], PUBLIC_ROW[2]))
+    if flags.heads:
+        wanted = flags.heads.replace("public", PUBLIC_ROW[0]).split(",")
+        if unknown := set(wanted) - {case.head for case in cases}:
+            known = ", ".join(dict.fromkeys(case.head for case in cases))
+            parser.error(f"--heads {','.join(unknown)}: it must be of {known}")
+        cases = [case for case in cases if case.head in wanted]
+    return flags, cases
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--heads", help="comma-separated; all that fit the device by default, and 'public' on a GPU")
-    parser.add_argument("--tokens", help="comma-separated token counts; 1k,4k,16k,64k on a GPU, 256,1k,2k without")
-    parser.add_argument("--only", help="comma-separated: methods whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time for each method, of a case's rounds")
-    parser.add_argument("--error-tokens", type=int, default=512, help="tokens of the comparison with fp64")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>/loss_kernel.json by default. "
-                        "Its rows of other heads, tokens and methods stay, if machine and versions are the same")
-    flags = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    heads = GPU_HEADS if device.type == "cuda" else CPU_HEADS
-    tokens = (1024, 4096, 16384, 65536) if device.type == "cuda" else (256, 1024, 2048)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if flags.tokens:
-        tokens = tuple(map(int, flags.tokens.split(",")))
-    if min(*tokens, flags.error_tokens) < 2:
-        parser.error("--tokens and --error-tokens must be at least 2: a pair has two sequences")
-    if flags.only and not any(part in method.name for method in find_methods(device, None)
-                              for part in flags.only.split(",")):
-        parser.error(f"--only {flags.only}: no method's name contains that; there are "
-                     + "; ".join(method.name for method in find_methods(device, None)))
-    cases = [(name, shape, count) for name, shape in heads.items() for count in tokens]
-    if device.type == "cuda":
-        cases.append(PUBLIC_ROW)
-    if flags.heads:
-        wanted = flags.heads.replace("public", PUBLIC_ROW[0]).split(",")
-        if unknown := set(wanted) - {name for name, *_ in cases}:
-            parser.error(f"--heads {','.join(unknown)}: it must be of {', '.join(dict.fromkeys(c[0] for c in cases))}")
-        cases = [case for case in cases if case[0] in wanted]
-    out = flags.out or result_path(device, "loss_kernel.json")
-    report = {"machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "rows": []}
-    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    flags, cases = parse(argv, device)
+    methods = [method for method in find_methods(device, None) if is_wanted(method, flags.only)]
+    missing = {method.name: method.missing for method in methods if method.missing}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    report = Report(output_path(flags, device, "loss_kernel.json"), {"machine": machine(device), "dtype": dtype},
+                    ("head", "tokens", "method"), missing=missing)
+    print_machine(report.head)
     if device.type != "cuda":
         print("No GPU here: the CPU paths, fp32, at small sizes. Nothing below says how the Triton kernel performs.")
-    print(HEADER)
-    for name, (vocabulary, hidden, softcap), num_tokens in cases:
-        methods = [method for method in find_methods(device, softcap)
-                   if not flags.only or any(part in method.name for part in flags.only.split(","))]
-        case = make_case(vocabulary, hidden, num_tokens, device, dtype)
-        figures, rate = measure(methods, case, softcap, device, flags.seconds, flags.error_tokens)
-        del case
+    for name, why in missing.items():
+        print(f"not here: {name}: {why}")
+    if softcapped := [case.head for case in cases if case.softcap is not None]:
+        print(f"take no softcap, so not at {', '.join(dict.fromkeys(softcapped))}: "
+              + "; ".join(method.name for method in methods if not method.takes_softcap and not method.missing))
+    print(f"{len(cases)} heads and token counts, {len(methods) - len(missing)} methods each: at most "
+          f"{flags.minutes:g} minutes.\n{LEGEND}\n\n{HEADER}", flush=True)
+    session = Session(flags, device, report)
+    for place, case in enumerate(cases):
+        now = time.perf_counter()
+        share = 1 / (len(cases) - place) if place else 2 / (len(cases) + 1)
+        session.run_case(case, now + (session.deadline - now) * share)
         torch._dynamo.reset()
-        print(f"{name:11} {num_tokens:6} V {vocabulary:,} D {hidden:,}: the three bare matrix products run at "
-              f"{rate:.3g} TFLOP/s")
-        for method in methods:
-            row = {"head": name, "vocabulary": vocabulary, "hidden": hidden, "tokens": num_tokens,
-                   "method": method.name + (" (reference row)" if method.reference_row else ""),
-                   "matrix_tflops": rate} | figures[method.name]
-            print(show(row), flush=True)
-            report["rows"].append(row)
-        write_result(out, report | {"rows": report["rows"] + rows_of_other_calls(out, report)})
-    print(f"written to {out}")
-    print(json.dumps(report))
+    print(f"\n{conclusion(report.rows)}")
+    report.finish()
 
 
 if __name__ == "__main__":

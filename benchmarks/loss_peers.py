@@ -23,21 +23,35 @@ class Method:
     op: Callable | None = None
     operations: int = 8  # N V D of forward and backward: 8 makes the logits twice, 6 keeps them
     reference_row: bool = False
-    missing: str = ""  # why it can't run here
+    missing: str = ""  # why it can't run on this machine
+    takes_softcap: bool = True
+    compiles: bool = False  # by torch.compile, for as long as it takes
 
 
 def find_methods(device: torch.device, softcap: float | None) -> list[Method]:
-    """All methods for a head with this softcap; those that can't run say why."""
+    """All methods for a head with this softcap, the most worthwhile first: ours, those that take any gradient per
+    token, full logits, those of a loss of their own, and last what compiles for long. Some can't run here, and say why;
+    some take no softcap."""
     options = HeadOptions(softcap=softcap)
-    ours = [Method("twdpo, torch chunks", partial(_call, weighted_logratio_chunked, options))]
+    chunks = Method("twdpo, torch chunks", partial(_call, weighted_logratio_chunked, options))
+    ours = [chunks]
     if device.type == "cuda":
-        ours.insert(0, Method("twdpo, Triton", partial(_call, weighted_logratio, options)))
-    return [*ours, *_full_logits(options), *_torch_core(softcap), *_trl(softcap), *_liger(device, softcap),
-            *_cut_cross_entropy(device, softcap)]
+        ours = [Method("twdpo, Triton", partial(_call, weighted_logratio, options)),
+                Method("twdpo, Triton, half of the tiles kept", partial(_call_cached, options), operations=7,
+                       takes_softcap=False), chunks]
+    methods = [*ours, *_trl(softcap), *_cut_cross_entropy(device, softcap), *_liger(device, softcap), *_torch_core(),
+               *_full_logits(options)]
+    return sorted(methods, key=lambda method: (method.compiles, method.reference_row))
 
 
 def _call(op, options: HeadOptions, hidden_ND, head_VD, batch):
     return op(hidden_ND, head_VD, **batch, options=options)[:2]
+
+
+def _call_cached(options: HeadOptions, hidden_ND, head_VD, batch):
+    """With memory for half of the N V exponentials, two bytes each."""
+    cache_gib = len(hidden_ND) * len(head_VD) / 2**30
+    return weighted_logratio(hidden_ND, head_VD, **batch, options=options, head_cache_gib=cache_gib)[:2]
 
 
 def _from_logps(logps_of, hidden_ND, head_VD, batch):
@@ -53,22 +67,21 @@ def _full_logits(options: HeadOptions) -> list[Method]:
         hidden_ND, head_VD, targets_N, torch.zeros_like(hidden_ND[:, 0]), torch.ones_like(hidden_ND[:, 0]),
         torch.tensor([len(targets_N)]), torch.ones_like(hidden_ND[:1, 0]), options=options)[1])
     return [Method("full logits", full, operations=6),
-            Method("full logits, compiled", partial(_from_logps, logps), operations=6)]
+            Method("full logits, compiled", partial(_from_logps, logps), operations=6, compiles=True)]
 
 
-def _torch_core(softcap: float | None) -> list[Method]:
+def _torch_core() -> list[Method]:
     name = "F.linear_cross_entropy"
     if not hasattr(F, "linear_cross_entropy"):
         return [Method(name, missing=f"torch {torch.__version__} has none; 2.13 has")]
-    if softcap is not None:
-        return [Method(name, missing="takes no softcap")]
     Options = torch.nn.LinearCrossEntropyOptions
     choices = {"default": None}
     choices |= {f"chunks {size}": Options(batch_chunk_size=size, chunking_method=None) for size in (256, 1024, 4096)}
 
     def logps(options, hidden_ND, head_VD, targets_N):
         return -F.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="none", options=options)
-    return [Method(f"{name}, {choice}", partial(_from_logps, partial(logps, options)), operations=6)
+    return [Method(f"{name}, {choice}", partial(_from_logps, partial(logps, options)), operations=6,
+                   takes_softcap=False)
             for choice, options in choices.items()]
 
 
@@ -109,12 +122,11 @@ def _liger(device: torch.device, softcap: float | None) -> list[Method]:
             for values, padding in ((hidden_ND, 0.0), (batch["targets_N"], -100)))
         loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
         return loss(head_VD, rows, targets)[0]
-    no_softcap = "takes no softcap" if softcap is not None else ""
     on_cpu = "Triton kernels: needs a GPU" if device.type != "cuda" else ""
     return [
-        Method("Liger scaled CE", partial(_from_logps, scaled), missing=no_softcap),
+        Method("Liger scaled CE", partial(_from_logps, scaled), takes_softcap=False),
         Method("Liger fused linear CE", fused, operations=6, reference_row=True, missing=on_cpu),
-        Method("Liger DPO loss", dpo, operations=6, reference_row=True, missing=on_cpu or no_softcap),
+        Method("Liger DPO loss", dpo, operations=6, reference_row=True, missing=on_cpu, takes_softcap=False),
     ]
 
 

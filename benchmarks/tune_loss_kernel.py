@@ -5,7 +5,7 @@
 
 Needs a GPU. First table: the parts of one forward and backward pass at the default tiles, against the time of the same
 operations in bare matrix products. Second: every tile shape below, each kernel by itself, and the best tile of each.
-Third: the backward pass by wave size. Everything goes to benchmarks/results/<device>/tune_loss_kernel.json; the best
+Third: the backward pass by wave size. Everything goes to runs/benchmarks/<device>/tune_loss_kernel.json; the best
 tiles belong in TILES of kernels/weighted_logratio.py. The last line is JSON.
 """
 
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from harness import finish, interleave, machine, result_path, write_result
+from harness import add_output_flags, finish, interleave, machine, output_path, write_result
 from loss_kernel import make_case, matrix_products
 from twdpo.kernels import weighted_logratio as kernels
 
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each function")
+    add_output_flags(parser, "tune_loss_kernel.json")
     flags = parser.parse_args(argv)
     if not torch.cuda.is_available() or kernels.INTERPRETED:
         sys.exit("tune_loss_kernel.py times Triton kernels: it needs a GPU, and TRITON_INTERPRET unset")
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     report: dict[str, object] = {"machine": machine(device), "vocabulary": flags.vocabulary, "hidden": flags.hidden,
                                  "parts": [], "tiles": [], "best": [], "waves": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
-    out = result_path(device, "tune_loss_kernel.json")
+    out = output_path(flags, device, "tune_loss_kernel.json")
     for num_tokens in map(int, flags.tokens.split(",")):
         case = make_case(flags.vocabulary, flags.hidden, num_tokens, device, torch.bfloat16)
         nvd = num_tokens * flags.vocabulary * flags.hidden
