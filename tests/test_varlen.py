@@ -10,10 +10,12 @@ import pytest
 import torch
 from models_of_tests import IN_ONE_CALL, MODELS, build, build_double
 from precision_of_tests import InDouble, assert_exact
+from runs_of_tests import assert_close_rows, read_rows
 from test_packing import EXAMPLES, example, run
 from torch.nn.attention.varlen import varlen_attn
 from varlen_of_tests import plain_varlen  # noqa: F401 - a fixture
 
+import train
 from twdpo.batch import collate
 from twdpo.models import attention, varlen
 from twdpo.models.attention import ATTENTION_NAME, AttentionOptions, JudgeCapture, judge_forward
@@ -229,3 +231,10 @@ def test_plain_batches_name_their_ranges():
     assert not batch.packs and batch.ranges == tuple(((width * row, width * row + length),)
                                                      for row, length in enumerate((6, 7, 7, 3)))
     assert collate(MicroBatch((0, 1, 2, 3)), EXAMPLES, [0, 1, 2, 3], packs=True).packs
+
+
+def test_a_run_in_one_call_is_the_run_by_sequence(run_arguments, plain_run, tmp_path, plain_varlen):  # noqa: F811
+    """Judge, reference, steps and evaluations."""
+    train.main(run_arguments(tmp_path / "run", cache_dir=tmp_path / "cache"))
+    assert plain_varlen.calls > 20
+    assert_close_rows(read_rows(tmp_path / "run"), read_rows(plain_run))
