@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-MEASURED = ("tokens_per_s", "pairs_per_s", "peak_memory_gib")
+MEASURED = ("tokens_per_s", "pairs_per_s", "peak_memory_gib", "peak_reserved_gib")
 
 
 def read_rows(run_dir: Path) -> list[dict]:
