@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twdpo.align import align
+from twdpo.align import align, match_tokens
 
 
 def spans(*pairs) -> np.ndarray:
@@ -96,3 +96,15 @@ def test_mass_of_the_kept_text_is_conserved(seed):
             filled[place] = filled[place - 1]
     expected = sum(m * max(0, min(stop, end) - start) / (stop - start) for m, (start, stop) in zip(mass, filled))
     assert aligned.sum() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_judged, num_trained", [(9, 9), (9, 5), (5, 9), (1, 1)])
+def test_where_one_side_begins_with_the_other_tokens_match_as_everywhere(num_judged, num_trained):
+    """The short way for equal beginnings against the long one, into which another first token leads."""
+    rng = np.random.default_rng(0)
+    values, where = rng.integers(1, 3, 9).astype(np.int32), np.repeat(rng.integers(0, 2, (9, 1)), 2, axis=1)
+    judged, trained = slice(num_judged), slice(num_trained)
+    short = match_tokens(values[judged], where[judged], values[trained], where[trained])
+    long = match_tokens(np.append(ids(99), values[judged]), np.concatenate([spans((0, 0)), where[judged]]),
+                        values[trained], where[trained])
+    assert short.tolist() == np.where(long > 0, long - 1, -1).tolist()
