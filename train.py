@@ -134,7 +134,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     describe_start(config, objective, folder, dtype, process)
     inputs = check_inputs(config, process, folder, needs)
     model = inputs.model
-    check_architecture(model.config, config.checkpointing.replace("auto", "none"), config.head_cache_gib)
+    check_architecture(model.config, config.head_cache_gib)
     checkpointing, budget = settle_memory(config, model.config, dtype, process)
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
     config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,

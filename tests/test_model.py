@@ -111,9 +111,9 @@ def test_the_heads_cache_reaches_the_op(toy_model, process, monkeypatch):
 def test_a_head_cache_of_capped_logits_is_refused_before_weights_are_loaded():
     config = build("gemma2", "eager").config
     with pytest.raises(InputError, match=r"--head-cache-gib: .* 0.5 GiB: it must be 0 for .* caps its logits \(at 3\)"):
-        check_architecture(config, "none", 0.5)
-    check_architecture(config, "none", 0.0)
-    check_architecture(build("llama", "eager").config, "none", 0.5)
+        check_architecture(config, 0.5)
+    check_architecture(config, 0.0)
+    check_architecture(build("llama", "eager").config, 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whole in one process, sharded

@@ -7,9 +7,8 @@ from models_of_tests import IN_ONE_CALL, SMALL, build
 from test_packing import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twdpo.config import InputError
 from twdpo.models.attention import ATTENTION_NAME, Layout, run_decoder
-from twdpo.models.build import ATTENTION_OPERATIONS, enable_checkpointing
+from twdpo.models.build import ATTENTION_OPERATIONS, decoder_layers, enable_checkpointing
 from twdpo.models.memory import LiveBytes
 from twdpo.models.policy import Policy
 from twdpo.rows import pack
@@ -36,8 +35,7 @@ class Count(TorchDispatchMode):
 def on_meta(checkpointing: str) -> tuple[int, float]:
     """(attention's calls, bytes a token that a forward keeps) of a decoder with the attention of a GPU."""
     model = build("llama", ATTENTION_NAME).to("meta", torch.bfloat16).train()
-    if checkpointing != "none":
-        enable_checkpointing(model, checkpointing)
+    enable_checkpointing(decoder_layers(model), checkpointing)
     ids = np.arange(600, dtype=np.int32)
     row = pack([[ids, np.concatenate([ids[:200], ids[:199:-1]])]])
     input_ids = torch.zeros(1, len(row.input_ids_T), dtype=torch.long, device="meta")
@@ -64,20 +62,9 @@ def test_on_a_cpu_results_stay_and_attention_runs_once(name):
     found, counts = [], []
     for checkpointing in ("none", "full", "attention"):
         model = build(name, ATTENTION_NAME, **NO_DROPOUT).train()
-        if checkpointing != "none":
-            enable_checkpointing(model, checkpointing)
+        enable_checkpointing(decoder_layers(model), checkpointing)
         with Count() as count:
             found.append(run(Policy(model), True))
         counts.append(count.attention)
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-4, atol=1e-5)
     assert counts[1] == 2 * counts[0] and (counts[2] == counts[0] or not counts[0])
-
-
-def test_an_architecture_without_recomputation_is_an_input_error():
-    model = build("llama", ATTENTION_NAME)
-    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
-    try:
-        with pytest.raises(InputError, match="--checkpointing attention"):
-            enable_checkpointing(model, "attention")
-    finally:
-        type(model).supports_gradient_checkpointing = before

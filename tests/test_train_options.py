@@ -83,7 +83,8 @@ LOSSES["odd"] = odd
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch):
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "attention", "full"])
+def test_compiled_layers_give_the_same_run(checkpointing, tmp_path, run_arguments, monkeypatch):
     """Traced and run by torch.compile's front half: the back half takes minutes on a CPU. Rows of many lengths, layers
     computed again, answers sampled in between: two graphs a layer, before and after its attention."""
     graphs = []
@@ -91,16 +92,24 @@ def test_compiled_layers_give_the_same_run(tmp_path, run_arguments, monkeypatch)
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    compile = torch.nn.Module.compile
+    compile, step = torch.compile, train.train_step
     monkeypatch.setattr(train, "SAMPLED_TOKENS", 16)
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self, **options: compile(self, backend=backend, **options))
-    flags = {"checkpointing": "selective", "sample": 1, "micro_batch_tokens": 300, "max_steps": 2,
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile(forward, backend=backend, **options))
+    in_steps = []
+
+    def count(run):
+        before = len(graphs)
+        row = step(run)
+        in_steps.append(len(graphs) - before)
+        return row
+    monkeypatch.setattr(train, "train_step", count)
+    flags = {"checkpointing": checkpointing, "sample": 1, "micro_batch_tokens": 300, "max_steps": 2,
              "eval_every": 0}
     train.main(run_arguments(tmp_path / "eager", **flags))
     assert not graphs
     train.main([*run_arguments(tmp_path / "compiled", **flags), "--compile"])
     assert 2 <= len(graphs) <= 20  # not one for each row and layer
+    assert in_steps[-2] >= 2  # a forward with gradients has graphs of its own
     assert_close_rows(read_rows(tmp_path / "compiled"), read_rows(tmp_path / "eager"))
     assert read_samples(tmp_path / "compiled") == read_samples(tmp_path / "eager")
     torch._dynamo.reset()

@@ -139,7 +139,7 @@ def test_a_layer_that_is_computed_again_attends_in_one_call_again(name, plain_va
     for recomputes in (False, True):
         model = build(name, ATTENTION_NAME, **dict.fromkeys(("dropout", "embd_pdrop", "resid_pdrop"), 0.0))
         if recomputes:
-            enable_checkpointing(model.train(), "full")
+            enable_checkpointing(decoder_layers(model.train()), "full")
         found.append(run(Policy(model), True))
     assert plain_varlen.calls == 3 + 2 * 3
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
@@ -173,7 +173,7 @@ def test_the_index_is_made_once_a_micro_batch(plain_varlen, monkeypatch):  # noq
     made = []
     monkeypatch.setattr(attention, "index_rows", lambda *args: made.append(args) or index_rows(*args))
     model = build("llama", ATTENTION_NAME)
-    enable_checkpointing(model.train(), "full")
+    enable_checkpointing(decoder_layers(model.train()), "full")
     run(Policy(model), True)
     assert len(made) == 1 and plain_varlen.calls == 6
 

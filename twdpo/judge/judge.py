@@ -13,7 +13,7 @@ from twdpo.dist import Process, pick_dtype, shard_module
 from twdpo.judge.prompt import ROUNDS, JudgedPair, verdict_ids
 from twdpo.logratio import logits_of
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows
-from twdpo.models.build import build_on_meta, decoder_layers, head_options, use_fused_norms
+from twdpo.models.build import build_on_meta, decoder_layers, head_options, suit_device
 from twdpo.models.shards import load_shards
 from twdpo.models.source import Model, load_model_config
 from twdpo.rows import common_beginning, fill_rows, pack
@@ -60,8 +60,7 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
                          "another one") from error
-    if device.type == "cuda":
-        use_fused_norms(model)
+    suit_device(model, device)
     return Judge(model.eval(), num_layers).to(device)
 
 
@@ -71,8 +70,7 @@ def load_sharded_judge(directory: Path, dtype: torch.dtype, device: torch.device
     All ranks.
     """
     model = build_on_meta(load_model_config(directory), dtype)
-    if device.type == "cuda":
-        use_fused_norms(model)
+    suit_device(model, device)
     judge = Judge(model, num_layers)
     shard_module(judge, judge.layers, None, device)
     load_shards(judge, directory, device)

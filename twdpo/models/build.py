@@ -5,12 +5,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import InputError
 from twdpo.logratio import HeadOptions, check_head_cache
 from twdpo.models.attention import ATTENTION_NAME
+from twdpo.models.varlen import takes_grouped_heads
 
 _aten = torch.ops.aten
 ATTENTION_OPERATIONS = (  # of twdpo.models.attention on all devices: what a fused kernel does in one go
@@ -26,12 +27,9 @@ def head_options(model_config) -> HeadOptions:
     return HeadOptions(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def check_architecture(model_config, checkpointing: str, head_cache_gib: float = 0.0) -> None:
-    """Raise InputError for a model that can't be built, sharded or checkpointed, before anything is spent on it."""
-    model = build_on_meta(model_config, torch.float32)
-    decoder_layers(model)
-    if checkpointing != "none":
-        enable_checkpointing(model, checkpointing)
+def check_architecture(model_config, head_cache_gib: float = 0.0) -> None:
+    """Raise InputError for a model that can't be built or sharded, before anything is spent on it."""
+    decoder_layers(build_on_meta(model_config, torch.float32))
     try:
         check_head_cache(head_cache_gib, head_options(model_config))
     except ValueError as error:
@@ -61,22 +59,30 @@ def build_on_meta(model_config, dtype: torch.dtype):
     return model
 
 
-def enable_checkpointing(model, checkpointing: str) -> None:
+def enable_checkpointing(layers, checkpointing: str) -> None:
     """Compute the activations of all layers (`full`), of all but their attention's outputs (`attention`) or of every
-    second layer (`selective`) again in the backward pass.
+    second layer (`selective`) again in the backward pass, for `none` of none.
 
-    Raises InputError for an architecture that has no such way.
+    Not by transformers' own way, which torch.compile can't follow: where it finds a checkpoint around what it must
+    leave alone (attention), it gives up the layer without a word. Here what is compiled lies inside.
     """
     options = {"context_fn": keep_attention} if checkpointing == "attention" else {}
-    # transformers 5.23 renamed it.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False} | options)
-    except ValueError as error:
-        raise InputError(f"--checkpointing {checkpointing}: {error}") from error
-    if checkpointing == "selective":
-        for layer in decoder_layers(model)[1::2]:
-            layer.gradient_checkpointing = False
+
+    def recompute(layer, forward) -> None:
+        def checkpointed(*args, **kwargs):
+            if not (layer.training and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            # Without dropout there is no random state to restore.
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+        layer.forward = checkpointed
+    for layer in {"none": (), "selective": layers[::2]}.get(checkpointing, layers):
+        recompute(layer, layer.forward)
+
+
+def compile_layers(layers) -> None:
+    """torch.compile each layer's forward; FSDP2's hooks stay outside."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # rows differ in length
 
 
 def keep_attention():
@@ -91,6 +97,13 @@ def disable_dropout(model_config) -> None:
     for name, value in list(vars(config).items()):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def suit_device(model, device: torch.device) -> None:
+    """What makes a model fast on a GPU, before its first forward."""
+    if device.type == "cuda":
+        use_fused_norms(model)
+        takes_grouped_heads(device)  # sync; never within a step, nor within a layer that is computed again
 
 
 def use_fused_norms(model) -> None:

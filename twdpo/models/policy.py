@@ -13,7 +13,14 @@ from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
 from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import Layout, run_decoder
-from twdpo.models.build import build_on_meta, decoder_layers, enable_checkpointing, head_options, use_fused_norms
+from twdpo.models.build import (
+    build_on_meta,
+    compile_layers,
+    decoder_layers,
+    enable_checkpointing,
+    head_options,
+    suit_device,
+)
 from twdpo.models.shards import load_shards
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
@@ -112,15 +119,12 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
     """The sharded policy, still on meta. All ranks."""
     model = build_on_meta(model_config, torch.float32)
     layers = decoder_layers(model)
-    if process.device.type == "cuda":
-        use_fused_norms(model)
-    if checkpointing != "none":
-        enable_checkpointing(model, checkpointing)
+    suit_device(model, process.device)
+    if compile:
+        compile_layers(layers)
+    enable_checkpointing(layers, checkpointing)
     policy = Policy(model, head_cache_gib)
     shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
     for name in ("generate", "states_and_head"):
         register_fsdp_forward_method(policy, name)
-    if compile:
-        for layer in layers:
-            layer.compile(dynamic=True)  # rows differ in length
     return policy.train()

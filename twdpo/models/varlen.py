@@ -152,7 +152,7 @@ NAMES_GROUPED_HEADS = "enable_gqa" in signature(varlen_attn).parameters  # since
 @cache
 def takes_grouped_heads(device: torch.device) -> bool:
     """Whether keys and values may have fewer heads. Where torch does not say (2.11), one small call is compared with
-    repeated heads, forward and backward: a host-device sync, once a process."""
+    repeated heads, forward and backward: a host-device sync, once a process, when its first model is built."""
     if NAMES_GROUPED_HEADS or device.type != "cuda":
         return True
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +167,8 @@ def takes_grouped_heads(device: torch.device) -> bool:
             try:
                 output = varlen_attn(query, keys, keys, offsets, offsets, 65, 65, window_size=(-1, 0))
                 found.append((output.detach().float(), torch.autograd.grad(output, leaf, grad)[0].float()))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # it says so, and heads are repeated
                 return False
     return all(torch.allclose(*pair, atol=2e-2, rtol=2e-2) for pair in zip(*found))  # sync
