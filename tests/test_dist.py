@@ -34,6 +34,20 @@ def test_the_allocator_is_set_up_unless_the_user_has():
     assert empty == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
+def test_a_start_that_fails_or_comes_twice_restores_what_was():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    dist.start()
+    with pytest.raises(ValueError, match="twice"):
+        dist.start()
+    dist.stop()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")  # and nothing else of what torchrun sets
+        with pytest.raises(ValueError, match="WORLD_SIZE"):
+            train.main(["--model", "toy"])
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_a_stop_without_a_start_changes_nothing():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     dist.stop()

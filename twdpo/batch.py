@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from twdpo.chat import Example
+from twdpo.dist import send
 from twdpo.rows import MicroBatch, Ranges, RowOptions, pack, plan_packed_rows, plan_rows
 from twdpo.weights import Logps
 
@@ -49,7 +50,7 @@ class PairBatch:
 
     def to(self, device: torch.device) -> "PairBatch":
         """A copy on `device`."""
-        moved = {item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)
+        moved = {item.name: send(getattr(self, item.name), device) for item in fields(self)
                  if isinstance(getattr(self, item.name), torch.Tensor) and item.name != "seq_lens_S"}
         return replace(self, **moved)
 

@@ -95,8 +95,8 @@ def run_script(name: str, read_config: Callable[[], object], function: Callable[
         config = read_config()
     except InputError as error:  # said when the processes are together: the first to end would end the others unheard
         wrong = error
-    process = start()
     try:
+        process = start()
         if wrong:
             raise wrong
         function(config, process)
@@ -118,7 +118,7 @@ def is_first_to_say(message: str) -> bool:
 def start() -> Process:
     """Join the process group of torchrun, or make one of this process alone."""
     transformers_logging.disable_progress_bar()  # its bars would tear ours
-    _before["cudnn_sdp"] = torch.backends.cuda.cudnn_sdp_enabled()
+    _before.setdefault("cudnn_sdp", torch.backends.cuda.cudnn_sdp_enabled())
     # cuDNN builds a plan for every shape, 136 ms for each on an H200: rows, and what is sampled, change their length.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
@@ -143,13 +143,19 @@ def expand_segments(environment: MutableMapping[str, str]) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one, and restore what `start` changed (the allocator's settings hold for as
-    long as the process lives)."""
+    """Leave the process group, if there is one, and restore what `start` changed, but for the allocator's settings:
+    they hold for as long as the process lives, and for those that it starts."""
     transformers_logging.enable_progress_bar()
     if _before:
         torch.backends.cuda.enable_cudnn_sdp(_before.pop("cudnn_sdp"))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that the host does not wait for: from pinned memory, as more than a little of any other may be
+    staged in the order of what the device has to do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def check_copies(replicate: int, world_size: int) -> None:

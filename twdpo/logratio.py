@@ -57,7 +57,7 @@ def segment_sum(values_N: torch.Tensor, seq_lens_S: torch.Tensor) -> torch.Tenso
     """Sum over the tokens of each sequence, [S]; 0 for an empty one. seq_lens_S lives on the CPU: no device sync."""
     if not len(seq_lens_S):
         return values_N.new_zeros(0)
-    if values_N.is_cuda:  # a launch a sequence would take the host longer than all of them the device
+    if values_N.device.type != "cpu":  # a launch a sequence would take the host longer than all of them the device
         return segment_sum_at_once(values_N, seq_lens_S)
     return torch.stack([part.sum() for part in values_N.split(seq_lens_S.tolist())])
 

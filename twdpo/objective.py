@@ -75,7 +75,7 @@ class Objective:
             if config.renormalize or (norm == "mean1" and not attended):
                 weights_N = normalize(weights_N, lens, "mean1")[0]
             elif norm == "none":
-                weights_N = weights_N / lens.repeat_interleave(lens).to(weights_N)
+                weights_N = weights_N / lens.repeat_interleave(lens).to(weights_N, non_blocking=True)
             scale_S = torch.ones_like(scale_S)
         if not self.has_reference:  # reference log-probs were for the source alone
             batch = replace(batch, ref_logps_N=torch.zeros_like(batch.ref_logps_N))

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from twdpo.dist import send
 from twdpo.rows import Ranges
 
 DTYPES = (torch.bfloat16, torch.float16)  # that the kernels take
@@ -53,7 +54,7 @@ def index_rows(ranges: Ranges, num_tokens: int, device: torch.device) -> RowInde
 
     def offsets(parts) -> torch.Tensor:
         ends = np.cumsum([0, *map(len, parts)])
-        return torch.from_numpy(ends.astype(np.int32)).to(device, non_blocking=True)
+        return send(torch.from_numpy(ends.astype(np.int32)), device)
     return RowIndex(_gather(queries, num_tokens, device), _gather(keys, num_tokens, device), offsets(queries),
                     offsets(keys), max(map(len, queries)), max(map(len, keys)))
 
@@ -63,16 +64,16 @@ def _gather(parts: list[np.ndarray], num_tokens: int, device: torch.device) -> G
     if np.array_equal(index, np.arange(num_tokens)):
         return None
 
-    def send(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    def places_of(array: np.ndarray) -> torch.Tensor:
+        return send(torch.from_numpy(array.astype(np.int64)), device)
     order = np.argsort(index, kind="stable")
     tokens, first, counts = np.unique(index[order], return_index=True, return_counts=True)
     turns = []
     for turn in range(counts.max()):
         again = counts > turn
         is_all = turn == 0 and len(tokens) == num_tokens
-        turns.append((None if is_all else send(tokens[again]), send(order[first[again] + turn])))
-    return Gather(send(index), num_tokens, tuple(turns))
+        turns.append((None if is_all else places_of(tokens[again]), places_of(order[first[again] + turn])))
+    return Gather(places_of(index), num_tokens, tuple(turns))
 
 
 class _Take(torch.autograd.Function):
