@@ -191,8 +191,9 @@ def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, e
     """Fill the tensors with what tile_statistics_kernel finds; what the plan's cache holds, if that is a tile."""
     (num_tiles, num_tokens), tile, dtype = top_LN.shape, plan.tiles.statistics, _kept_dtype(hidden_ND.dtype)
     operands, constants = _tile_arguments(hidden_ND, head_VD, plan, tile)
-    row_blocks = triton.cdiv(num_tokens, tile.block_n)
-    kept_tiles = min(int(plan.head_cache_gib * 2**30) // (num_tokens * dtype.itemsize * tile.block_v), num_tiles)
+    sums = 0 if bias_V is None else triton.cdiv(num_tokens, KEPT_ROWS) * top_LN.element_size()  # of turn_kept
+    tile_bytes = tile.block_v * (num_tokens * dtype.itemsize + sums)
+    kept_tiles = int(min(plan.head_cache_gib * 2**30 / tile_bytes, num_tiles))
     first_kept, kept = num_tiles - kept_tiles, None
     if kept_tiles:
         first_col = first_kept * tile.block_v
@@ -202,7 +203,7 @@ def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, e
         if exps_NC is not None and constants["DESCRIPTORS"]:
             exps_NC = TensorDescriptor.from_tensor(exps_NC, [tile.block_n, tile.block_v])
         if end > first:
-            tile_statistics_kernel[(row_blocks * (end - first),)](
+            tile_statistics_kernel[(triton.cdiv(num_tokens, tile.block_n) * (end - first),)](
                 *operands, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N, exps_NC, num_tokens,
                 *((first, end) if kept else (None, None)), hidden_ND.stride(0), head_VD.stride(0),
                 KEPT=_triton_dtype(dtype), **constants)
@@ -239,8 +240,8 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficien
     waves = waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax, coefficients_N, grad_entropy_N, plan,
                              kept.first_col if kept else len(head_VD))
     if kept:
-        wave = turn_kept(kept, bias_V, targets_N, softmax, coefficients_N, hidden_ND.dtype, plan)
-        waves = itertools.chain(waves, [wave])
+        waves = itertools.chain(
+            waves, [turn_kept(kept, bias_V, targets_N, softmax, coefficients_N, hidden_ND.dtype, plan)])
     with _full_precision_reductions():
         for first, gradient_NW, sums_RW in waves:
             end = first + gradient_NW.shape[1]
@@ -321,10 +322,7 @@ def _full_precision_reductions():
 
 
 class WeightedLogratio(torch.autograd.Function):
-    """(ratio_S, logps_N, then the terms of the plan): all but top1 with gradients for any upstream.
-
-    The first backward pass of a graph uses the cache up; a second one makes all logits again.
-    """
+    """(ratio_S, logps_N, then the terms of the plan): all but top1 with gradients for any upstream."""
 
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan):
@@ -357,7 +355,7 @@ class WeightedLogratio(torch.autograd.Function):
         grad_operands = (None, None, None)
         if any(needs[:3]):
             coefficients_N = grad_logps_N + scaled_N * weights_N
-            kept, ctx.kept = ctx.kept, None
+            kept, ctx.kept = ctx.kept, None  # used up: a second pass over the graph makes all logits again
             grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.contiguous()
             grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*softmax), coefficients_N,
                                      grad_entropy_N, kept, ctx.plan, needs[:3])

@@ -52,9 +52,10 @@ def caches(monkeypatch) -> list:
 
 
 def room(tiles: float, given: dict, block_v: int = 32) -> float:
-    """GiB that hold so many tiles."""
-    width = kernel._kept_dtype(given["hidden_ND"].dtype).itemsize
-    return tiles * block_v * width * len(given["targets_N"]) / GIB
+    """GiB that hold so many tiles, and with a bias what the backward pass sums of them."""
+    width, num_tokens = kernel._kept_dtype(given["hidden_ND"].dtype).itemsize, len(given["targets_N"])
+    sums = 0 if given["bias_V"] is None else -(-num_tokens // kernel.KEPT_ROWS) * max(width, 4)
+    return tiles * block_v * (width * num_tokens + sums) / GIB
 
 
 def all_leaves(given: dict) -> dict:
@@ -269,3 +270,10 @@ def test_the_torch_path_takes_the_argument_and_does_the_same():
 def test_a_cache_that_can_not_be_is_refused(gib, options, message):
     with pytest.raises(ValueError, match=message):
         weighted_logratio(**operands([2, 3]), options=options, head_cache_gib=gib)
+
+
+@interpreted
+def test_a_budget_beyond_all_bounds_keeps_every_column(caches):
+    given = operands([5, 3], 131, 12)
+    assert_equal_to_specification(partial(triton_op, tiles=SMALL_TILES, head_cache_gib=1e300), given)
+    assert caches[0].first_col == 0
