@@ -15,7 +15,7 @@ from twdpo.batch import collate
 from twdpo.chat import Example, Response
 from twdpo.config import InputError, TrainConfig
 from twdpo.dist import Process
-from twdpo.models import memory
+from twdpo.models import memory, varlen
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import use_fused_norms
 from twdpo.models.memory import (
@@ -31,6 +31,7 @@ from twdpo.models.memory import (
     model_cost,
     most_tokens,
     plan_memory,
+    varlen_scratch_bytes,
 )
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
@@ -78,6 +79,21 @@ def test_experts_that_need_values_are_refused():
     assert model_cost(config, torch.float32, 64, measure_layers=False).layers_params > 0
 
 
+def test_what_attention_takes_for_itself_in_a_backward_pass_is_part_of_the_peak():
+    """At its backward pass alone are alive: operands, output and its gradient, and log-sum-exps; then the scratch."""
+    query, key = (torch.zeros(300, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+                  for heads in (8, 2))
+    offsets = torch.zeros(3, device="meta", dtype=torch.int32)
+    scratch = varlen_scratch_bytes(query, key, offsets)
+    assert scratch == 4 * (300 + 2 * 128) * 512 + 2 * 300 * 512 * 2
+    assert varlen_scratch_bytes(query, query, offsets) == 4 * (300 + 2 * 128) * 512
+    with LiveBytes([query, key, offsets]) as tally:
+        output = varlen._call(query, key, key, offsets, offsets, 200, 200, 1.0, None)
+        live = tally.live
+        output.backward(torch.empty_like(output))
+    assert tally.peak >= live + output.nbytes + scratch
+
+
 def test_attention_keeps_no_map():
     """Four times the length, the same bytes a token."""
     short, long = (measure_decoder(build("llama", "twdpo").to("meta"), length, True)[0] for length in (512, 2048))
@@ -104,7 +120,7 @@ def test_a_tally_counts_what_is_alive():
 
 
 COST = ModelCost(params=1000, layer_params=100, layers_params=400, head_params=250, num_layers=4, hidden_size=8,
-                 heads_width=32, compute_bytes=2, saved_bytes=400.0, working_bytes=50.0)
+                 heads_width=32, num_heads=2, compute_bytes=2, saved_bytes=400.0, working_bytes=50.0)
 
 
 def test_plan_by_hand():
@@ -119,7 +135,7 @@ def test_plan_by_hand():
     selective = plan_memory(COST, 2, 1 << 20, "selective")["layers and fused op"]
     assert selective == (1 << 20) * (2 * 100 + 2 * 16 + 100 + 50) + head + 10 * 100
     attention = plan_memory(COST, 2, 1 << 20, "attention")["layers and fused op"]
-    assert attention == full + (1 << 20) * 32 * 2  # and every layer's output of attention
+    assert attention == full + (1 << 20) * (32 * 2 + 4 * 2 * 4)  # and every layer's outputs of attention
     assert plan_memory(COST, 2, 1 << 20, "none", no_sync=True)["gradients (fp32)"] == 4000
     assert plan_memory(COST, 8, 1 << 20, "none", shards=4)["parameters (fp32)"] == 1000
     alone = plan_memory(replace(COST, compute_bytes=4), 1, 1 << 20, "none")  # fp32 in one process: nothing is gathered
@@ -213,7 +229,7 @@ def test_a_plan_that_fits_nowhere_says_0():
     assert [line.split()[-3:] for line in lines[-3:]] == [["0"] * 3] * 3 == [lines[3].split()[-3:]] * 3
 
 
-HUGE = ModelCost(10**12, 10**10, 10**12, 10**9, 100, 8192, 8192, 2, 1e7, 1e5)
+HUGE = ModelCost(10**12, 10**10, 10**12, 10**9, 100, 8192, 8192, 64, 2, 1e7, 1e5)
 GPUS = Process(0, 2, torch.device("cuda"))
 
 

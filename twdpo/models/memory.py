@@ -56,6 +56,7 @@ class ModelCost:
     num_layers: int
     hidden_size: int
     heads_width: int  # heads times head dimension, summed over the layers
+    num_heads: int
     compute_bytes: int
     saved_bytes: float  # a token
     working_bytes: float  # a token
@@ -85,7 +86,7 @@ def model_cost(model_config, compute_dtype: torch.dtype, max_length: int, packs:
                          f"values ({error})") from error
     return ModelCost(sum(parameter.numel() for parameter in model.parameters()), max(layer_params), sum(layer_params),
                      model.get_output_embeddings().weight.numel(), len(layers), text_config.hidden_size,
-                     heads * head_dim * len(layers), compute_dtype.itemsize, saved, working)
+                     heads * head_dim * len(layers), heads, compute_dtype.itemsize, saved, working)
 
 
 def measure_decoder(model, max_length: int, packs: bool) -> tuple[float, float]:
@@ -155,6 +156,8 @@ class LiveBytes(TorchDispatchMode):
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torch_attn._varlen_attn_backward.default:
+            self.peak = max(self.peak, self.live + varlen_scratch_bytes(*args[1:3], args[6]))
         outputs = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
@@ -175,6 +178,16 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def varlen_scratch_bytes(query_QHD, key_KHD, query_offsets) -> int:
+    """What the kernels behind `varlen_attn` take for themselves in a backward pass: the queries' gradient in fp32,
+    each sequence rounded up to a block of 128, and where heads are grouped keys' and values' of every head."""
+    (num_queries, heads, head_dim), sequences = query_QHD.shape, len(query_offsets) - 1
+    scratch = 4 * (num_queries + 128 * sequences) * heads * head_dim
+    if key_KHD.shape[1] != heads:
+        scratch += 2 * len(key_KHD) * heads * head_dim * key_KHD.element_size()
+    return scratch
+
+
 def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing: str, no_sync: bool = False,
                 shards: int = 0, head_cache_gib: float = 0.0) -> dict[str, float]:
     """Bytes of one process at the peak of a training step, by what they are for; "peak" is their sum.
@@ -186,7 +199,8 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     a_layer = cost.saved_bytes / cost.num_layers
     # What a layer that is computed again keeps is its input; one of them at a time is whole again.
     activations = kept * a_layer + (cost.num_layers - kept) * cost.hidden_size * width
-    activations += cost.heads_width * width if checkpointing == "attention" else 0
+    if checkpointing == "attention":  # its outputs, and in fp32 its log-sum-exps
+        activations += cost.heads_width * width + 4 * cost.num_heads * cost.num_layers
     activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
     head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
     head += min(head_cache_gib * GIB, num_tokens * width * cost.head_params / cost.hidden_size)
