@@ -43,7 +43,8 @@ trap stop INT TERM HUP
 # Runs a command for at most $1 seconds in a process group of its own, with its output in the file $2. Waits for the
 # command alone: not for what it left behind, which may hold the output open.
 limited() {
-    timeout --kill-after=10 "$1" "${@:3}" </dev/null >"$2" 2>&1 &
+    : >"$2" # there before anyone follows it
+    timeout --kill-after=10 "$1" "${@:3}" </dev/null >>"$2" 2>&1 &
     running=$!
 }
 

@@ -1,5 +1,6 @@
 """benchmarks/train_step.py, and gpu.sh with its table, on what a CPU can show of them."""
 
+import importlib
 import json
 import os
 import signal
@@ -88,6 +89,7 @@ def test_a_childs_progress_passes_through(monkeypatch, tmp_path, capsys):
 def children(monkeypatch, tmp_path):
     """Children are not started: `answer(name, shape)` says what they found. Results go below tmp_path."""
     monkeypatch.setattr(train_step, "prepare", lambda flags, shape, work: None)
+    monkeypatch.setattr(train_step, "missing_peer", lambda: "")
     monkeypatch.setattr(harness, "ROOT", tmp_path)
 
     def set_answer(answer) -> Path:
@@ -106,7 +108,7 @@ def test_rows_are_written_as_ways_end(children, capsys):
         train_step.main(["--rounds", "1"])
     rows = {row["way"]: row for row in read(out)}
     assert list(rows) == ["ours", "ours, checkpointing", "TRL", "TRL, precomputed"]
-    assert rows["TRL"] == {"model": "20m", "way": "TRL", "note": "missing: trl"}
+    assert rows["TRL"] == {"model": "20m", "way": "TRL", "micro_batch": "4 pairs", "note": "missing: trl"}
     assert rows["ours"]["step_seconds"] == 3.0 and rows["ours"]["pairs_per_s"] == pytest.approx(1 / (3 / 4 + 0.5))
     assert not (out.parents[3] / "benchmarks").exists()
 
@@ -133,6 +135,27 @@ def test_rounds_go_over_all_ways_and_the_end_says_what_the_rows_say(children, ca
     ratio = ours["pairs_per_s"] / fastest["pairs_per_s"]
     assert (f"20m, fastest of ours: ours, {ours['step_seconds']:.2f} s a step of 80 tokens, 3.0 GiB at the peak; "
             f"{ratio:.1f} times the pairs a second of {fastest['way']}") in printed
+
+
+def test_a_missing_peer_is_said_once_and_its_ways_are_not_started(children, monkeypatch, capsys):
+    asked = []
+    out = children(lambda name, shape: asked.append(name) or FIGURES)
+    monkeypatch.setattr(train_step, "missing_peer", lambda: "missing: no such peer")
+    train_step.main(["--checkpointing", "none", "--rounds", "2"])
+    assert asked == ["ours"] * 2
+    printed = capsys.readouterr().out
+    assert sum("no such peer" in line for line in printed.splitlines()) == 1 + 1  # the last line is JSON
+    assert [row["way"] for row in read(out) if row.get("note") == "missing: no such peer"] == list(train_step.TRL)
+
+
+def test_rows_of_other_micro_batches_stay_and_those_of_another_length_do_not(children, capsys):
+    out = children(lambda name, shape: FIGURES)
+    flags = ["--only", "ours", "--checkpointing", "none", "--rounds", "1"]
+    for tokens in ("64", "128"):
+        train_step.main([*flags, "--tokens", tokens])
+    assert [row["micro_batch"] for row in read(out)] == ["128 tokens", "64 tokens"]
+    train_step.main([*flags, "--tokens", "64", "--max-length", "128"])
+    assert [row["micro_batch"] for row in read(out)] == ["64 tokens"]
 
 
 def test_the_other_shape_runs_when_the_first_could_not(children, capsys):
@@ -164,10 +187,24 @@ def test_what_can_not_fit_is_a_row_and_the_least_memory_comes_first():
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "1"], "at least 2"), (["--only", "nobody"], "no way's name"),
     (["--checkpointing", "x"], "invalid choice"), (["--pairs", "6", "--trl-pairs", "4"], "multiple"),
+    (["--max-length", "-1"], "at least 32"), (["--tokens", "x"], "no whole number"),
 ])
 def test_bad_flags_are_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_step.main(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("extraction", ["--lengths", "abc"], "no whole number"), ("extraction", ["--lengths", "100"], "at least 311"),
+    ("extraction", ["--pairs", "-1"], "at least 0"), ("kernel_resources", ["--tile", "1,2"], "five whole numbers"),
+    ("kernel_resources", ["--capability", "x"], "no compute capability"),
+    ("kernel_resources", ["--terms", "nope"], "there are entropy, top1"),
+])
+def test_bad_flags_of_others_are_one_message(script, flags, message, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        module.main(flags)
     assert message in capsys.readouterr().err
 
 
