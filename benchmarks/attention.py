@@ -3,10 +3,10 @@
     python benchmarks/attention.py                one layer of Llama-3-8B's attention on a GPU, a small one elsewhere
     python benchmarks/attention.py --trials 5
 
-Packed rows give every sequence a length of its own. Two rows of as many tokens, 40 sequences each: all of one length,
-and of 40 lengths; no length ever came before in the process. Each row is run for the first time and once more, after a
-warm-up of other lengths; the trials take turns in which row comes first, and one before them does not count. Three
-ways:
+Packed rows give every sequence a length of its own. Two rows of as many tokens but for 2 % at most, 40 sequences each:
+all of one length, and of 40 lengths; no length ever came before in the process. Each row is run for the first time and
+once more, after a warm-up of other lengths; the trials take turns in which row comes first, and one before them does
+not count. Three ways:
 
 - ours: the layer as a training step runs it, a packed row through twdpo.models.attention, cuDNN off
 - SDPA by sequence, cuDNN off: torch's scaled_dot_product_attention, one call a sequence, attention alone
@@ -18,15 +18,23 @@ is cut to a width of 64: its time is not attention's. The last line is JSON.
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harness import Report, add_output_flags, machine, milliseconds, output_path, print_machine, quiet_failure
+from harness import (
+    Report,
+    add_output_flags,
+    cudnn,
+    machine,
+    milliseconds,
+    output_path,
+    print_machine,
+    quiet_failure,
+)
 from twdpo.models.attention import ATTENTION_NAME, Layout, run_decoder
 from twdpo.rows import pack
 
@@ -35,19 +43,21 @@ SHAPES = {
     "cuda": dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
     "cpu": dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2),
 }
-MEAN_TOKENS = {"cuda": 500, "cpu": 120}
+MEAN_TOKENS = {"cuda": 500, "cpu": 300}
+TRIALS = {"cuda": 2, "cpu": 3}
 OURS, WITHOUT, PICKED = WAYS = "ours", "SDPA by sequence, cuDNN off", "SDPA by sequence"
 
 
 def new_lengths(mean: int, trial: int, trials: int) -> dict[str, list[int]]:
     """Lengths of the sequences of three rows; no two trials of `trials` have one in common, nor have a trial's rows.
 
-    The row of 40 lengths has `mean` on average, that of one length about it; the warm-up has two lengths.
+    The row of 40 lengths has `mean` on average, that of one length is at most trials / 2 from it; the warm-up has two
+    lengths.
     """
-    step = trials + 1  # distances from the mean: its multiples are for rows of one or two lengths
-    distances = [step * place + trial + 1 for place in range(SEQUENCES // 2)]
-    one = mean + step * ((trial + 1) // 2) * (-1) ** trial
-    far = step * (trials // 2 + 1 + trial)
+    # Distances from the mean: the least are for rows of one length, then of two, then of 40.
+    one = mean + (trial + 1) // 2 * (-1) ** trial
+    far = trials // 2 + 1 + trial
+    distances = [trials // 2 + 1 + trials * (place + 1) + trial for place in range(SEQUENCES // 2)]
     return {"warm-up": [mean - far, mean + far] * (SEQUENCES // 2), "one_length": [one] * SEQUENCES,
             "40_lengths": [mean + sign * distance for distance in distances for sign in (-1, 1)]}
 
@@ -89,17 +99,6 @@ def sdpa_by_sequence(device: torch.device, dtype: torch.dtype, lengths: list[int
     return run
 
 
-@contextmanager
-def cudnn(on: bool) -> Iterator[None]:
-    """Inside this context torch may pick cuDNN's attention, or may not."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(on)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 def measure(build: Callable[[list[int]], Callable], device: torch.device, rows_of_trials: list[dict[str, list[int]]]
             ) -> dict[str, object]:
     """Milliseconds, medians over the trials but the first, which is a rehearsal."""
@@ -133,7 +132,7 @@ def parse(argv: list[str] | None, device: torch.device) -> tuple[argparse.Namesp
     """(flags, ways, the lengths of all their trials)."""
     ways = list(WAYS) if device.type == "cuda" else [OURS, PICKED]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trials", type=int, default=2 if device.type == "cuda" else 1, help="of each way")
+    parser.add_argument("--trials", type=int, default=TRIALS[device.type], help="of each way")
     add_output_flags(parser, "attention.json")
     flags = parser.parse_args(argv)
     number = (flags.trials + 1) * len(ways)

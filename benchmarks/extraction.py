@@ -6,14 +6,16 @@
 
 `ours` is what extract.py runs for both rounds of a pair: packed rows, shared beginnings, one fp32 row on the last
 layer, the head at one position. The limit is a bare forward of the same trunk over the same rows, with SDPA and
-nothing captured; beside it transformers' own SDPA, each round alone. `eager` is one round at a time with
+nothing captured; beside it transformers' own SDPA, each round alone, without cuDNN, which plans anew for every new
+length. `eager` is one round at a time with
 output_attentions=True. The model is a random Llama: 8 layers, d 512 and V 32,000 on a CPU, the shape of Llama-3-8B on
 a GPU.
 
 Each way is timed in turns with ours, round after round, and its row printed and written at once; ratios are of times in
-the same turns. With --ragged every call gets answers of lengths that the one before did not have, as in a pass over
-real pairs: where a length that was not seen before costs something, it shows. Memory is the peak above the model. The
-last line is JSON.
+the same turns. With --ragged no call gets an input as long as one of an earlier call, in the first 48 calls of the
+process, as in a pass over real pairs: where a length that was not seen before costs something, it shows. What stays:
+the tokens in all, but for an odd pair's up to 48 more or fewer, the preamble, and that a pair's two rounds are equally
+long; inputs of one call may be. Memory is the peak above the model. The last line is JSON.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from harness import (
     Report,
     add_output_flags,
+    amount,
+    cudnn,
     interleave,
     machine,
     output_path,
@@ -38,6 +42,8 @@ from harness import (
     quiet_failure,
     real_lengths,
     spread,
+    whole_number,
+    whole_numbers,
 )
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, rollout_rows
 from twdpo.models.build import decoder_layers
@@ -51,6 +57,7 @@ SHAPES = {
 }
 PREAMBLE, END = 249, 60  # tokens around the answers: the paper's prompt and a median question in Llama-3's tokens
 ROW_TOKENS = 1 << 14
+NEW_CALLS = 48  # with --ragged, before lengths come again; a GPU's default needs 37
 RAGGED_PAIRS = {"cpu": 2, "cuda": 32}
 MINUTES = {"cpu": 8.0, "cuda": 4.0}
 Pairs = list[list[np.ndarray]]  # both rounds of each pair
@@ -75,10 +82,18 @@ def equal_pairs(num_pairs: int, length: int, vocabulary: int) -> Pairs:
 
 
 def ragged_pairs(num_pairs: int, call: int, vocabulary: int) -> Pairs:
-    """Judge inputs as long as those of real pairs; each of another length in the next call, as many tokens in all."""
-    shifts = [call if place % 2 else -call for place in range(num_pairs)]
-    return make_pairs([(max(4, chosen + shift), rejected) for (_, chosen, rejected), shift
-                       in zip(real_lengths(num_pairs), shifts)], vocabulary)
+    """Judge inputs about as long as those of real pairs; no length of one call is of another of NEW_CALLS.
+
+    Lengths are multiples of a step, and further by what no other call has, up and down by turns.
+    """
+    step, distance = 2 * NEW_CALLS + 1, call % NEW_CALLS + 1
+    answers = []
+    for place, (_, chosen, rejected) in enumerate(real_lengths(num_pairs)):
+        middle = step * round((PREAMBLE + chosen + rejected + END) / step)
+        both = middle + (distance if (place + call) % 2 else -distance) - PREAMBLE - END
+        first = round(both * chosen / (chosen + rejected))
+        answers.append((first, both - first))
+    return make_pairs(answers, vocabulary)
 
 
 def packed_rows(pairs: Pairs) -> list[PackedRow]:
@@ -111,8 +126,9 @@ def trunk(model, pairs: Pairs) -> None:
 @torch.no_grad()
 def plain_trunk(model, pairs: Pairs) -> None:
     """What transformers does with each round alone."""
-    for ids in itertools.chain(*pairs):
-        model.get_decoder()(torch.from_numpy(ids).long()[None].to(model.device), use_cache=False)
+    with cudnn(False):
+        for ids in itertools.chain(*pairs):
+            model.get_decoder()(torch.from_numpy(ids).long()[None].to(model.device), use_cache=False)
 
 
 @torch.no_grad()
@@ -145,13 +161,19 @@ def bind(model, name: str, draw: Callable[[], Pairs]) -> Callable[[], None]:
 
 
 def measure(ways: dict[str, Callable], name: str, num_pairs: int, device, seconds: float, deadline: float) -> dict:
-    """One way's figures, timed in turns with ours."""
-    started = time.perf_counter()
-    ways[name]()
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # sync
-    first = time.perf_counter() - started
-    memory = peak_memory_mib(ways[name], device)
+    """One way's figures, timed in turns with ours; a note if a call as long as the one before would be too late."""
+    def first_call() -> None:
+        ways[name]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # sync
+    took = []
+    for call in (first_call, partial(peak_memory_mib, ways[name], device)):
+        started = time.perf_counter()
+        memory = call()
+        took.append(time.perf_counter() - started)
+        if started + 2 * took[-1] > deadline:
+            return {"note": f"left out: no time for more after {len(took)} of its calls, {took[-1]:.1f} s the last"}
+    first = took[0]
     times = interleave({each: ways[each] for each in dict.fromkeys((OURS, name))}, device, seconds, deadline)
     median = statistics.median(times[name])
     p20, p80 = (value / num_pairs / 1e3 for value in spread(times[name]))
@@ -226,12 +248,13 @@ def run_set(model, report: Report, draw: Callable[[], Pairs], named: dict, flags
 
 def parse(argv: list[str] | None, device: torch.device) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", default="1024,4096", help="tokens of one judge input, comma-separated")
+    parser.add_argument("--lengths", type=whole_numbers(PREAMBLE + END + 2), default="1024,4096",
+                        help="tokens of one judge input, comma-separated")
     parser.add_argument("--ragged", action="store_true", help="lengths of real pairs instead")
-    parser.add_argument("--pairs", type=int, default=0, help="pairs in a call; eager takes them one by one "
+    parser.add_argument("--pairs", type=whole_number(0), default=0, help="pairs in a call; eager takes them one by one "
                         f"(default: 1; with --ragged {RAGGED_PAIRS[device.type]})")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each way, and for ours in its turns")
-    parser.add_argument("--minutes", type=float, default=MINUTES[device.type], help="when no further way is begun")
+    parser.add_argument("--seconds", type=amount, default=5.0, help="time for each way, and for ours in its turns")
+    parser.add_argument("--minutes", type=amount, default=MINUTES[device.type], help="when no further way is begun")
     add_output_flags(parser, "extraction.json")
     flags = parser.parse_args(argv)
     flags.pairs = flags.pairs or (RAGGED_PAIRS[device.type] if flags.ragged else 1)
@@ -245,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype, shape = torch.bfloat16 if device.type == "cuda" else torch.float32, SHAPES[device.type]
     report = Report(output_path(flags, device, "extraction.json"),
                     {"machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape},
-                    ("tokens", "way", "ragged"))
+                    ("tokens", "way", "ragged", "pairs"), ("over_limit", "speed_over_eager", "memory_over_eager"))
     print_machine(report.head)
     print(f"at most about {flags.minutes:g} minutes\n{HEADER}", flush=True)
     with torch.device(device):
@@ -258,12 +281,14 @@ def main(argv: list[str] | None = None) -> None:
         tokens = round(np.mean([len(ids) for pair in ragged_pairs(num_pairs, 0, vocabulary) for ids in pair]))
         sets.append((lambda: ragged_pairs(num_pairs, next(calls), vocabulary), {"tokens": tokens, "ragged": True}))
     else:
-        for length in map(int, flags.lengths.split(",")):
+        for length in flags.lengths:
             pairs = equal_pairs(num_pairs, length, vocabulary)
             sets.append((lambda pairs=pairs: pairs, {"tokens": length}))
     ends = [conclusion(run_set(model, report, draw, named | {"pairs": num_pairs}, flags, deadline))
             for draw, named in sets]
     print("\n" + "\n".join(ends))
+    if flags.ragged and next(calls) > NEW_CALLS:
+        print(f"After {NEW_CALLS} calls the lengths came again.")
     report.finish()
 
 

@@ -9,12 +9,25 @@
 #
 # The parts run in the order of their worth. Each has its share of the time that is left, and is ended when it is over;
 # one that fails or is ended does not hold up the others. JSON and logs go to $OUT, or runs/gpu-DATE, as they come; the
-# last thing printed is a table of all of it (benchmarks/gpu_table.py, which can be run on the folder again). Without a
-# GPU it prints what it would run, and ends with exit code 2.
+# last thing printed is a table of all of it (benchmarks/gpu_table.py, which can be run on the folder again). Ctrl-C
+# ends the part that runs, and prints the table of what there is.
+#
+# Exit codes: 0 if a part succeeded, 1 if none did, 130 if it was stopped, 2 if nothing was begun: without a GPU, where
+# it prints what it would run; with MINUTES, OUT or PYTHON that are of no use.
 set -u
 
+refuse() { # a line that says why nothing is begun
+    echo "gpu.sh: $*" >&2
+    exit 2
+}
+
 minutes=${1:-8}
-python=${PYTHON:-python}
+if [ $# -gt 1 ] || ! [[ $minutes =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && $minutes =~ [1-9] ]]; then
+    echo "usage: [OUT=folder] [PYTHON=.venv/bin/python] benchmarks/gpu.sh [MINUTES]   MINUTES over 0, 8 by default" >&2
+    exit 2
+fi
+python=$(type -P "${PYTHON:-python}") || refuse "there is no program ${PYTHON:-python}: name one with PYTHON"
+python=$(realpath -s "$python") # not the link's target: an environment is found by the link
 repository=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 folder=$(realpath -m "${OUT:-$repository/runs/gpu-$(date +%Y%m%d-%H%M%S)}")
 cd "$repository" || exit 1
@@ -23,7 +36,44 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUF
 parts=(tests op step attention extraction toy trl)
 declare -A share=([tests]=95 [op]=75 [step]=110 [attention]=35 [extraction]=60 [toy]=45 [trl]=60)
 scratch=$(mktemp -d)
+running=
 trap 'rm -rf "$scratch"' EXIT
+trap stop INT TERM HUP
+
+# Runs a command for at most $1 seconds in a process group of its own, with its output in the file $2. Waits for the
+# command alone: not for what it left behind, which may hold the output open.
+limited() {
+    : >"$2" # there before anyone follows it
+    timeout --kill-after=10 "$1" "${@:3}" </dev/null >>"$2" 2>&1 &
+    running=$!
+}
+
+# Waits for what `limited` started, and returns its exit code.
+finished() {
+    local code
+    wait "$running"
+    code=$?
+    running=
+    return "$code"
+}
+
+print_table() {
+    echo
+    "$python" benchmarks/gpu_table.py "$folder" | tee "$folder/table.txt"
+}
+
+stop() {
+    trap - INT TERM HUP # a second one ends this script at once
+    if [ -n "$running" ]; then
+        kill "$running" 2>/dev/null
+        wait # for the part, ten seconds at most, and what follows its log
+    fi
+    if [ -n "${started:-}" ]; then
+        note "$part" "stopped" $((SECONDS - started)) "$limit"
+        print_table
+    fi
+    exit 130
+}
 
 # The command of part $1, which has $2 seconds, in the array `command`.
 command_of() {
@@ -39,8 +89,8 @@ command_of() {
     extraction) command=("$python" benchmarks/extraction.py --ragged --seconds 3 --minutes "$inner"
         --out "$folder/extraction.json") ;;
     toy) command=("$python" train.py --output-dir "$scratch/toy" --cache-dir "$scratch/cache") ;;
-    trl) command=("$python" benchmarks/train_step.py --shape llama-3.2-1b --only ours,precomputed --checkpointing none
-        --steps 4 --out "$folder/trl.json") ;;
+    trl) command=("$python" benchmarks/train_step.py --shape llama-3.2-1b --only ours,precomputed
+        --checkpointing none full --steps 4 --out "$folder/trl.json") ;;
     esac
 }
 
@@ -59,7 +109,12 @@ note() { # part, status, seconds, limit: a line of parts.jsonl
 }
 
 budget=$(awk "BEGIN { print int(60 * $minutes) }")
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+[ -e "$folder/parts.jsonl" ] && refuse "$folder holds an earlier run: name another folder with OUT"
+limited 120 "$scratch/check.log" "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)'
+finished
+case $? in
+0) ;;
+3)
     echo "gpu.sh: $python finds no GPU (torch.cuda.is_available()), so nothing was run. With one, in $minutes minutes:"
     left=$budget
     for part in "${parts[@]}"; do
@@ -69,31 +124,48 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
         echo "  $part, at most $limit s: ${command[*]}"
     done
     exit 2
-fi
+    ;;
+124 | 137) refuse "$python had not imported torch and looked for a GPU after 120 s" ;;
+*) refuse "$python can't import torch: $(tail -n 1 "$scratch/check.log")" ;;
+esac
 
 mkdir -p "$folder" || exit 1
+succeeded=0
 for part in "${parts[@]}"; do
     limit=$(limit_of "$part" $((budget - SECONDS)))
     if [ "$limit" -lt 3 ]; then
         note "$part" "left out: no time left" 0 "$limit"
         continue
     fi
-    if [ "$part" = trl ] && ! "$python" -c 'import datasets, trl' 2>"$folder/trl.log"; then
-        note "$part" "left out: trl and datasets can't be imported" 0 "$limit"
-        continue
+    started=$SECONDS
+    if [ "$part" = trl ]; then
+        limited "$limit" "$folder/trl.log" "$python" -c 'import datasets, trl'
+        if ! finished; then
+            note "$part" "left out: trl and datasets can't be imported" $((SECONDS - started)) "$limit"
+            continue
+        fi
+        limit=$((limit - (SECONDS - started)))
+        [ "$limit" -lt 1 ] && limit=1 # 0 would be no limit
+        started=$SECONDS
     fi
     command_of "$part" "$limit"
     echo "== $part, at most $limit s: ${command[*]}"
-    started=$SECONDS
-    timeout --kill-after=10 "$limit" "${command[@]}" </dev/null 2>&1 | tee "$folder/$part.log"
-    code=${PIPESTATUS[0]}
+    limited "$limit" "$folder/$part.log" "${command[@]}"
+    tail -n +1 -s 0.2 -f --pid="$running" "$folder/$part.log" &
+    follower=$!
+    finished
+    code=$?
+    wait "$follower"
+    took=$((SECONDS - started))
     case $code in
-    0) status=ok ;;
-    124 | 137) status="ended by its limit" ;;
+    0) status=ok succeeded=1 ;;
+    124) status="ended by its limit" ;;
+    137) [ "$took" -ge "$limit" ] && status="ended by its limit" || status="killed: exit code 137" ;;
     *) status="failed: exit code $code" ;;
     esac
     [ "$part" = toy ] && cp "$scratch/toy/metrics.jsonl" "$folder/toy-metrics.jsonl" 2>/dev/null
-    note "$part" "$status" $((SECONDS - started)) "$limit"
+    note "$part" "$status" "$took" "$limit"
+    started=
 done
-echo
-"$python" benchmarks/gpu_table.py "$folder" | tee "$folder/table.txt"
+print_table
+[ "$succeeded" = 1 ]

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_table.py runs/gpu-20261128-101500
 
-A line a part: how it ended, its seconds, and what it showed; what is not there, or was cut off, is said.
+A line a part: how it ended, its seconds, and what it showed; what is not there, can't be read, or was cut off, is said.
 """
 
 import argparse
@@ -15,8 +15,12 @@ WIDTH = 130
 
 
 def read_json(path: Path) -> dict:
-    """A report, empty if there is none: files are written whole or not at all."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A report, empty if there is none; of what can't be read no more than `unreadable`, a line that says so."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return report if isinstance(report, dict) else {"unreadable": f"{path.name} holds no report"}
+    except (OSError, ValueError) as error:
+        return {"unreadable": f"{path.name} can't be read: {error}"}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -99,9 +103,10 @@ PARTS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
 
 def table(folder: Path) -> str:
     ends = {row["part"]: row for row in read_rows(folder / "parts.jsonl")}
-    reports = (read_json(path) for path in sorted(folder.glob("*.json")))
+    reports = [read_json(path) for path in sorted(folder.glob("*.json"))]
     machine = next((report["machine"] for report in reports if "machine" in report), {})
     lines = [", ".join(f"{name} {value}" for name, value in machine.items()) or "no benchmark wrote a result"]
+    lines += [report["unreadable"] for report in reports if "unreadable" in report]
     for part, (title, details) in PARTS.items():
         end = ends.get(part)
         took = f"{end['seconds']} of {end['limit']} s: {end['status']}" if end else "not reached"
@@ -109,7 +114,8 @@ def table(folder: Path) -> str:
         lines.append(f"{title + ':':26}{took}" + ("" if found or not end or end["status"].startswith("left out")
                                                   else "; it left no result"))
         lines += ["  " + line for line in found]
-    return "\n".join(line if len(line) <= WIDTH else line[:WIDTH - 3] + "..." for line in lines)
+    lines = [line if len(line) <= WIDTH else line[:WIDTH - 3] + "..." for line in lines]
+    return "\n".join([f"results in {folder}", *lines])
 
 
 def main(argv: list[str] | None = None) -> None:

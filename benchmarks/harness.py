@@ -12,7 +12,8 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from statistics import NormalDist
@@ -25,6 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # Median tokens of a prompt, a chosen and a rejected answer, and how far lengths spread (standard deviation of their
 # logarithm). 32 pairs are 22,500 tokens with each prompt once.
 MEDIAN_LENGTHS, LENGTH_SPREAD = (128, 247, 220), 0.6
+
+
+@contextmanager
+def cudnn(on: bool) -> Iterator[None]:
+    """Inside this context torch may pick cuDNN's attention, or may not."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def milliseconds(function, device: torch.device) -> float:
@@ -136,8 +148,43 @@ def device_folder(device: torch.device) -> str:
     return torch.cuda.get_device_name(device).lower().replace(" ", "-") if device.type == "cuda" else "cpu"
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type."""
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be at least {least}")
+        return number
+    return convert
+
+
+def whole_numbers(least: int) -> Callable[[str], list[int]]:
+    """An argparse type: comma-separated, each once."""
+    return lambda text: list(dict.fromkeys(map(whole_number(least), text.split(","))))
+
+
+def amount(text: str) -> float:
+    """An argparse type: a finite number, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, 0 or more")
+    return number
+
+
+def _file(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: it must be a file")
+    return Path(text)
+
+
 def add_output_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("--out", type=Path, help=f"JSON file; runs/benchmarks/<device>/{name} by default")
+    parser.add_argument("--out", type=_file, help=f"JSON file; runs/benchmarks/<device>/{name} by default")
     parser.add_argument("--record", action="store_true",
                         help=f"write benchmarks/results/<device>/{name}, which is committed")
 
@@ -163,11 +210,12 @@ class Report:
     """A benchmark's JSON file: written at every row, so that whatever ends a call leaves the rows that it has.
 
     head: what all rows share; rows of an earlier call stay when theirs is the same but for the date. keys: what names
-    a row. extra: what goes into the file beside them and is not compared.
+    a row. ratios: figures that a row has when there is something to compare with; one without does not take the place
+    of one with. extra: what goes into the file beside them and is not compared.
     """
 
-    def __init__(self, path: Path, head: dict, keys: tuple[str, ...], **extra):
-        self.path, self.head, self.keys, self.extra = path, head, keys, extra
+    def __init__(self, path: Path, head: dict, keys: tuple[str, ...], ratios: tuple[str, ...] = (), **extra):
+        self.path, self.head, self.keys, self.ratios, self.extra = path, head, keys, ratios, extra
         self.rows: list[dict] = []
         self.earlier = self._read_earlier()
 
@@ -176,9 +224,8 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        figures = {self._name(row) for row in self.earlier if "note" not in row}
-        # What was left out or failed this time does not take the place of a figure.
-        rows = [row for row in self.rows if "note" not in row or self._name(row) not in figures]
+        figures = {self._name(row): row for row in self.earlier if "note" not in row}
+        rows = [row for row in self.rows if self._replaces(row, figures.get(self._name(row), {}))]
         names = {self._name(row) for row in rows}
         rows += [row for row in self.earlier if self._name(row) not in names]
         write_json(self.path, self.head | self.extra | {"rows": rows})
@@ -188,6 +235,10 @@ class Report:
         self.write()
         print(f"written to {self.path}")
         print(json.dumps(self.head | self.extra | {"rows": self.rows}))
+
+    def _replaces(self, row: dict, old: dict) -> bool:
+        """What was left out or failed this time, or is compared with less, does not take the place of a figure."""
+        return not old or "note" not in row and all(ratio in row for ratio in self.ratios if ratio in old)
 
     def _name(self, row: dict) -> tuple:
         return tuple(row.get(key) for key in self.keys)

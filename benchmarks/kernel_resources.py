@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from twdpo.kernels import weighted_logratio as kernels
+from twdpo.logratio import TERMS
 
 KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel",
            "kept_gradient_kernel")
@@ -108,22 +109,46 @@ def resources(compiled) -> dict[str, float]:
             "tensor_cores": " ".join(instructions) or "-"}
 
 
+def capability_of(text: str) -> tuple[int, int]:
+    """An argparse type."""
+    if not re.fullmatch(r"\d+\.\d", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability, as 9.0 is")
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def tile_of(text: str) -> kernels.Tile:
+    """An argparse type."""
+    if not re.fullmatch(r"\d+(,\d+){4}(,descriptors)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not five whole numbers with or without 'descriptors'")
+    return kernels.Tile(*map(int, text.split(",")[:5]), descriptors=text.endswith("descriptors"))
+
+
+def terms_of(text: str) -> tuple[str, ...]:
+    """An argparse type."""
+    terms = tuple(filter(None, text.split(",")))
+    if unknown := set(terms) - set(TERMS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(TERMS)}")
+    return terms
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--capability", help="compute capability, as 9.0; all that TILES names, 8.0 first, by default")
-    parser.add_argument("--tile", help="block_n,block_v,block_d,num_warps,num_stages[,descriptors] of both kernels; "
-                        "TILES by default")
+    parser.add_argument("--capability", type=capability_of,
+                        help="compute capability, as 9.0; all that TILES names, 8.0 first, by default")
+    parser.add_argument("--tile", type=tile_of, help="block_n,block_v,block_d,num_warps,num_stages[,descriptors] of "
+                        "both kernels; TILES by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--softcap", type=float)
-    parser.add_argument("--terms", default="", help="comma-separated: entropy, top1")
+    parser.add_argument("--terms", type=terms_of, default="", help="comma-separated: entropy, top1")
     flags = parser.parse_args(argv)
     if kernels.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     dtype = getattr(torch, flags.dtype)
     capabilities = sorted({max(least, (8, 0)) for least in kernels.TILES[dtype.itemsize]})
     if flags.capability:
-        capabilities = [tuple(map(int, flags.capability.split(".")))]
+        capabilities = [flags.capability]
     rows = []
     print(f"Triton {triton.__version__}, {flags.dtype}, V 128,256, D 4,096\n"
           f"{'capability':10} {'kernel':32} {'tile':>12} {'registers':>9} {'spilled B':>9} {'shared KiB':>10} "
@@ -131,10 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     for capability in capabilities:
         tiles = kernels.default_tiles(dtype, capability)
         if flags.tile:
-            *sizes, last = flags.tile.split(",") if "descriptors" in flags.tile else (*flags.tile.split(","), "")
-            tile = kernels.Tile(*map(int, sizes), descriptors=last == "descriptors")
-            tiles = kernels.Tiles(tile, tile)
-        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, tuple(filter(None, flags.terms.split(","))),
+            tiles = kernels.Tiles(flags.tile, flags.tile)
+        plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, flags.terms,
                             CACHE_GIB if flags.softcap is None else 0.0)
         for name, launch in record_launches(plan, dtype, flags.bias).items():
             with warnings.catch_warnings():

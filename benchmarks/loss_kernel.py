@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from harness import (
     Report,
     add_output_flags,
+    amount,
     interleave,
     machine,
     output_path,
@@ -38,6 +39,8 @@ from harness import (
     print_machine,
     quiet_failure,
     spread,
+    whole_number,
+    whole_numbers,
 )
 from loss_peers import Method, find_methods
 from twdpo.logratio import HeadOptions, weighted_logratio_chunked, weighted_logratio_spec
@@ -188,7 +191,8 @@ def measure(method: Method, ours: Method | None, operands: Operands, seconds: fl
     if "forward" in medians:
         row["forward_ms"] = medians["forward"]
     if ours is not None:
-        row["over_ours"] = median / medians.get("ours", median)
+        row["ours_ms"] = medians.get("ours", median)  # in the same turns
+        row["over_ours"] = median / row["ours_ms"]
     return row | {"forward_backward_ms": median, "p20_ms": p20, "p80_ms": p80,
                   "rounds": len(times["forward and backward"]), "matrix_tflops": rate, "tflops": tflops,
                   "share_of_matrix_rate": tflops / rate, "times_8nvd": median * rate * 1e9 / (8 * operations)}
@@ -209,15 +213,18 @@ class Session:
         methods = [method for method in find_methods(self.device, case.softcap) if not method.missing
                    and (case.softcap is None or method.takes_softcap) and is_wanted(method, self.flags.only)]
         print(f"\n{case.head}: V {case.vocabulary:,}, D {case.hidden:,}, {case.tokens:,} tokens", flush=True)
-        operands, ours, left_out = None, None, {}
+        operands, ours, left_out, unprepared = None, None, {}, ""
         for place, method in enumerate(methods):
             row = {"head": case.head, "vocabulary": case.vocabulary, "hidden": case.hidden, "tokens": case.tokens,
                    "method": method.name + (" (reference row)" if method.reference_row else "")}
-            if note := self.why_left_out(method, case, place and share_end):
+            note = unprepared or self.why_left_out(method, case, place and share_end)
+            if not note and operands is None:
+                operands, note = self.try_prepare(case)
+                unprepared = note
+            if note:
                 left_out.setdefault(note, []).append(method.name)
                 self.report.add(row | {"note": f"left out: {note}"})
                 continue
-            operands = operands or prepare(case, self.device, self.flags.error_tokens)
             if ours is None and method.name.startswith("twdpo"):
                 ours = method
             row |= self.try_method(method, ours, operands, share_end, len(methods) - place)
@@ -243,6 +250,16 @@ class Session:
         if share_end and now > share_end:
             return f"this head and token count had its share of the {self.flags.minutes:g} minutes"
         return ""
+
+    def try_prepare(self, case: Case) -> tuple[Operands | None, str]:
+        """(a case's operands, why there are none)."""
+        try:
+            return prepare(case, self.device, self.flags.error_tokens), ""
+        except Exception as error:  # too much memory, for one: the end of this case, not of the run
+            note = f"there is no fp64 to compare with: {quiet_failure(error)}"
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None, note
 
     def try_method(self, method: Method, ours: Method | None, operands: Operands, share_end: float, methods_left: int
                    ) -> dict[str, object]:
@@ -297,13 +314,14 @@ def conclusion(rows: list[dict]) -> str:
     (head, tokens), group = next(iter(cases.items()))
     best, ours = fastest[head, tokens], next((row for row in group if row["method"].startswith("twdpo")), None)
 
-    def figures(row: dict) -> str:
-        return f"{row['forward_backward_ms']:.2f} ms forward and backward, {row['peak_extra_mib']:.0f} MiB extra"
-    text = f"{head} at {tokens:,} tokens: the fastest of {len(group)} is {best['method']} ({figures(best)})"
+    def figures(time_ms: float, row: dict) -> str:
+        return f"{time_ms:.2f} ms forward and backward, {row['peak_extra_mib']:.0f} MiB extra"
+    text = (f"{head} at {tokens:,} tokens: the fastest of {len(group)} is {best['method']} "
+            f"({figures(best['forward_backward_ms'], best)})")
     if ours is None:
         return text + "; twdpo was not measured."
     if best is not ours:
-        text += f"; {ours['method']} takes {1 / best['over_ours']:.2f} times as long ({figures(ours)})"
+        text += f"; {ours['method']} takes {1 / best['over_ours']:.2f} times as long ({figures(best['ours_ms'], ours)})"
     wins = sum(row["method"].startswith("twdpo") for row in fastest.values())
     return f"{text}. twdpo is the fastest at {wins} of {len(cases)} heads and token counts."
 
@@ -313,22 +331,22 @@ def parse(argv: list[str] | None, device: torch.device) -> tuple[argparse.Namesp
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     kind = device.type
     parser.add_argument("--heads", help="comma-separated; all that fit the device by default, and 'public' on a GPU")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS[kind])), help="comma-separated token counts")
+    parser.add_argument("--tokens", type=whole_numbers(2), default=",".join(map(str, TOKENS[kind])),
+                        help="comma-separated token counts")
     parser.add_argument("--only", default="", help="comma-separated: methods whose name contains one of these")
-    parser.add_argument("--minutes", type=float, default=MINUTES[kind], help="the longest that it may take")
-    parser.add_argument("--seconds", type=float, default=1.5, help="the most time for a method's turns")
-    parser.add_argument("--compile-limit", type=float, default=30.0, metavar="SECONDS",
+    parser.add_argument("--minutes", type=amount, default=MINUTES[kind], help="the longest that it may take")
+    parser.add_argument("--seconds", type=amount, default=1.5, help="the most time for a method's turns")
+    parser.add_argument("--compile-limit", type=amount, default=30.0, metavar="SECONDS",
                         help="a method whose first call takes longer is not timed")
-    parser.add_argument("--error-tokens", type=int, default=ERROR_TOKENS[kind], help="tokens compared with fp64")
+    parser.add_argument("--error-tokens", type=whole_number(2), default=ERROR_TOKENS[kind],
+                        help="tokens compared with fp64; a pair has two sequences, so at least 2")
     add_output_flags(parser, "loss_kernel.json")
     flags = parser.parse_args(argv)
-    heads, tokens = (GPU_HEADS if kind == "cuda" else CPU_HEADS), [int(part) for part in flags.tokens.split(",")]
-    if min(*tokens, flags.error_tokens) < 2:
-        parser.error("--tokens and --error-tokens must be at least 2: a pair has two sequences")
+    heads = GPU_HEADS if kind == "cuda" else CPU_HEADS
     names = [method.name for method in find_methods(device, None)]
     if flags.only and not any(part in name for name in names for part in flags.only.split(",")):
         parser.error(f"--only {flags.only}: no method's name contains that; there are {'; '.join(names)}")
-    cases = [Case(name, *shape, count) for count in tokens for name, shape in heads.items()]
+    cases = [Case(name, *shape, count) for count in flags.tokens for name, shape in heads.items()]
     if kind == "cuda":
         cases.insert(len(heads), Case(PUBLIC_ROW[0], *PUBLIC_ROW[1], PUBLIC_ROW[2]))
     if flags.heads:
@@ -347,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = {method.name: method.missing for method in methods if method.missing}
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     report = Report(output_path(flags, device, "loss_kernel.json"), {"machine": machine(device), "dtype": dtype},
-                    ("head", "tokens", "method"), missing=missing)
+                    ("head", "tokens", "method"), ("over_ours",), missing=missing)
     print_machine(report.head)
     if device.type != "cuda":
         print("No GPU here: the CPU paths, fp32, at small sizes. Nothing below says how the Triton kernel performs.")

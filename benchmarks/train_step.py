@@ -34,7 +34,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from harness import Report, add_output_flags, installed_version, machine, output_path, print_machine, real_lengths
+from harness import (
+    Report,
+    add_output_flags,
+    installed_version,
+    machine,
+    output_path,
+    print_machine,
+    real_lengths,
+    whole_number,
+)
 from train_step_ways import run_ours, run_trl
 from twdpo.models.memory import CHECKPOINTING, GIB, RESERVED_GIB, ModelCost, model_cost, plan_memory
 from twdpo.pairs import load_dataset
@@ -223,18 +232,38 @@ def conclusion(rows: list[dict[str, object]]) -> str:
     return text + "."
 
 
-def run_shape(shape: str, ways: dict[str, dict], arguments: list[str], flags: argparse.Namespace, report: Report
-              ) -> list[dict[str, object]]:
-    """Rows of one model; each is written when its way ends."""
+def micro_batch(name: str, flags: argparse.Namespace) -> str:
+    """What a way takes at once."""
+    return f"{flags.trl_pairs} pairs" if name.startswith("TRL") else f"{flags.tokens} tokens"
+
+
+def missing_peer() -> str:
+    """Why TRL can't run here, or nothing."""
+    try:
+        import datasets  # noqa: F401
+        from trl import DPOTrainer  # noqa: F401
+    except ImportError as error:
+        return f"missing: {error}"
+    return ""
+
+
+def run_shape(shape: str, ways: dict[str, dict], missing: str, arguments: list[str], flags: argparse.Namespace,
+              report: Report) -> list[dict[str, object]]:
+    """Rows of one model; each is written when its way ends. missing: why TRL's ways have no turn, or nothing."""
     planned: dict[str, dict[str, object]] = {name: {} for name in ways}
     if torch.cuda.is_available():
         cost = model_cost(model_config(shape), torch.bfloat16, flags.max_length)
         planned = plan_ways(ways, cost, torch.cuda.get_device_properties(0).total_memory / GIB, flags)
     report.extra.setdefault("shapes", {})[shape] = SHAPES[shape] | {"vocab_size": VOCABULARY}
-    rows = {name: {"model": shape, "way": name} | row for name, row in planned.items()}
+    rows = {name: {"model": shape, "way": name, "micro_batch": micro_batch(name, flags)} | row
+            for name, row in planned.items()}
+    for row in rows.values():
+        if missing and row["way"].startswith("TRL"):
+            row["note"] = missing
+        elif "note" in row:
+            print(show(row), flush=True)
     done = [row for row in rows.values() if "note" in row]
     for row in done:
-        print(show(row), flush=True)
         report.add(row)
     runs: dict[str, list] = {name: [] for name, row in rows.items() if "note" not in row}
     with tempfile.TemporaryDirectory() as folder:
@@ -266,9 +295,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, dict]]:
     parser.add_argument("--pairs", type=int, default=32 if cuda else 4, help="pairs a step")
     parser.add_argument("--steps", type=int, default=8 if cuda else 4, help="steps of a round, the first not timed")
     parser.add_argument("--rounds", type=int, default=1 if cuda else 2)
-    parser.add_argument("--tokens", type=int, default=16384 if cuda else 4096, help="ours: tokens of a micro-batch")
-    parser.add_argument("--trl-pairs", type=int, default=0, help="TRL: pairs of a micro-batch (default: 4)")
-    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--tokens", type=whole_number(1), default=16384 if cuda else 4096,
+                        help="ours: tokens of a micro-batch")
+    parser.add_argument("--trl-pairs", type=whole_number(0), default=0, help="TRL: pairs of a micro-batch (default: 4)")
+    parser.add_argument("--max-length", type=whole_number(32), default=2048)
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING,
                         default=CHECKPOINTING if cuda else ["none", "full"], help="ours: a way each")
     parser.add_argument("--compile", action="store_true", help="ours: torch.compile")
@@ -298,17 +328,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = {"machine": machine(device) | {name: installed_version(name) for name in ("transformers", "trl")},
-            "pairs_a_step": flags.pairs, "data": Path(flags.data).name or "random words"}
-    report = Report(output_path(flags, device, "train_step.json"), head, ("model", "way"))
+            "pairs_a_step": flags.pairs, "max_length": flags.max_length,
+            "data": Path(flags.data).name or "random words", "tokenizer": Path(flags.tokenizer).name or "the toy's"}
+    report = Report(output_path(flags, device, "train_step.json"), head, ("model", "way", "micro_batch"),
+                    ("ours_faster", "ours_memory"))
     print_machine(head)
+    missing = missing_peer() if any(name.startswith("TRL") for name in ways) else ""
+    if missing:
+        print(f"not here: TRL, so none of its ways: {missing}", flush=True)
     arguments = sys.argv[1:] if argv is None else argv
-    rows = run_shape(flags.shape, ways, arguments, flags, report)
+    rows = run_shape(flags.shape, ways, missing, arguments, flags, report)
     if flags.else_shape and not any("step_seconds" in row for row in rows if row["way"].startswith("ours")):
         print(f"{flags.shape} did not run here: {flags.else_shape} instead", flush=True)
-        rows = run_shape(flags.else_shape, ways, arguments, flags, report)
+        rows = run_shape(flags.else_shape, ways, missing, arguments, flags, report)
     print(f"\n{HEADER}")
     for row in report.rows:
-        print(show(row))
+        if not missing or row.get("note") != missing:  # it was said at the top
+            print(show(row))
     print(f"\n{conclusion(rows)}")
     report.finish()
 

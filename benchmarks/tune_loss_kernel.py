@@ -18,7 +18,17 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from harness import add_output_flags, finish, interleave, machine, output_path, write_result
+from harness import (
+    add_output_flags,
+    amount,
+    finish,
+    interleave,
+    machine,
+    output_path,
+    whole_number,
+    whole_numbers,
+    write_result,
+)
 from loss_kernel import make_case, matrix_products
 from twdpo.kernels import weighted_logratio as kernels
 
@@ -112,10 +122,10 @@ def best_tiles(rows: list[dict[str, object]]) -> dict[str, kernels.Tile]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", default="4096,16384", help="comma-separated")
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each function")
+    parser.add_argument("--tokens", type=whole_numbers(2), default="4096,16384", help="comma-separated")
+    parser.add_argument("--vocabulary", type=whole_number(1), default=128256)
+    parser.add_argument("--hidden", type=whole_number(1), default=4096)
+    parser.add_argument("--seconds", type=amount, default=0.3, help="time for each function")
     add_output_flags(parser, "tune_loss_kernel.json")
     flags = parser.parse_args(argv)
     if not torch.cuda.is_available() or kernels.INTERPRETED:
@@ -126,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                                  "parts": [], "tiles": [], "best": [], "waves": []}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     out = output_path(flags, device, "tune_loss_kernel.json")
-    for num_tokens in map(int, flags.tokens.split(",")):
+    for num_tokens in flags.tokens:
         case = make_case(flags.vocabulary, flags.hidden, num_tokens, device, torch.bfloat16)
         nvd = num_tokens * flags.vocabulary * flags.hidden
         products, operations = matrix_products(*case[:2])

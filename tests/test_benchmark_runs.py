@@ -1,7 +1,9 @@
 """benchmarks/train_step.py, and gpu.sh with its table, on what a CPU can show of them."""
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,7 @@ def test_a_childs_progress_passes_through(monkeypatch, tmp_path, capsys):
 def children(monkeypatch, tmp_path):
     """Children are not started: `answer(name, shape)` says what they found. Results go below tmp_path."""
     monkeypatch.setattr(train_step, "prepare", lambda flags, shape, work: None)
+    monkeypatch.setattr(train_step, "missing_peer", lambda: "")
     monkeypatch.setattr(harness, "ROOT", tmp_path)
 
     def set_answer(answer) -> Path:
@@ -105,7 +108,7 @@ def test_rows_are_written_as_ways_end(children, capsys):
         train_step.main(["--rounds", "1"])
     rows = {row["way"]: row for row in read(out)}
     assert list(rows) == ["ours", "ours, checkpointing", "TRL", "TRL, precomputed"]
-    assert rows["TRL"] == {"model": "20m", "way": "TRL", "note": "missing: trl"}
+    assert rows["TRL"] == {"model": "20m", "way": "TRL", "micro_batch": "4 pairs", "note": "missing: trl"}
     assert rows["ours"]["step_seconds"] == 3.0 and rows["ours"]["pairs_per_s"] == pytest.approx(1 / (3 / 4 + 0.5))
     assert not (out.parents[3] / "benchmarks").exists()
 
@@ -132,6 +135,27 @@ def test_rounds_go_over_all_ways_and_the_end_says_what_the_rows_say(children, ca
     ratio = ours["pairs_per_s"] / fastest["pairs_per_s"]
     assert (f"20m, fastest of ours: ours, {ours['step_seconds']:.2f} s a step of 80 tokens, 3.0 GiB at the peak; "
             f"{ratio:.1f} times the pairs a second of {fastest['way']}") in printed
+
+
+def test_a_missing_peer_is_said_once_and_its_ways_are_not_started(children, monkeypatch, capsys):
+    asked = []
+    out = children(lambda name, shape: asked.append(name) or FIGURES)
+    monkeypatch.setattr(train_step, "missing_peer", lambda: "missing: no such peer")
+    train_step.main(["--checkpointing", "none", "--rounds", "2"])
+    assert asked == ["ours"] * 2
+    printed = capsys.readouterr().out
+    assert sum("no such peer" in line for line in printed.splitlines()) == 1 + 1  # the last line is JSON
+    assert [row["way"] for row in read(out) if row.get("note") == "missing: no such peer"] == list(train_step.TRL)
+
+
+def test_rows_of_other_micro_batches_stay_and_those_of_another_length_do_not(children, capsys):
+    out = children(lambda name, shape: FIGURES)
+    flags = ["--only", "ours", "--checkpointing", "none", "--rounds", "1"]
+    for tokens in ("64", "128"):
+        train_step.main([*flags, "--tokens", tokens])
+    assert [row["micro_batch"] for row in read(out)] == ["128 tokens", "64 tokens"]
+    train_step.main([*flags, "--tokens", "64", "--max-length", "128"])
+    assert [row["micro_batch"] for row in read(out)] == ["64 tokens"]
 
 
 def test_the_other_shape_runs_when_the_first_could_not(children, capsys):
@@ -163,10 +187,24 @@ def test_what_can_not_fit_is_a_row_and_the_least_memory_comes_first():
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "1"], "at least 2"), (["--only", "nobody"], "no way's name"),
     (["--checkpointing", "x"], "invalid choice"), (["--pairs", "6", "--trl-pairs", "4"], "multiple"),
+    (["--max-length", "-1"], "at least 32"), (["--tokens", "x"], "no whole number"),
 ])
 def test_bad_flags_are_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_step.main(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("extraction", ["--lengths", "abc"], "no whole number"), ("extraction", ["--lengths", "100"], "at least 311"),
+    ("extraction", ["--pairs", "-1"], "at least 0"), ("kernel_resources", ["--tile", "1,2"], "five whole numbers"),
+    ("kernel_resources", ["--capability", "x"], "no compute capability"),
+    ("kernel_resources", ["--terms", "nope"], "there are entropy, top1"),
+])
+def test_bad_flags_of_others_are_one_message(script, flags, message, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        module.main(flags)
     assert message in capsys.readouterr().err
 
 
@@ -178,9 +216,11 @@ def test_compiled_ways_have_names_of_their_own():
 # --- gpu.sh
 
 
+GPU_SH = str(ROOT / "benchmarks/gpu.sh")
+
+
 def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], capture_output=True, text=True,
-                          env=os.environ | environment)
+    return subprocess.run(["bash", GPU_SH, *arguments], capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.slow
@@ -209,11 +249,16 @@ def test_without_a_gpu_it_says_what_it_would_run(tmp_path):
 STUB = """#!/bin/bash
 case "$*" in
     *gpu_table.py*) exec "$REAL" "$@" ;;
-    *"import sys, torch"*) exit 0 ;;
+    *"import sys, torch"*) exit "${FOUND:-0}" ;;
     *"import datasets, trl"*) echo "no trl" >&2; exit 1 ;;
+esac
+[ "${HANG:-}" ] && { echo "hangs"; sleep 300; }
+[ "${FAIL:-}" ] && exit 3
+case "$*" in
     "-m pytest"*) echo "FAILED tests/test_gpu.py::test_x"; echo "== 1 failed, 35 passed in 71.20s =="; exit 1 ;;
-    *loss_kernel.py*) echo "no row yet"; sleep 60 ;;
+    *loss_kernel.py*) echo "no row yet"; setsid sleep 300 & echo $! > "$STRAGGLER"; sleep 60 ;;
     *attention.py*) echo '{"rows": [{"way": "ours", "note": "out of memory"}]}' > "${@: -1}" ;;
+    *extraction.py*) kill -9 $$ ;;
     *train_step.py*) exit 3 ;;
     "train.py --output-dir"*)
         mkdir -p "$3" && echo '{"step": 64, "eval/reward_accuracy": 0.97}' > "$3/metrics.jsonl" ;;
@@ -221,21 +266,69 @@ esac
 """
 
 
-@pytest.mark.slow
-def test_a_part_that_fails_or_hangs_does_not_hold_up_the_others(tmp_path):
-    """With a stand-in for Python that finds a GPU."""
+@pytest.fixture
+def stub(tmp_path) -> dict[str, str]:
+    """The environment with a stand-in for Python that finds a GPU."""
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
-    ran = gpu_sh("0.5", PYTHON=str(tmp_path / "python"), OUT=str(tmp_path / "out"), REAL=sys.executable)
+    return {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "REAL": sys.executable,
+            "STRAGGLER": str(tmp_path / "straggler")}
+
+
+def ends_of(folder: Path) -> dict[str, str]:
+    return {row["part"]: row["status"] for row in gpu_table.read_rows(folder / "parts.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_or_hangs_does_not_hold_up_the_others(tmp_path, stub):
+    """Nor does a process that it leaves behind with its output open: that one is there when all is over."""
+    ran = gpu_sh("0.5", **stub)
+    os.kill(int((tmp_path / "straggler").read_text()), signal.SIGKILL)
     assert ran.returncode == 0, ran.stderr
-    ends = {row["part"]: row["status"] for row in gpu_table.read_rows(tmp_path / "out/parts.jsonl")}
-    assert ends == {"tests": "failed: exit code 1", "op": "ended by its limit", "step": "failed: exit code 3",
-                    "attention": "ok", "extraction": "ok", "toy": "ok",
-                    "trl": "left out: trl and datasets can't be imported"}
+    assert ends_of(tmp_path / "out") == {
+        "tests": "failed: exit code 1", "op": "ended by its limit", "step": "failed: exit code 3", "attention": "ok",
+        "extraction": "killed: exit code 137", "toy": "ok", "trl": "left out: trl and datasets can't be imported"}
     table = (tmp_path / "out/table.txt").read_text()
-    assert ran.stdout.endswith(table) and "1 failed, 35 passed in 71.20s" in table
+    assert ran.stdout.endswith(table) and table.startswith(f"results in {tmp_path / 'out'}\n")
+    assert "1 failed, 35 passed in 71.20s" in table and ran.stdout.count("no row yet") == 1
     assert "FAILED tests/test_gpu.py::test_x" in table and "held-out accuracy 0.970" in table
     assert table.count("it left no result") == 3 and "ours: out of memory" in table
+    again = gpu_sh("0.5", **stub)
+    assert again.returncode == 2 and "holds an earlier run" in again.stderr and not again.stdout
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_the_part_and_all_others(tmp_path, stub, name):
+    with subprocess.Popen(["bash", GPU_SH], stdout=subprocess.PIPE, text=True, env=os.environ | stub | {"HANG": "1"},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as script:
+        for line in script.stdout:
+            if line == "hangs\n":
+                break
+        script.send_signal(getattr(signal, name))
+        rest = script.stdout.read()
+    assert script.returncode == 130 and ends_of(tmp_path / "out") == {"tests": "stopped"}
+    assert rest.count("not reached") == len(gpu_table.PARTS) - 1
+
+
+def test_its_exit_code_says_when_no_part_succeeded(tmp_path, stub):
+    assert gpu_sh("0.5", **stub, FAIL="1").returncode == 1
+    assert ends_of(tmp_path / "out")["toy"] == "failed: exit code 3"
+
+
+@pytest.mark.parametrize("arguments", [["abc"], ["--help"], ["0"], ["0.0"], ["-1"], ["nan"], ["5", "6"], [""]])
+def test_minutes_that_are_none_are_answered_with_the_usage(arguments, stub):
+    ran = gpu_sh(*arguments, **stub, FOUND="3")
+    # An empty argument is as good as none: the default.
+    assert ran.returncode == 2 and ("usage: " in ran.stderr) == (arguments != [""])
+
+
+def test_a_python_of_no_use_is_not_a_missing_gpu(tmp_path, stub):
+    for python, message in (("nowhere", "no program"), ("false", "can't import torch")):
+        ran = gpu_sh(**stub | {"PYTHON": python})
+        assert ran.returncode == 2 and message in ran.stderr and "finds no GPU" not in ran.stdout + ran.stderr
+    ran = subprocess.run(["bash", GPU_SH], capture_output=True, text=True, cwd=tmp_path,
+                         env=os.environ | stub | {"PYTHON": "./python", "FOUND": "3"})
+    assert f"{tmp_path / 'python'} finds no GPU" in ran.stdout
 
 
 def test_the_table_is_one_screen_of_what_is_there(tmp_path, capsys):
@@ -258,7 +351,7 @@ def test_the_table_is_one_screen_of_what_is_there(tmp_path, capsys):
     (tmp_path / "parts.jsonl").write_text('{"part": "op", "status": "ok", "seconds": 70, "limit": 75}\n')
     gpu_table.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "device NVIDIA X" and max(map(len, lines)) <= gpu_table.WIDTH and len(lines) <= 50
+    assert lines[:2] == [f"results in {tmp_path}", "device NVIDIA X"] and max(map(len, lines)) <= gpu_table.WIDTH and len(lines) <= 50
     for line in ("the fused op:             70 of 75 s: ok",
                  "  llama-3-8b, 4,096 tokens: twdpo, Triton: 26.50 ms, 1.02 x 8NVD, 1.00 x ours, 208 MiB",
                  "  llama-3-8b, 4,096 tokens: TRL: 26.50 ms, 1.02 x 8NVD, 1.08 x ours, 208 MiB",
@@ -269,5 +362,11 @@ def test_the_table_is_one_screen_of_what_is_there(tmp_path, capsys):
                  "  868 tokens: ours: 0.050 s a pair (first call 0.400), 0.99 x bare trunk, 819 MiB",
                  "  step 64: held-out accuracy 0.977, planted lift 11.28"):
         assert line in lines, line
+    (tmp_path / "attention.json").write_text('{"rows": [')
+    (tmp_path / "extraction.json").write_text("[]")
+    gpu_table.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "\nattention.json can't be read: " in printed and "\nextraction.json holds no report\n" in printed
+    assert "TRL: 26.50 ms" in printed
     with pytest.raises(SystemExit):
         gpu_table.main([str(tmp_path / "nowhere")])

@@ -52,6 +52,12 @@ def test_rows_are_on_disk_when_they_are_added_and_take_the_place_of_earlier_ones
     assert read(path) == [{"name": "c", "ms": 4}]
 
 
+def test_a_row_without_ratios_does_not_take_the_place_of_one_with(tmp_path):
+    for row, kept in (({"ms": 1, "ratio": 2}, 1), ({"ms": 2}, 1), ({"ms": 3, "ratio": 4}, 3)):
+        harness.Report(tmp_path / "x.json", HEAD, ("name",), ("ratio",)).add({"name": "a"} | row)
+        assert [row["ms"] for row in read(tmp_path / "x.json")] == [kept]
+
+
 def test_only_record_writes_among_the_committed_results(tmp_path):
     def path(*arguments: str) -> Path:
         parser = argparse.ArgumentParser()
@@ -197,6 +203,23 @@ def test_errors_are_those_of_the_first_tokens_and_the_truth_is_made_once(methods
     assert not grad_hidden_ND[7:].any()
 
 
+def test_a_truth_that_does_not_fit_is_the_end_of_its_case(methods, tmp_path, monkeypatch, capsys):
+    prepare, asked = loss_kernel.prepare, []
+
+    def fits_the_second(case, *args):
+        asked.append(case.head)
+        if case.head == "plain":
+            raise torch.OutOfMemoryError
+        return prepare(case, *args)
+    monkeypatch.setattr(loss_kernel, "prepare", fits_the_second)
+    methods(Method("other", ours()))
+    loss_kernel.main(["--seconds", "0", "--tokens", "24,24", "--out", str(tmp_path / "x.json")])
+    rows = last_line(capsys.readouterr().out)["rows"]
+    assert asked == ["plain", "capped"] and [row["head"] for row in rows] == ["plain"] * 2 + ["capped"] * 2
+    assert [row.get("note") for row in rows] == ["left out: there is no fp64 to compare with: out of memory"] * 2 + [
+        None] * 2
+
+
 def test_the_closing_sentence_says_what_the_rows_say(methods, tmp_path, capsys):
     methods(Method("other", ours()), Method("own loss", lambda *args: ours()(*args)[1].sum(), reference_row=True))
     loss_kernel.main(["--seconds", "0", "--heads", "plain", "--out", str(tmp_path / "x.json")])
@@ -204,13 +227,13 @@ def test_the_closing_sentence_says_what_the_rows_say(methods, tmp_path, capsys):
     rows = {row["method"]: row for row in last_line(printed)["rows"]}
     assert set(rows) == {"twdpo, torch chunks", "other", "own loss (reference row)"}
     mine, other = rows["twdpo, torch chunks"], rows["other"]
-    assert mine["over_ours"] == 1.0 and "relative_error" not in rows["own loss (reference row)"]
+    assert mine["over_ours"] == 1.0 and other["over_ours"] == other["forward_backward_ms"] / other["ours_ms"] and "relative_error" not in rows["own loss (reference row)"]
     for row, faster in ((mine, 1.5), (other, 0.5)):
-        other["over_ours"] = faster
+        other |= {"over_ours": faster, "ours_ms": 77.125}  # in the other's turns
         text = loss_kernel.conclusion(list(rows.values()))
         assert f"the fastest of 2 is {row['method']} ({row['forward_backward_ms']:.2f} ms" in text
         assert f"{row['peak_extra_mib']:.0f} MiB extra" in text
-    assert "twdpo, torch chunks takes 2.00 times as long" in text and "the fastest at 0 of 1" in text
+    assert "twdpo, torch chunks takes 2.00 times as long (77.12 ms" in text and "the fastest at 0 of 1" in text
     assert loss_kernel.conclusion([other]).endswith("twdpo was not measured.")
     assert any(line.startswith("plain at 24 tokens: the fastest of 2") for line in printed.splitlines())
 
@@ -249,7 +272,8 @@ def test_the_cached_row_asks_for_half_of_the_tiles(monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--tokens", "1"], "at least 2"), (["--only", "nobody"], "no method's name"),
-    (["--heads", "x"], "must be of plain"),
+    (["--heads", "x"], "must be of plain"), (["--tokens", "abc"], "no whole number"), (["--tokens", ""], "no whole"),
+    (["--minutes", "nan"], "must be a number"), (["--seconds", "-1"], "0 or more"), (["--out", "."], "is a folder"),
 ])
 def test_bad_flags_are_one_message(flags, message, tiny_heads, capsys):
     with pytest.raises(SystemExit):
@@ -298,18 +322,50 @@ def test_extraction_of_ragged_lengths(tiny_models, monkeypatch, capsys):
     assert notes == ["left out: it does not fit the 0 minutes"] * 2 * len(extraction.WAYS)
 
 
-def test_ragged_inputs_are_new_in_each_call_and_as_many_tokens():
-    lengths = [[len(pair[0]) for pair in extraction.ragged_pairs(8, call, 99)] for call in range(3)]
-    assert len({sum(each) for each in lengths}) == 1
-    assert all(len(set(of_pair)) == 3 for of_pair in zip(*lengths))
+@pytest.mark.parametrize("num_pairs", [1, 2, 3, 32])
+def test_no_ragged_input_is_as_long_as_one_of_an_earlier_call(num_pairs):
+    seen: set[int] = set()
+    sums = []
+    for call in range(extraction.NEW_CALLS):
+        pairs = extraction.ragged_pairs(num_pairs, call, 99)
+        lengths = [len(ids) for pair in pairs for ids in pair]
+        assert not seen & set(lengths)
+        seen |= set(lengths)
+        sums.append(sum(lengths) // 2)
+    assert max(sums) - min(sums) <= num_pairs % 2 * 2 * extraction.NEW_CALLS
+    real = sum(extraction.PREAMBLE + chosen + rejected + extraction.END
+               for _, chosen, rejected in harness.real_lengths(num_pairs))
+    assert sums[0] == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("mean, trials", [(120, 4), (500, 9)])
+@pytest.mark.parametrize("minutes, calls", [(15, 1), (25, 2)])
+def test_extraction_begins_no_call_that_would_be_over_too_late(monkeypatch, minutes, calls):
+    now = [0.0]
+
+    def way():
+        now[0] += 10
+    monkeypatch.setattr(extraction, "time", argparse.Namespace(perf_counter=lambda: now[0]))
+    row = extraction.measure({extraction.OURS: way}, extraction.OURS, 1, CPU, 0.0, minutes)
+    assert row == {"note": f"left out: no time for more after {calls} of its calls, 10.0 s the last"}
+    assert now[0] == 10 * calls
+
+
+def test_transformers_attention_is_timed_without_cudnn():
+    model = argparse.Namespace(device=CPU, get_decoder=lambda: lambda *_, use_cache: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()))
+    seen: list[bool] = []
+    with harness.cudnn(True):
+        extraction.plain_trunk(model, extraction.equal_pairs(1, 330, 99))
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("mean, trials", [(120, 4), (300, 12), (500, 18)])
 def test_no_length_comes_twice(mean, trials):
     seen: set[int] = set()
     for trial in range(trials):
         rows = attention.new_lengths(mean, trial, trials)
         assert [len(set(row)) for row in rows.values()] == [2, 1, 40] and {len(row) for row in rows.values()} == {40}
+        assert abs(rows["one_length"][0] - mean) <= trials / 2
         assert sum(rows["40_lengths"]) == 40 * mean == sum(rows["warm-up"])
         for lengths in map(set, rows.values()):
             assert min(lengths) > 0 and not lengths & seen
@@ -323,7 +379,7 @@ def test_attention_prints_the_ratio(tiny_models, monkeypatch, capsys):
     monkeypatch.setattr(attention, "milliseconds", lambda run, device: run() or float(next(clock)))
     monkeypatch.setattr(attention, "packed_layer", lambda decoder, lengths: built.append(
         len(set(lengths))) or pack_layer(decoder, lengths))
-    attention.main([])
+    attention.main(["--trials", "1"])
     printed = capsys.readouterr().out
     mine, sdpa = last_line(printed)["rows"]
     # 1 to 4 are the rehearsal's; the trial begins with the row of one length.
