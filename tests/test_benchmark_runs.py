@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +214,18 @@ def test_compiled_ways_have_names_of_their_own():
     assert list(ways) == ["ours, compiled", "ours, checkpointing, compiled", "ours, checkpointing selective, compiled"]
 
 
+# --- extraction.py
+
+
+def test_transformers_attention_is_timed_without_cudnn():
+    model = SimpleNamespace(device=torch.device("cpu"), get_decoder=lambda: lambda *_, use_cache: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()))
+    seen: list[bool] = []
+    with harness.cudnn(True):
+        extraction.plain_trunk(model, extraction.equal_pairs(1, 330, 99))
+    assert seen == [False, False]
+
+
 # --- gpu.sh
 
 
@@ -351,7 +364,8 @@ def test_the_table_is_one_screen_of_what_is_there(tmp_path, capsys):
     (tmp_path / "parts.jsonl").write_text('{"part": "op", "status": "ok", "seconds": 70, "limit": 75}\n')
     gpu_table.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [f"results in {tmp_path}", "device NVIDIA X"] and max(map(len, lines)) <= gpu_table.WIDTH and len(lines) <= 50
+    assert lines[:2] == [f"results in {tmp_path}", "device NVIDIA X"]
+    assert max(map(len, lines)) <= gpu_table.WIDTH and len(lines) <= 50
     for line in ("the fused op:             70 of 75 s: ok",
                  "  llama-3-8b, 4,096 tokens: twdpo, Triton: 26.50 ms, 1.02 x 8NVD, 1.00 x ours, 208 MiB",
                  "  llama-3-8b, 4,096 tokens: TRL: 26.50 ms, 1.02 x 8NVD, 1.08 x ours, 208 MiB",

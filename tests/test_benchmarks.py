@@ -227,7 +227,8 @@ def test_the_closing_sentence_says_what_the_rows_say(methods, tmp_path, capsys):
     rows = {row["method"]: row for row in last_line(printed)["rows"]}
     assert set(rows) == {"twdpo, torch chunks", "other", "own loss (reference row)"}
     mine, other = rows["twdpo, torch chunks"], rows["other"]
-    assert mine["over_ours"] == 1.0 and other["over_ours"] == other["forward_backward_ms"] / other["ours_ms"] and "relative_error" not in rows["own loss (reference row)"]
+    assert mine["over_ours"] == 1.0 and "relative_error" not in rows["own loss (reference row)"]
+    assert other["over_ours"] == other["forward_backward_ms"] / other["ours_ms"]
     for row, faster in ((mine, 1.5), (other, 0.5)):
         other |= {"over_ours": faster, "ours_ms": 77.125}  # in the other's turns
         text = loss_kernel.conclusion(list(rows.values()))
@@ -348,15 +349,6 @@ def test_extraction_begins_no_call_that_would_be_over_too_late(monkeypatch, minu
     row = extraction.measure({extraction.OURS: way}, extraction.OURS, 1, CPU, 0.0, minutes)
     assert row == {"note": f"left out: no time for more after {calls} of its calls, 10.0 s the last"}
     assert now[0] == 10 * calls
-
-
-def test_transformers_attention_is_timed_without_cudnn():
-    model = argparse.Namespace(device=CPU, get_decoder=lambda: lambda *_, use_cache: seen.append(
-        torch.backends.cuda.cudnn_sdp_enabled()))
-    seen: list[bool] = []
-    with harness.cudnn(True):
-        extraction.plain_trunk(model, extraction.equal_pairs(1, 330, 99))
-    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("mean, trials", [(120, 4), (300, 12), (500, 18)])
