@@ -1,6 +1,5 @@
 """benchmarks/train_step.py, and gpu.sh with its table, on what a CPU can show of them."""
 
-import argparse
 import importlib
 import json
 import os
