@@ -52,3 +52,20 @@ def test_a_stop_without_a_start_changes_nothing():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     dist.stop()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_what_is_sent_to_a_gpu_can_be_pinned(monkeypatch):
+    """torch pins no tensor whose elements share memory, as positions of plain rows do, and none that is there already."""
+    pinned = []
+
+    def pin(tensor):
+        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        pinned.append(tensor)
+        return tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)
+    cuda = torch.device("cuda")
+    assert dist.send(torch.arange(3).expand(2, 3), cuda).tolist() == [[0, 1, 2]] * 2 and len(pinned) == 1
+    dist.send(torch.zeros(2, device="meta"), cuda)
+    dist.send(torch.zeros(2), torch.device("cpu"))
+    assert len(pinned) == 1

@@ -155,7 +155,9 @@ def stop() -> None:
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on `device` that the host does not wait for: from pinned memory, as more than a little of any other may be
     staged in the order of what the device has to do."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.contiguous().pin_memory()  # an expanded one (positions of plain rows) can't be pinned
+    return tensor.to(device, non_blocking=True)
 
 
 def check_copies(replicate: int, world_size: int) -> None:

@@ -81,7 +81,7 @@ def model_cost(model_config, compute_dtype: torch.dtype, max_length: int, packs:
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     try:
         saved, working = measure_decoder(model, max_length, packs) if measure_layers else (0.0, 0.0)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise InputError(f"{text_config.model_type}: its memory can't be planned, as its layers can't be run without "
                          f"values ({error})") from error
     return ModelCost(sum(parameter.numel() for parameter in model.parameters()), max(layer_params), sum(layer_params),
