@@ -55,7 +55,7 @@ def test_a_stop_without_a_start_changes_nothing():
 
 
 def test_what_is_sent_to_a_gpu_can_be_pinned(monkeypatch):
-    """torch pins no tensor whose elements share memory, as positions of plain rows do, and none that is there by now."""
+    """torch pins no tensor whose elements share memory, as positions of plain rows do, nor one that is there."""
     pinned = []
 
     def pin(tensor):
