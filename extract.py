@@ -9,15 +9,18 @@ train.py does this by itself when no weights are given; `train.py --weights weig
 from pathlib import Path
 
 from twdpo.authors_columns import export_columns
-from twdpo.config import ExtractConfig, InputError, TrainConfig, parse_config
+from twdpo.config import ExtractConfig, TrainConfig, parse_config
+from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS
+from twdpo.dataset import Dataset, load_dataset, settle_bad_rows
 from twdpo.dist import Process, run_script
 from twdpo.files import check_directory
+from twdpo.flags import InputError
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import describe_left_out
 from twdpo.models.source import open_model
 from twdpo.pages.weights import write_report
-from twdpo.pairs import TEST_SPLITS, TRAIN_SPLITS, Dataset, Pair, load_dataset, settle_bad_rows
+from twdpo.pairs import Pair
 from twdpo.weights_file import ROLLOUT, WeightsFile, read_meta
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
-from twdpo.chat import Example
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
-from twdpo.config import TrainConfig, parse_config, to_json
+from twdpo.config import TrainConfig, parse_config
 from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
+from twdpo.flags import to_json
 from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
@@ -46,6 +46,7 @@ from twdpo.pages.run import write_curves
 from twdpo.pages.weights import write_report
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.run_folder import drop_later_checkpoints, open_run, start_run
+from twdpo.tokens import Example
 from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import WeightsFile

@@ -41,8 +41,8 @@ import methods_lab
 from harness import finish, machine
 from methods_lab import Lab, arm_config, arm_loss, train_arm
 from twdpo import dist
-from twdpo.config import to_json
 from twdpo.files import hash_json, make_directory, write_atomic, write_json
+from twdpo.flags import to_json
 from twdpo.losses import LOSSES
 from twdpo.models.source import TOY_MODEL, fingerprint_model
 from twdpo.toy.grammar import all_prompts

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
 from train import Run, train_step
 from twdpo import dist
 from twdpo.batch import PairBatch, collate, plan_micro_batches
-from twdpo.chat import Example, tokenize_pairs
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
 from twdpo.files import hash_json
 from twdpo.judge.extraction import Extraction
@@ -38,6 +37,7 @@ from twdpo.pairs import parse_row
 from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
+from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import KINDS, all_prompts, draw_row
 from twdpo.toy.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, Logps, WeightContext, attention, attention_pins
@@ -121,7 +121,7 @@ class Lab:
         rng = random.Random(seed)
         pairs = [parse_row(f"methods:{number}", draw_row(rng, prompt, KINDS[number % 2], **limits)[1])
                  for number, prompt in enumerate(prompts)]
-        examples, _, _ = tokenize_pairs(self.model.tokenizer, pairs, PRESETS["toy"]["max_length"],
+        examples, _, _ = tokenize_pairs(self.model.chat, pairs, PRESETS["toy"]["max_length"],
                                         PRESETS["toy"]["max_prompt_length"])
         self.policy.load_state_dict(self.start)  # a policy that an arm has trained is lost
         return Pool(examples, self.logps(self.policy, examples, f"reference-{seed}"))

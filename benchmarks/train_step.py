@@ -45,8 +45,8 @@ from harness import (
     whole_number,
 )
 from train_step_ways import run_ours, run_trl
+from twdpo.dataset import load_dataset
 from twdpo.models.memory import CHECKPOINTING, GIB, RESERVED_GIB, ModelCost, model_cost, plan_memory
-from twdpo.pairs import load_dataset
 from twdpo.toy.grammar import toy_rows
 from twdpo.toy.train import build_tokenizer
 

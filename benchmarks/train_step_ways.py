@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))  # train.py
 from train import Run, train_step
 from twdpo import dist
 from twdpo.batch import collate, plan_micro_batches
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
 from twdpo.config import TrainConfig
+from twdpo.dataset import load_dataset
 from twdpo.log import StageClock
 from twdpo.logps import response_logps
 from twdpo.losses import LOSSES
@@ -31,8 +32,9 @@ from twdpo.models.memory import flops, model_cost, peak_tflops
 from twdpo.models.policy import build_policy, load_policy, settle_packing
 from twdpo.models.source import load_model_config, load_tokenizer
 from twdpo.objective import bind_objective
-from twdpo.pairs import Pair, load_dataset
+from twdpo.pairs import Pair
 from twdpo.rows import RowOptions, global_batch
+from twdpo.tokens import tokenize_pairs
 from twdpo.weights import WEIGHTS, WeightContext
 
 LR, BETA = 1e-6, 0.1
@@ -52,7 +54,7 @@ def run_ours(work: Path, flags: argparse.Namespace, options: dict[str, object]) 
                          warmup_ratio=0.0, batch_size=flags.pairs)
     dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
     pairs: list[Pair] = load_dataset(config.data, "").train
-    examples, bad, _ = tokenize_pairs(load_tokenizer(work / "model", ""), pairs, flags.max_length,
+    examples, bad, _ = tokenize_pairs(Chat(load_tokenizer(work / "model", "")), pairs, flags.max_length,
                                       flags.max_length - 16)
     assert len(examples) == len(pairs) and not bad
     batches = [global_batch(step, len(examples), flags.pairs, config.seed) for step in range(flags.steps)]

@@ -8,7 +8,7 @@ from models_of_tests import MODELS, MODELS_WITHOUT_THE_INTERFACE, build, build_d
 from precision_of_tests import InDouble, assert_as_exact, assert_exact
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.models import attention
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, parse_layers, rollout_rows
 from twdpo.models.build import decoder_layers

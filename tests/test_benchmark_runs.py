@@ -21,9 +21,10 @@ import harness
 import loss_kernel
 import train_step
 from twdpo import dist
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
 from twdpo.models.source import load_tokenizer
 from twdpo.pairs import parse_row
+from twdpo.tokens import tokenize_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -46,7 +47,8 @@ def test_32_made_up_pairs_are_22500_tokens(toy_model):
     """Each prompt once, in the tokens that train_step.py trains on by default."""
     flags, _ = train_step.parse([])
     rows = [parse_row(str(place), row) for place, row in enumerate(train_step.make_pairs(flags, 64))]
-    examples, bad, _ = tokenize_pairs(load_tokenizer(toy_model, ""), rows, flags.max_length, flags.max_length - 16)
+    chat = Chat(load_tokenizer(toy_model, ""))
+    examples, bad, _ = tokenize_pairs(chat, rows, flags.max_length, flags.max_length - 16)
     assert not bad
     for part in (examples[:32], examples[32:]):
         tokens = sum(len(example.prompt_ids) + len(example.chosen.ids) + len(example.rejected.ids) for example in part)

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiece_like
 
-from twdpo.chat import special_ids, tokenize_pairs
-from twdpo.pairs import Pair, load_dataset, parse_row
+from twdpo.chat import Chat
+from twdpo.dataset import load_dataset
+from twdpo.pairs import Pair, parse_row
+from twdpo.tokens import special_ids, tokenize_pairs
 
 
 def tokenize(tokenizer, *pairs: Pair, max_length: int = 1000, max_prompt_length: int = 900):
-    return tokenize_pairs(tokenizer, list(pairs), max_length, max_prompt_length)
+    return tokenize_pairs(Chat(tokenizer), list(pairs), max_length, max_prompt_length)
 
 
 def pair(prompt: str = "What?", chosen: str = "Hello there", rejected: str = "Lazy dog", system: str = "") -> Pair:
@@ -40,7 +42,7 @@ def test_real_pairs_are_tokenised_as_the_template_does(shared, real_tokenizer, n
                 + [{"role": "assistant", "content": answer}], tokenize=True, return_dict=False)
             apart += ids != whole[:len(ids)]
             assert response.ids[-1] in specials and not specials & set(response.ids[:-1].tolist())
-            assert len(response.ids) == response.num_content + 1
+            assert len(response.ids) == response.content_N.sum() + 1
             covered = np.zeros(len(answer), dtype=bool)
             for start, end in response.spans_N2:
                 covered[start:end] = True
@@ -57,7 +59,7 @@ def test_an_empty_answer_may_become_a_space_even_where_the_template_trims(templa
         parse_row("x:1", rows[0])
     tokenizer = byte_level(template)
     example, _ = only_example(tokenizer, parse_row("x:1", rows[0], "space"))
-    assert tokenizer.decode(example.chosen.ids) == " <|im_end|>" and example.chosen.num_content == 1
+    assert tokenizer.decode(example.chosen.ids) == " <|im_end|>" and example.chosen.content_N.sum() == 1
 
 
 def test_text_that_spells_a_special_token_cannot_end_a_turn():
@@ -115,7 +117,7 @@ def test_prompts_keep_bos_and_their_last_tokens_and_answers_their_first():
     assert len(example.prompt_ids) == 20 and len(example.chosen.ids) == 10
     assert example.prompt_ids[0] == tokenizer.bos_token_id
     assert (example.prompt_ids[1:] == whole.prompt_ids[-19:]).all()
-    assert (example.chosen.ids == whole.chosen.ids[:10]).all() and example.chosen.num_content == 10  # no end of turn
+    assert (example.chosen.ids == whole.chosen.ids[:10]).all() and example.chosen.content_N.all()  # no end of turn
     assert counts["prompts cut"] == 1 and counts["chosen answers cut"] == 1
 
 
@@ -124,7 +126,8 @@ def test_an_answer_that_loses_its_end_of_turn_alone_is_cut():
     whole, _ = only_example(tokenizer, pair())
     length = len(whole.prompt_ids) + len(whole.chosen.ids)
     example, _ = only_example(tokenizer, pair(), max_length=length - 1)
-    assert len(example.chosen.ids) == len(whole.chosen.ids) - 1 == example.chosen.num_content
+    assert len(example.chosen.ids) == len(whole.chosen.ids) - 1 == example.chosen.content_N.sum()
+    assert example.chosen.is_cut and not whole.chosen.is_cut
 
 
 def test_a_character_of_several_tokens_gives_them_one_span():

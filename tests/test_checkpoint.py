@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.models.policy import load_policy
 from twdpo.run_folder import list_checkpoints
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import extract
 from twdpo.authors_columns import WeightsColumns, token_spans
-from twdpo.config import InputError
+from twdpo.dataset import load_dataset
+from twdpo.flags import InputError
 from twdpo.judge import prompt
-from twdpo.pairs import load_dataset
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile
 

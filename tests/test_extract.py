@@ -12,11 +12,11 @@ from processes_of_tests import run_and_die, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
-from twdpo.config import InputError
+from twdpo.dataset import load_dataset
 from twdpo.dist import Process
+from twdpo.flags import InputError
 from twdpo.judge import extraction, judge
 from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs
-from twdpo.pairs import load_dataset
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile, shard_paths, write_shard
 

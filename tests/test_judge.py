@@ -5,10 +5,12 @@ import pytest
 from tokenizers_of_tests import TRIMMED, byte_level
 
 from twdpo.align import align
-from twdpo.chat import special_ids, tokenize_pairs
-from twdpo.config import InputError
+from twdpo.chat import Chat
+from twdpo.dataset import load_dataset
+from twdpo.flags import InputError
 from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs, load_judge_prompt, show_question, verdict_ids
-from twdpo.pairs import Pair, load_dataset
+from twdpo.pairs import Pair
+from twdpo.tokens import special_ids, tokenize_pairs
 
 UNLIMITED = 1 << 30
 
@@ -60,13 +62,13 @@ def test_aligned_weights_of_real_pairs_conserve_mass_and_equal_tokens_copy(share
     judge_tokenizer, policy_tokenizer = real_tokenizer(judge), real_tokenizer(policy)
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::5]
     inputs = JudgeInputs(judge_tokenizer, JUDGE_PROMPTS["short"], UNLIMITED)
-    examples, _, _ = tokenize_pairs(policy_tokenizer, pairs, 100_000, 50_000)
+    examples, _, _ = tokenize_pairs(Chat(policy_tokenizer), pairs, 100_000, 50_000)
     rng, copied = np.random.default_rng(0), 0
     for example in examples:
         judged = inputs.build(example.pair)
         for side, response in enumerate((example.chosen, example.rejected)):
             mass = rng.random(len(judged.ids[side]))
-            ids, spans = response.ids[:response.num_content], response.spans_N2[:response.num_content]
+            ids, spans = response.ids[response.content_N], response.spans_N2[response.content_N]
             aligned = align(mass, judged.ids[side], judged.spans_N2[side], ids, spans)
             assert aligned.sum() == pytest.approx(mass.sum()) and (aligned >= 0).all()
             if len(ids) == len(mass) and (ids == judged.ids[side]).all() and (spans == judged.spans_N2[side]).all():

@@ -6,18 +6,19 @@ import torch
 from precision_of_tests import InDouble, assert_as_exact
 from transformers import AutoModelForCausalLM
 
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
+from twdpo.dataset import load_dataset
 from twdpo.logps import logps_directory, response_logps
 from twdpo.models.policy import load_policy
 from twdpo.models.source import load_tokenizer
-from twdpo.pairs import load_dataset
 from twdpo.rows import RowOptions, evaluation_batches
+from twdpo.tokens import tokenize_pairs
 
 
 @pytest.fixture
 def examples(toy_model):
     pairs = load_dataset("toy", "").train[:9]
-    return tokenize_pairs(load_tokenizer(toy_model, ""), pairs, 200, 100)[0]
+    return tokenize_pairs(Chat(load_tokenizer(toy_model, "")), pairs, 200, 100)[0]
 
 
 def test_cached_log_probs_are_those_of_plain_forwards(toy_model, process, examples, tmp_path, capsys):

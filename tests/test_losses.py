@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import TrainConfig
+from twdpo.flags import InputError
 from twdpo.losses import LOSSES, dpo, loss_needs
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, to_host, token_metrics
 from twdpo.plugins import bind_options, describe, options_of

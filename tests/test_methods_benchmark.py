@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import methods
 import methods_lab
 from twdpo.batch import Outputs, collate
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
 from twdpo.config import PRESETS, TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective
 from twdpo.pairs import parse_row
 from twdpo.rows import MicroBatch
+from twdpo.tokens import tokenize_pairs
 from twdpo.toy.planted import planted_lift, planted_tokens
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import JudgedAnswer
@@ -145,7 +146,7 @@ def test_controls_by_hand(toy_model):
     """oracle: all free mass on the planted word; shuffled: the same weights elsewhere; 1/n on the end of the turn."""
     row = {"prompt": "Hello.", "chosen": "Your question is wise. Set a small goal.",
            "rejected": "Your question is dull."}
-    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 100, 50)
+    examples, _, _ = tokenize_pairs(Chat(AutoTokenizer.from_pretrained(toy_model)), [parse_row("x", row)], 100, 50)
     batch = collate(MicroBatch((0,)), examples, [0])
     (example,), rng = examples, np.random.default_rng(0)
     stored = {example.pair.key: [JudgedAnswer(side.ids[:-1], side.spans_N2[:-1],
@@ -170,7 +171,7 @@ def test_controls_by_hand(toy_model):
 def test_attention_times_surprise_by_hand(toy_model):
     """Weights in proportion to attention times -log p_ref; the end of the turn keeps 1/n."""
     row = {"prompt": "Hello.", "chosen": "Your question is wise.", "rejected": "Your question is dull."}
-    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 100, 50)
+    examples, _, _ = tokenize_pairs(Chat(AutoTokenizer.from_pretrained(toy_model)), [parse_row("x", row)], 100, 50)
     (example,) = examples
     logps = {example.pair.key: (np.array([-1, -2, 0, -4, -1, -9], dtype=np.float32), np.full(6, -1, dtype=np.float32))}
     batch = collate(MicroBatch((0,)), examples, [0], logps)

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from twdpo.batch import collate
-from twdpo.chat import Example, Response
 from twdpo.checkpoint import export_model
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.judge.judge import load_judge, load_sharded_judge
 from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture
@@ -27,6 +26,7 @@ from twdpo.models.policy import load_policy
 from twdpo.models.source import check_length, load_model_config, locate_model
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
+from twdpo.tokens import Example, Response
 
 
 def make_example(prompt: int, chosen: int, rejected: int, vocabulary: int = 90) -> Example:
@@ -35,7 +35,7 @@ def make_example(prompt: int, chosen: int, rejected: int, vocabulary: int = 90) 
 
     def response(length):
         ids = rng.integers(3, vocabulary, length, dtype=np.int32)
-        return Response(ids, np.zeros((length, 2), np.int32), length - 1)
+        return Response(ids, np.zeros((length, 2), np.int32), np.arange(length) < length - 1)
 
     prompt_ids = rng.integers(3, vocabulary, prompt, dtype=np.int32)
     return Example(Pair((("user", "x"),), "a", "b", "here:1"), prompt_ids, response(chosen), response(rejected))

@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import train
 from twdpo.batch import collate
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
 from twdpo.config import TrainConfig
+from twdpo.dataset import load_dataset
 from twdpo.losses import LOSSES, dpo
 from twdpo.models.policy import load_policy
 from twdpo.models.source import load_tokenizer
 from twdpo.objective import bind_objective, forward
-from twdpo.pairs import load_dataset
 from twdpo.rows import MicroBatch
+from twdpo.tokens import tokenize_pairs
 from twdpo.weights import WEIGHTS, WeightContext
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def test_the_toy_says_where_the_weights_lay(tmp_path, run_cache, flags):
 
 @pytest.fixture
 def batch(toy_model):
-    examples, _, _ = tokenize_pairs(load_tokenizer(toy_model, ""), load_dataset("toy", "").train[:3], 200, 100)
+    examples, _, _ = tokenize_pairs(Chat(load_tokenizer(toy_model, "")), load_dataset("toy", "").train[:3], 200, 100)
     return collate(MicroBatch((0, 1, 2)), examples, [0, 1, 2])
 
 

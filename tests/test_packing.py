@@ -7,12 +7,12 @@ from models_of_tests import MODELS, build_double
 from precision_of_tests import InDouble, assert_exact
 
 from twdpo.batch import collate, plan_micro_batches
-from twdpo.chat import Example, Response
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, RowOptions, common_beginning, plan_packed_rows
+from twdpo.tokens import Example, Response
 
 
 def example(number: int, prompt: int, chosen: int, rejected: int, alike: int = 0) -> Example:
@@ -21,7 +21,7 @@ def example(number: int, prompt: int, chosen: int, rejected: int, alike: int = 0
 
     def response(length: int) -> Response:
         ids = np.concatenate([np.arange(5, 5 + alike), rng.integers(3, 97, length - alike)]).astype(np.int32)
-        return Response(ids, np.zeros((length, 2), np.int32), length)
+        return Response(ids, np.zeros((length, 2), np.int32), np.ones(length, bool))
     pair = Pair((("user", "x"),), f"chosen {number}", "rejected", f"x:{number}")
     return Example(pair, rng.integers(3, 97, prompt).astype(np.int32), response(chosen), response(rejected))
 

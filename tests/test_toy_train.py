@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from twdpo.dataset import load_dataset
 from twdpo.models.source import TOY_MODEL
-from twdpo.pairs import load_dataset
 from twdpo.toy import train as toy_train
 from twdpo.toy.grammar import all_prompts, toy_rows
 

@@ -10,8 +10,8 @@ from processes_of_tests import run_ranks
 from runs_of_tests import assert_close_rows, read_rows
 
 import train
-from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
+from twdpo.flags import InputError
 from twdpo.judge.judge import shards_judge
 from twdpo.models.build import build_on_meta
 from twdpo.models.source import open_model

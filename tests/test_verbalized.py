@@ -7,9 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
+from twdpo.dataset import load_dataset
 from twdpo.judge import verbalize
 from twdpo.judge.verbalized import ScoresFile, character_scores, locate_parts, matched_share, parse_parts, token_scores
-from twdpo.pairs import Pair, load_dataset
+from twdpo.pairs import Pair
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import shard_paths
 

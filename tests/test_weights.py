@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from twdpo.chat import Example, Response
 from twdpo.config import PRESETS, TrainConfig
 from twdpo.pairs import Pair
 from twdpo.postprocess import alignment_shares, attention_weights
+from twdpo.tokens import Example, Response
 from twdpo.weights import normalize
 from twdpo.weights_file import JudgedAnswer
 
@@ -15,7 +15,8 @@ from twdpo.weights_file import JudgedAnswer
 def letters(num_tokens: int, end_of_turn: bool = True) -> Response:
     """A response of one-character tokens, ended or cut."""
     spans = [(place, place + 1) for place in range(num_tokens)] + [(num_tokens, num_tokens)] * end_of_turn
-    return Response(np.arange(len(spans), dtype=np.int32), np.array(spans, dtype=np.int32), num_tokens)
+    ids = np.arange(len(spans), dtype=np.int32)
+    return Response(ids, np.array(spans, dtype=np.int32), ids < num_tokens)
 
 
 def judged(*rounds, start: int = 0) -> JudgedAnswer:
@@ -97,7 +98,7 @@ def test_each_round_may_be_normalised_first():
 def test_shares_of_mass_by_hand():
     """Letters judged, two letters a training token but for the first, the last judge token cut off: of (.4, .1, .2, .3)
     the first is copied, two are moved, the last is dropped."""
-    response = Response(np.array([0, 77], dtype=np.int32), np.array([(0, 1), (1, 3)], dtype=np.int32), 2)
+    response = Response(np.array([0, 77], dtype=np.int32), np.array([(0, 1), (1, 3)], dtype=np.int32), np.ones(2, bool))
     given = judged([0.4, 0.1, 0.2, 0.3], [0.4, 0.1, 0.2, 0.3])
     pair = Pair((("user", "x"),), "abcd", "abcd", "x:1")
     example = Example(pair, np.array([1]), response, response)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.chat import encode
-from twdpo.config import InputError
+from twdpo.data_files import read_rows
 from twdpo.files import hash_file, write_atomic
-from twdpo.pairs import parse_row, read_rows
+from twdpo.flags import InputError
+from twdpo.pairs import parse_row
 from twdpo.postprocess import average_rounds
+from twdpo.tokens import encode
 from twdpo.weights_file import ROLLOUT, JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from twdpo.chat import Example
 from twdpo.dist import send
 from twdpo.rows import MicroBatch, Ranges, RowOptions, pack, plan_packed_rows, plan_rows
+from twdpo.tokens import Example
 from twdpo.weights import Logps
 
 

@@ -16,9 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError
 from twdpo.dist import DTYPES, Process
 from twdpo.files import hash_file, remove, write_atomic, write_json
+from twdpo.flags import InputError
 from twdpo.models.policy import Policy
 from twdpo.models.source import load_model_config
 from twdpo.run_folder import MANIFEST, checkpoint_path, list_checkpoints

@@ -3,35 +3,25 @@
 Precedence, lowest first: the field's default, the preset, `--config FILE.json`, an explicit flag.
 """
 
-import argparse
 import dataclasses
-import json
 import math
-import textwrap
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-GROUPS = {"data": "model and data", "objective": "objective", "judge": "judge", "steps": "optimisation",
-          "held-out": "held-out pairs", "hardware": "hardware", "output": "output",
-          "parity": "parity with the authors' code"}  # of --help, in order
+from twdpo.flags import (
+    InputError,
+    choices_of,
+    flag,
+    parse_flags,
+    read_config_file,
+    require,
+    spell_choices,
+)
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong: the message holds the value, where it is, and what to do."""
-
-
-def flag(default, group: str, help: str, **metadata):
-    """A field with its place and line in `--help`; its type gives the choices.
-
-    metadata: `name` overrides the flag's name, `free` lets a resume change it, `alone` is the value of the bare flag.
-    Of a `settled` one these values leave it to the run, and config.json holds what the run found.
-    """
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -42,6 +32,9 @@ class SharedConfig:
     data: str = flag("", "data", "pairs: .jsonl, .json, directory, hub id, 'toy'; empty: the paper's for --model")
     eval_data: str = flag("", "data", "held-out pairs, same forms; empty: the data's test split, else --eval-fraction")
     chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")
+    columns: str = flag("", "data", "NAME=COLUMN,...: prompt=question; weight=, margin= of a pair; empty: by name")
+    fold_system: bool = flag(False, "data", "put the system turn before the first user turn's text; off: as it is")
+    templated: bool = flag(False, "data", "texts hold the template's marks already: taken as they are; off: refused")
     skip_bad_rows: bool = flag(False, "data", "write bad rows to rejected_rows.jsonl and go on; off: stop")
     preset: Literal["", "paper", "authors", "toy", "tuned", "tuned-base", "tuned-v0.2"] = flag(
         "", "data", "settings to start from; tuned*: by SimPO's authors, for some losses, on Llama-3 Instruct, Base, "
@@ -115,6 +108,8 @@ class TrainConfig(SharedConfig):
 
     imports: str = flag("", "data", "Python files that add losses or sources, by commas; empty: none", name="import")
 
+    leave_out: str = flag("", "data", "pairs that can't teach: equal,empty,cut,duplicate,leak,massless; empty: none")
+
     loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
     loss_options: str = flag("", "objective", "of the loss: NAME=VALUE separated by commas; empty: its defaults")
     weights: str = flag("", "objective", "name in WEIGHTS, folder of extract.py, its --export; empty: the loss's own")
@@ -165,6 +160,8 @@ class TrainConfig(SharedConfig):
     sample: int = flag(0, "output", "held-out prompts answered at evaluations, in samples.jsonl; 0: none", free=True)
     profile: bool = flag(False, "output", "log shares of time, TFLOP/s, MFU (waits for the GPU); off: not measured",
                          free=True)
+    show: int = flag(0, "output", "print so many pairs as they would be trained, show.html too, and stop; 0: run",
+                     free=True)
     plan: bool = flag(False, "output", "print what memory the run would need, and stop; off: run", free=True)
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = flag(
         "", "output", "of final/ and best/; empty: the source checkpoint's")
@@ -227,100 +224,13 @@ PRESETS: dict[str, dict[str, object]] = {
     },
 }
 
+
 # The data that the paper trains each model on (section 3, appendix E and F.1).
 PAPER_DATA = {
     "meta-llama/Meta-Llama-3-8B-Instruct": "princeton-nlp/llama3-ultrafeedback",
     "princeton-nlp/Llama-3-Base-8B-SFT": "HuggingFaceH4/ultrafeedback_binarized",
     "alignment-handbook/zephyr-7b-sft-full": "HuggingFaceH4/ultrafeedback_binarized",
 }
-
-
-def require(config, name: str, ok: bool, wanted: str) -> None:
-    """Raise InputError that names the flag and its value."""
-    if not ok:
-        raise InputError(f"{flag_name(config, name)} is {getattr(config, name)!r}: it must be {wanted}")
-
-
-def choices_of(kind: object) -> tuple[object, ...]:
-    """What a field of this type may be; empty when it is no Literal."""
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def spell_choices(choices: tuple[object, ...]) -> str:
-    """`auto, on or off`; an empty one goes without saying."""
-    return " or ".join(", ".join(map(str, filter(None, choices))).rsplit(", ", 1))
-
-
-def flag_name(cls, name: str) -> str:
-    """`max_length` -> `--max-length`."""
-    metadata = {field.name: field.metadata for field in dataclasses.fields(cls)}[name]
-    return "--" + metadata.get("name", name).replace("_", "-")
-
-
-def key_name(field: dataclasses.Field) -> str:
-    """The key of a field in a JSON config: its flag's name with underscores."""
-    return field.metadata.get("name", field.name)
-
-
-def to_json(config) -> dict[str, object]:
-    """All settings, keyed as in `OUT/config.json`."""
-    return {key_name(field): getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """A flag's text begins beside it, however long it is itself."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, width=110)
-
-    def _format_action(self, action):
-        line = f"  {self._format_action_invocation(action):24}  {self._expand_help(action)}"
-        return textwrap.fill(line, 110, subsequent_indent=" " * 28, break_on_hyphens=False) + "\n"
-
-
-def build_parser(cls, description: str, lists_losses: bool = False) -> argparse.ArgumentParser:
-    """The command line of a config class, values as text; a flag that is not given leaves no trace in the namespace."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [FLAG VALUE ...]", allow_abbrev=False, add_help=False, formatter_class=HelpFormatter,
-        argument_default=argparse.SUPPRESS, description=f"{description} Defaults stand in [brackets]; a switch is off "
-        "by default, and on where it stands as --no-NAME.", epilog="--help-losses lists every loss and weight source "
-        "with its options, those of --import too." if lists_losses else None)
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    if lists_losses:
-        parser.add_argument("--help-losses", action="store_true", help=argparse.SUPPRESS)
-    used = dict.fromkeys([*GROUPS, *(field.metadata["group"] for field in dataclasses.fields(cls))])
-    groups = {key: parser.add_argument_group(GROUPS.get(key, key)) for key in used}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        group, name, kind = groups[field.metadata["group"]], flag_name(cls, field.name), hints[field.name]
-        text = field.metadata["help"].replace("%", "%%")
-        if kind is bool:
-            for switch, value in ((name, True), (name.replace("--", "--no-", 1), False)):
-                if not switch.startswith("--no-no-"):  # shown is the one that changes something
-                    group.add_argument(switch, dest=field.name, action="store_const", const=value,
-                                       help=argparse.SUPPRESS if value == field.default else text)
-            continue
-        choices = ",".join(filter(None, choices_of(kind)))
-        options = {"metavar": f"{{{choices}}}" if choices else kind.__name__.upper()}
-        if "alone" in field.metadata:
-            options |= {"nargs": "?", "const": field.metadata["alone"]}
-        default = "" if field.default == "" else f" [{field.default}]"  # the text says what empty means
-        group.add_argument(name, dest=field.name, help=text + default, **options)
-    return parser
-
-
-def parse_flags(cls, argv: list[str] | None, description: str, lists_losses: bool = False) -> dict[str, object]:
-    """The flags that are given, as values of their fields' types. Raises InputError for one that is none; argparse
-    exits on an unknown flag."""
-    given, hints = vars(build_parser(cls, description, lists_losses).parse_args(argv)), typing.get_type_hints(cls)
-    for name, value in given.items():
-        if isinstance(value, str):  # no switch
-            try:
-                given[name] = hints[name](value) if hints[name] in (int, float) else value.strip()
-            except ValueError as error:
-                wanted = "a whole number" if hints[name] is int else "a number"
-                raise InputError(f"{flag_name(cls, name)} is {value!r}: it must be {wanted}") from error
-    return given
 
 
 def parse_config(cls, argv: list[str] | None, description: str,
@@ -361,40 +271,3 @@ def resolve_data(model: str, data: str) -> dict[str, str]:
             raise InputError(f"--model is {model!r} and the paper names no data for it: add --data FILE_OR_HUB_ID")
         data = PAPER_DATA[model]
     return {"model": model, "data": data}
-
-
-def read_config_file(cls, path: str) -> dict[str, object]:
-    """Settings from a JSON object; unknown keys and wrong types raise InputError."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--config {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: it must hold one JSON object, not {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    by_key = {key_name(field): field.name for field in dataclasses.fields(cls)}
-    settings = {}
-    for key, value in values.items():
-        if key not in by_key:
-            raise InputError(f"--config {path}: unknown key {key!r}; the keys are the flags' names with underscores")
-        kind = hints[by_key[key]]
-        if (choices := choices_of(kind)) and value not in choices:
-            raise InputError(f"{flag_name(cls, by_key[key])} is {value!r}: it must be {spell_choices(choices)}")
-        if kind is float and type(value) is int and abs(value) < 1 << 1000:
-            value = float(value)
-        if not choices and type(value) is not kind:
-            raise InputError(f"--config {path}: {key} is {value!r}, it must be a {kind.__name__}")
-        settings[by_key[key]] = value.strip() if isinstance(value, str) else value
-    return settings
-
-
-def changed_settings(old: dict[str, object], new) -> list[str]:
-    """Settings that a resume may not change and that differ from a stored config.json, as readable lines."""
-    lines = []
-    for field in dataclasses.fields(new):
-        key, value = key_name(field), getattr(new, field.name)
-        if not field.metadata.get("free") and old.get(key) != value:
-            lines.append(f"{flag_name(new, field.name)}: was {old.get(key)!r}, is {value!r}")
-    return lines

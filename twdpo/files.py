@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from twdpo.config import InputError, SharedConfig
+from twdpo.config import SharedConfig
+from twdpo.flags import InputError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None], replace: bool = True) -> None:

@@ -6,20 +6,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
-from twdpo.chat import Example, tokenize_pairs
-from twdpo.config import InputError, TrainConfig
+from twdpo.chat import Chat
+from twdpo.config import TrainConfig
+from twdpo.data_files import BadRow
+from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.dist import Process, pick_dtype
 from twdpo.files import cache_directory, hash_file, hash_json
+from twdpo.flags import InputError
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
 from twdpo.models.source import Model, check_length, load_tokenizer, open_model
 from twdpo.objective import Objective
-from twdpo.pairs import BadRow, Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.plugins import name_of, split_paths
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
+from twdpo.tokens import Example, tokenize_pairs
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
 from twdpo.weights_file import WeightsFile, parse_layer
 
@@ -71,7 +74,7 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
     model = open_model(config.model or "toy", process, config.chat_template)
-    train, held_out, bad = prepare_examples(config, dataset, model.tokenizer, process)
+    train, held_out, bad = prepare_examples(config, dataset, model.chat, process)
     inputs = Inputs(model, train, held_out, dataset.data, dataset.eval_data, dataset.fingerprint)
     for need in needs if train else ():
         more = need.check(config, inputs)
@@ -100,7 +103,7 @@ def check_vocabulary(examples: list[Example], model: Model) -> None:
                          "they don't belong together")
 
 
-def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: Process):
+def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process: Process):
     """(training examples, held-out examples, bad rows): the held-out split, then tokens."""
     train_pairs, held_out_pairs = dataset.train, dataset.held_out
     if config.eval_fraction > 0 and not held_out_pairs and not config.eval_data:
@@ -108,7 +111,7 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, tokenizer, process: 
     results = []
     for name, pairs in (("tokenise", train_pairs), ("tokenise held-out", held_out_pairs)):
         examples, bad, counts = tokenize_pairs(
-            tokenizer, pairs, config.max_length, config.max_prompt_length,
+            chat, pairs, config.max_length, config.max_prompt_length,
             lambda items, name=name: process.progress(items, desc=name, unit="pair"))
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None

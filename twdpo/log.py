@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from twdpo.config import InputError, TrainConfig, to_json
+from twdpo.config import TrainConfig
 from twdpo.dist import Process
 from twdpo.files import write_atomic
+from twdpo.flags import InputError, to_json
 from twdpo.pairs import Pair, show_question
 
 

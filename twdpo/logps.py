@@ -15,14 +15,15 @@ import torch
 from safetensors import SafetensorError
 
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
-from twdpo.chat import Example
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import TrainConfig
 from twdpo.dist import Process, pick_dtype
 from twdpo.files import cache_directory, hash_json, hash_to_int64, write_atomic
+from twdpo.flags import InputError
 from twdpo.logratio import LOGPS_VERSION, HeadOptions, weighted_logratio
 from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.models.source import Model, check_length, open_model
 from twdpo.rows import RowOptions, evaluation_batches
+from twdpo.tokens import Example
 from twdpo.weights import Logps
 
 FLUSH_BATCHES = 16  # global batches between writes to the cache

@@ -12,8 +12,9 @@ from typing import get_type_hints
 import torch
 
 from twdpo.batch import Outputs, PairBatch
-from twdpo.config import InputError, TrainConfig, choices_of
+from twdpo.config import TrainConfig
 from twdpo.dist import Process
+from twdpo.flags import InputError, choices_of
 from twdpo.logratio import TERMS
 from twdpo.losses import LOSSES, loss_needs
 from twdpo.plugins import bind_options, describe, import_files, inherit_attributes, merge_options, name_of

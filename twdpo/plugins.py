@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 
 REQUIRED = inspect.Parameter.empty
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

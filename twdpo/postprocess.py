@@ -6,8 +6,8 @@ Legend: N response tokens, J judge tokens of one answer, R rounds, L layers.
 import numpy as np
 
 from twdpo.align import align, align_by_edits, match_tokens
-from twdpo.chat import Example, Response
 from twdpo.config import TrainConfig
+from twdpo.tokens import Example, Response
 from twdpo.weights_file import JudgedAnswer, WeightsFile, parse_layer
 
 
@@ -29,14 +29,14 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
     sink_k = config.sink_k if len(judged.ids_J) >= config.sink_k_min else 0
     if config.sink_on == "judge" and sink_k:
         mass_J = pin_and_share(mass_J, np.arange(len(mass_J)) < sink_k)
-    content = slice(0, response.num_content)
+    content = response.content_N
     ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
     num_tokens = len(response.ids)
     mass_N = np.zeros(num_tokens)
     if config.align == "edits":
         # The authors' trainer prints the end of the turn twice, and aligns it too.
-        ended_N = np.append(response.ids, response.ids[response.num_content:])
-        mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[content]
+        ended_N = np.append(response.ids, response.ids[~content])
+        mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[:num_tokens][content]
     else:
         mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2)
     pinned_N = pinned_tokens(response, judged, config)
@@ -48,7 +48,7 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
 def pinned_tokens(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
     """Tokens whose weight is 1/n whatever their attention: the sink's, the end of the turn, and those that the judge
     did not see; bool [N]."""
-    content = slice(0, response.num_content)
+    content = response.content_N
     ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
     unseen_N = np.ones(len(response.ids), dtype=bool)  # so is the end of the turn
     seen = judged.spans_J2[:, 0].min(), judged.spans_J2[:, 1].max()
@@ -84,7 +84,7 @@ def alignment_shares(examples: list[Example], weights_file: WeightsFile, rounds:
     num_answers = 0
     for example in examples:
         for response, judged in zip((example.chosen, example.rejected), weights_file[example.pair.key]):
-            content = slice(0, response.num_content)
+            content = response.content_N
             ids_N, spans_N2 = response.ids[content], response.spans_N2[content]
             mass_J = average_rounds(judged.attention_LRJ[-1], rounds)
             match_N = match_tokens(judged.ids_J, judged.spans_J2, ids_N, spans_N2)

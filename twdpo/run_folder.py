@@ -5,9 +5,10 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-from twdpo.config import InputError, TrainConfig, changed_settings, key_name, to_json
+from twdpo.config import TrainConfig
 from twdpo.dist import Process
 from twdpo.files import check_directory, remove, remove_temporaries, write_json
+from twdpo.flags import InputError, changed_settings, key_name, to_json
 
 MANIFEST = "manifest.json"
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")

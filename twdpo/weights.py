@@ -23,10 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from twdpo.chat import Example
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import TrainConfig
+from twdpo.flags import InputError
 from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
+from twdpo.tokens import Example
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")

@@ -23,8 +23,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from twdpo.config import InputError
 from twdpo.files import hash_json, write_atomic, write_json
+from twdpo.flags import InputError
 
 FORMAT_VERSION = 1
 ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them

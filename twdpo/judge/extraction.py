@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from twdpo.config import ExtractConfig, InputError, SharedConfig
+from twdpo.config import ExtractConfig, SharedConfig
+from twdpo.data_files import BadRow
 from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
+from twdpo.flags import InputError
 from twdpo.judge.judge import FAILED, AnotherFailed, JudgePass
 from twdpo.judge.prompt import JudgeInputs, load_judge_prompt
 from twdpo.models.attention import parse_heads, parse_layers
 from twdpo.models.source import Model, check_length, context_length, fingerprint_tokenizer
-from twdpo.pairs import BadRow, Pair
+from twdpo.pairs import Pair
 from twdpo.weights_file import ROLLOUT, WeightsFile, parse_layer, shard_path, stored_keys, write_meta, write_shard
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding

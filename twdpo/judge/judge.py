@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError, SharedConfig
+from twdpo.config import SharedConfig
 from twdpo.dist import Process, pick_dtype, shard_module
+from twdpo.flags import InputError
 from twdpo.judge.prompt import ROUNDS, JudgedPair, verdict_ids
 from twdpo.logratio import logits_of
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.chat import Answer, encode, encode_pieces, overlapping, printed_answers, special_pattern, template_pieces
-from twdpo.config import InputError
+from twdpo.chat import Answer, printed_answers, template_pieces
+from twdpo.flags import InputError
 from twdpo.pairs import Pair, show_question
+from twdpo.tokens import encode, encode_pieces, overlapping, special_pattern
 
 ROUNDS = 2
 QUESTION_FLOOR = 64  # tokens: a question is not cut below this while answers still have tokens to give

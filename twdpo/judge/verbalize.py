@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.chat import encode, encode_pieces, printed_answers, special_pattern, template_pieces
+from twdpo.chat import printed_answers, template_pieces
 from twdpo.config import SharedConfig
 from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
@@ -15,6 +15,7 @@ from twdpo.judge.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locat
 from twdpo.models.generate import generate, writing
 from twdpo.models.source import Model, fingerprint_tokenizer
 from twdpo.pairs import Pair, show_question
+from twdpo.tokens import encode, encode_pieces, special_pattern
 from twdpo.weights_file import shard_path, write_shard
 
 

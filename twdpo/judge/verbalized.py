@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.weights_file import read_meta, shard_paths
 
 MIN_MATCHED = 0.9  # paper section 4.2

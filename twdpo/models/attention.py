@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.models.varlen import RowIndex, attend_rows, can_attend_rows, index_rows
 from twdpo.rows import PackedRow, Ranges
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 from twdpo.logratio import HeadOptions, check_head_cache
 from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.varlen import takes_grouped_heads

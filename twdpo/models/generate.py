@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from twdpo.chat import Example, encode, special_ids, template_pieces
+from twdpo.chat import template_pieces
 from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.policy import Policy
 from twdpo.models.source import context_length
+from twdpo.tokens import Example, encode, special_ids
 
 
 def turn_ends(tokenizer) -> list[int]:

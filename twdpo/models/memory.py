@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from twdpo.batch import PairBatch
-from twdpo.config import InputError, TrainConfig
+from twdpo.config import TrainConfig
 from twdpo.dist import Process
+from twdpo.flags import InputError
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
 from twdpo.models.source import load_model_config, locate_model

@@ -8,9 +8,8 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from twdpo.batch import Outputs, PairBatch, collate
-from twdpo.chat import Example
-from twdpo.config import InputError
 from twdpo.dist import Process, shard_module
+from twdpo.flags import InputError
 from twdpo.logratio import weighted_logratio
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import (
@@ -24,6 +23,7 @@ from twdpo.models.build import (
 from twdpo.models.shards import load_shards
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
+from twdpo.tokens import Example
 
 
 class Policy(torch.nn.Module):

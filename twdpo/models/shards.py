@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from twdpo.config import InputError
+from twdpo.flags import InputError
 
 
 def load_shards(root: torch.nn.Module, directory: Path, device: torch.device) -> None:

@@ -3,14 +3,15 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from twdpo.chat import set_chat_template
-from twdpo.config import InputError
+from twdpo.chat import Chat, set_chat_template
 from twdpo.dist import Process
 from twdpo.files import hash_file, hash_json
+from twdpo.flags import InputError
 
 TOY_MODEL = Path(__file__).parent.parent / "toy" / "model"  # made by twdpo.toy.train
 
@@ -28,6 +29,11 @@ class Model:
     config: PretrainedConfig
     tokenizer: object
     fingerprint: str
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer as what makes tokens of conversations takes it."""
+        return Chat(self.tokenizer)
 
 
 def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from twdpo.batch import Outputs, collate
-from twdpo.chat import Example, Response
 from twdpo.logratio import segment_sum
 from twdpo.metrics import Totals, add_totals, pair_metrics
 from twdpo.rows import MicroBatch
+from twdpo.tokens import Example, Response
 from twdpo.toy.grammar import KINDS, kind_of, planted_spans
 from twdpo.weights import WeightContext
 
@@ -25,8 +25,7 @@ def planted_tokens(batch) -> torch.Tensor:
 
 def content_tokens(batch) -> torch.Tensor:
     """Which response tokens of a batch are text and not the end of the turn, bool [N] on the CPU."""
-    return torch.from_numpy(np.concatenate([np.arange(len(response.ids)) < response.num_content
-                                            for _, response in answers_of(batch)]))
+    return torch.from_numpy(np.concatenate([response.content_N for _, response in answers_of(batch)]))
 
 
 def answers_of(batch) -> list[tuple[str, Response]]:

@@ -28,14 +28,17 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from twdpo.chat import Example, tokenize_pairs
-from twdpo.config import PRESETS, ExtractConfig, InputError, TrainConfig, flag, parse_flags, require
+from twdpo.chat import Chat
+from twdpo.config import PRESETS, ExtractConfig, TrainConfig
+from twdpo.dataset import load_dataset
 from twdpo.dist import Process, run_script
 from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
+from twdpo.flags import InputError, flag, parse_flags, require
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.prompt import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
 from twdpo.models.source import open_model
-from twdpo.pairs import Pair, load_dataset, parse_row
+from twdpo.pairs import Pair, parse_row
+from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import (
     FILLER_ENDS,
     FILLER_STARTS,
@@ -273,7 +276,7 @@ class Draws:
 
 def text_loss(model, tokenizer, pairs: list[Pair], rng: random.Random) -> torch.Tensor:
     """Cross-entropy of the next token (nats), over prompts and one answer of each pair."""
-    examples, _, _ = tokenize_pairs(tokenizer, pairs, CONTEXT, CONTEXT - 1)
+    examples, _, _ = tokenize_pairs(Chat(tokenizer), pairs, CONTEXT, CONTEXT - 1)
     answers = [example.chosen if rng.random() < GOOD_SHARE else example.rejected for example in examples]
     rows = [np.concatenate([example.prompt_ids, answer.ids]) for example, answer in zip(examples, answers)]
     ids_BT = pad_rows(rows, 0)
@@ -320,7 +323,7 @@ def measure_gates(directory: Path, process: Process) -> dict[str, float]:
     """
     model, tokenizer = (kind.from_pretrained(directory) for kind in (AutoModelForCausalLM, AutoTokenizer))
     dataset = load_dataset("toy", "")
-    examples, _, _ = tokenize_pairs(tokenizer, dataset.held_out, CONTEXT, CONTEXT - 1)
+    examples, _, _ = tokenize_pairs(Chat(tokenizer), dataset.held_out, CONTEXT, CONTEXT - 1)
     with tempfile.TemporaryDirectory() as temporary:
         config = ExtractConfig(model=str(directory), data="toy", out=temporary,
                                judge_prompt=PRESETS["toy"]["judge_prompt"])
