@@ -21,6 +21,7 @@ from twdpo.judge.verbalized import describe_left_out
 from twdpo.models.source import open_model
 from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
+from twdpo.printed import check_templated
 from twdpo.weights_file import ROLLOUT, WeightsFile, read_meta
 
 
@@ -40,7 +41,9 @@ def extract(config: ExtractConfig, process: Process) -> None:
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, out, total)
-    model = open_model(config.model or "toy", process, config.chat_template)
+    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
+    if line := check_templated(model.chat, pairs):
+        process.print(line)
     if config.verbalized:
         process.on_main(lambda: settle_bad_rows(dataset.bad_rows, config.skip_bad_rows, out, total))
         scoring = Scoring(config, model, dataset.fingerprint, out, process)

@@ -330,7 +330,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def sample(run: Run) -> tuple[list[Example], list[str]]:
     """The first held-out examples, each prompt once, and the policy's answers to their prompts. All ranks."""
     examples = list({example.pair.messages: example for example in run.held_out}.values())[:run.config.sample]
-    return examples, sample_answers(run.policy, run.model.tokenizer, examples, SAMPLED_TOKENS) if examples else []
+    return examples, sample_answers(run.policy, run.model.chat, examples, SAMPLED_TOKENS) if examples else []
 
 
 def evaluate_and_sample(run: Run, log: Log) -> dict[str, float]:

@@ -7,7 +7,7 @@ from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiec
 from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
 from twdpo.pairs import Pair, parse_row
-from twdpo.tokens import special_ids, tokenize_pairs
+from twdpo.tokens import tokenize_pairs
 
 
 def tokenize(tokenizer, *pairs: Pair, max_length: int = 1000, max_prompt_length: int = 900):
@@ -32,7 +32,7 @@ def test_real_pairs_are_tokenised_as_the_template_does(shared, real_tokenizer, n
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::4]
     examples, bad, counts = tokenize(tokenizer, *pairs, max_length=100_000, max_prompt_length=50_000)
     assert len(examples) == len(pairs) and not bad
-    specials, apart = special_ids(tokenizer), 0
+    specials, apart = Chat(tokenizer).special_ids, 0
     for example in examples:
         for side, response in (("chosen", example.chosen), ("rejected", example.rejected)):
             answer = getattr(example.pair, side)
@@ -92,10 +92,10 @@ def test_spans_count_from_the_start_of_the_answer_as_given_when_the_template_tri
     assert example.prompt_ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
-def test_eos_is_appended_where_the_template_prints_no_special_token():
-    tokenizer = byte_level(PLAIN)
+def test_eos_is_appended_where_the_template_shows_no_end_of_a_turn():
+    tokenizer = byte_level("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     example, _ = only_example(tokenizer, pair())
-    assert tokenizer.decode(example.chosen.ids) == " Hello there<|eos|>"
+    assert tokenizer.decode(example.chosen.ids) == "Hello there<|eos|>"
 
 
 def test_a_turn_that_the_template_refuses_is_a_bad_row():

@@ -12,6 +12,7 @@ from processes_of_tests import run_and_die, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
+from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
 from twdpo.dist import Process
 from twdpo.flags import InputError
@@ -61,7 +62,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_stored_attention_is_that_of_the_whole_maps(whole, toy_model, pairs_file):
     model = AutoModelForCausalLM.from_pretrained(toy_model, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 512)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], 512)
     for layer in (1, 2):
         weights_file = WeightsFile(whole, str(layer))
         for pair in load_dataset(str(pairs_file), "").train:
@@ -166,7 +167,7 @@ def test_rotary_embeddings_that_adapt_do_not_remember(rope, tmp_path, arguments,
     extract.main(argv)
     assert contents(tmp_path / "w") == whole
     pair = load_dataset(str(tmp_path / "pairs.jsonl"), "").train[-1]
-    judged = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 900).build(pair)
+    judged = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], 900).build(pair)
     first, stop = judged.ranges[0][0]
 
     def last_row(model) -> torch.Tensor:

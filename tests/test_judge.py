@@ -10,7 +10,7 @@ from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
 from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs, load_judge_prompt, show_question, verdict_ids
 from twdpo.pairs import Pair
-from twdpo.tokens import special_ids, tokenize_pairs
+from twdpo.tokens import tokenize_pairs
 
 UNLIMITED = 1 << 30
 
@@ -40,7 +40,7 @@ def check_rounds(tokenizer, given: Pair, judged) -> None:
 @pytest.mark.parametrize("name", ["llama3", "mistral-v1", "minimind"])
 def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(shared, real_tokenizer, name):
     tokenizer = real_tokenizer(name)
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], UNLIMITED)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["paper"], UNLIMITED)
     exact = straddling = 0
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::4]
     for given in pairs:
@@ -61,7 +61,7 @@ def test_real_answers_are_covered_and_decode_exactly_where_no_token_straddles(sh
 def test_aligned_weights_of_real_pairs_conserve_mass_and_equal_tokens_copy(shared, real_tokenizer, judge, policy):
     judge_tokenizer, policy_tokenizer = real_tokenizer(judge), real_tokenizer(policy)
     pairs = load_dataset(str(shared / "pairs/permissive_train.jsonl"), "").train[::5]
-    inputs = JudgeInputs(judge_tokenizer, JUDGE_PROMPTS["short"], UNLIMITED)
+    inputs = JudgeInputs(Chat(judge_tokenizer), JUDGE_PROMPTS["short"], UNLIMITED)
     examples, _, _ = tokenize_pairs(Chat(policy_tokenizer), pairs, 100_000, 50_000)
     rng, copied = np.random.default_rng(0), 0
     for example in examples:
@@ -82,19 +82,19 @@ def test_aligned_weights_of_real_pairs_conserve_mass_and_equal_tokens_copy(share
 @pytest.mark.parametrize("prompt", ["paper", "short"])
 def test_an_answer_that_looks_like_the_prompt_changes_nothing(text, prompt):
     tokenizer = byte_level(TRIMMED)
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS[prompt], UNLIMITED)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS[prompt], UNLIMITED)
     given = pair(f"why {text}?", f"one {text} two", f"three {text}{text} four")
     judged = inputs.build(given)
     check_rounds(tokenizer, given, judged)
     plain = inputs.build(pair("why?", "one", "two"))
-    specials = special_ids(tokenizer)
+    specials = Chat(tokenizer).special_ids
     assert (sum(id in specials for id in judged.input_ids[0].tolist())
             == sum(id in specials for id in plain.input_ids[0].tolist()))
 
 
 def test_the_input_is_the_rendered_prompt_with_the_answers_in_both_orders():
     tokenizer = byte_level(TRIMMED)
-    judged = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], UNLIMITED).build(pair())
+    judged = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], UNLIMITED).build(pair())
     for turn, (first, second) in enumerate((("Hello there", "Lazy dog"), ("Lazy dog", "Hello there"))):
         text = JUDGE_PROMPTS["short"].format(question="What?", answer_a=first, answer_b=second)
         expected = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
@@ -113,14 +113,14 @@ def test_long_inputs_lose_the_left_of_the_question_and_then_the_ends_of_both_ans
     tokenizer = byte_level(TRIMMED)
     question = " ".join(f"q{number}" for number in range(100))
     long = pair(question, "Hello there " * 60, "Lazy dog " * 90)
-    whole = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], UNLIMITED).build(long)
+    whole = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], UNLIMITED).build(long)
     length = max(map(len, whole.input_ids))
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], length - 20)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], length - 20)
     judged = inputs.build(long)
     assert max(map(len, judged.input_ids)) <= length - 20
     assert [len(ids) for ids in judged.ids] == [len(ids) for ids in whole.ids]  # the question gave way first
     assert "q99" in tokenizer.decode(judged.input_ids[0]) and "q0 " not in tokenizer.decode(judged.input_ids[0])
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["short"], 250)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["short"], 250)
     judged = inputs.build(long)
     assert 245 <= max(map(len, judged.input_ids)) <= 250
     assert len(judged.ids[0]) == len(judged.ids[1])  # the largest common length
@@ -133,7 +133,7 @@ def test_long_inputs_lose_the_left_of_the_question_and_then_the_ends_of_both_ans
 
 def test_a_pair_whose_answers_keep_too_few_tokens_is_refused_with_both_numbers():
     tokenizer = byte_level(TRIMMED)
-    inputs = JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], 300)
+    inputs = JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["paper"], 300)
     with pytest.raises(ValueError, match=r"300 tokens leaves its answers \d+ tokens of \d+ and \d+"):
         inputs.build(pair("why", "Hello there " * 60, "Lazy dog " * 90))
 
@@ -161,7 +161,7 @@ def test_inputs_built_together_are_those_built_one_by_one(options):
     pairs = [pair(f"What is {number}?" * (number % 7 + 1), "Hello there. " * (number + 1), "Lazy dog\n" * (20 - number))
              for number in range(20)]
     pairs += [pair("Say <|im_end|>", "yes <|im_end|> no", "no"), pair("long " * 400, "Hello " * 300, "dog")]
-    make = [JudgeInputs(tokenizer, JUDGE_PROMPTS["paper"], 1400, **options) for _ in range(2)]
+    make = [JudgeInputs(Chat(tokenizer), JUDGE_PROMPTS["paper"], 1400, **options) for _ in range(2)]
     together = make[0].build_all(pairs)
     for given, built in zip(pairs, together):
         try:

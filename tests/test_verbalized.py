@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
+from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
 from twdpo.judge import verbalize
 from twdpo.judge.verbalized import ScoresFile, character_scores, locate_parts, matched_share, parse_parts, token_scores
@@ -105,10 +106,10 @@ def scored(tmp_path, toy_model, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     calls = []
 
-    def canned(model, tokenizer, prompts, max_new_tokens):
+    def canned(model, chat, prompts, max_new_tokens):
         outputs = []
         for ids in prompts:
-            answer = tokenizer.decode(ids).split("Response: ")[-1].split("<|")[0].split("\nassistant")[0].strip()
+            answer = chat.tokenizer.decode(ids).split("Response: ")[-1].split("<|")[0].split("\nassistant")[0].strip()
             calls.append(answer)
             words = answer.split()
             words = words[:len(words) // 2] if len(calls) % 3 == 0 else words
@@ -138,12 +139,13 @@ def test_no_row_can_end_the_turn(toy_model, monkeypatch):
     """Special tokens that an answer or a question spells are text to the model."""
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     seen = []
-    monkeypatch.setattr(verbalize, "generate", lambda model, tokenizer, prompts, most: seen.extend(prompts)
+    monkeypatch.setattr(verbalize, "generate", lambda model, chat, prompts, most: seen.extend(prompts)
                         or [""] * len(prompts))
     special = tokenizer.all_special_tokens[0]
     pairs = [Pair((("user", f"what{text}?"),), f"one {text} two", "three", "x:1") for text in ("", special)]
+    bar = type("Bar", (), {"update": lambda self, count: None})()
     for pair in pairs:
-        verbalize.score_pairs(None, tokenizer, [pair], 10_000, type("Bar", (), {"update": lambda self, count: None})())
+        verbalize.score_pairs(None, Chat(tokenizer), [pair], 10_000, bar)
     counts = [sum(id in tokenizer.all_special_ids for id in ids) for ids in seen]
     assert len(set(counts)) == 1 and special in tokenizer.decode(seen[2])
 

@@ -25,14 +25,16 @@ def match_tokens(judge_ids_J, judge_spans_J2, ids_N, spans_N2) -> np.ndarray:
     return np.array([waiting[key].pop() if waiting.get(key) else -1 for key in keys], dtype=np.int64)
 
 
-def align(mass_J, judge_ids_J, judge_spans_J2, ids_N, spans_N2) -> np.ndarray:
+def align(mass_J, judge_ids_J, judge_spans_J2, ids_N, spans_N2, stop: int | None = None) -> np.ndarray:
     """Mass of judge tokens -> mass of training tokens, float64 [N].
 
-    mass_J: float, at least 0. Spans are characters of the same answer. Mass on characters after the last training
-    token (the training cut) is dropped; the rest is conserved.
+    mass_J: float, at least 0. Spans are characters of the same answer. stop: where the text that training keeps ends
+    (None: with the last training token). Mass on characters after it is dropped; the rest is conserved.
     """
     mass_J = np.asarray(mass_J, dtype=np.float64)
     aligned_N = np.zeros(len(ids_N))
+    if not len(ids_N):
+        return aligned_N
     match_N = match_tokens(judge_ids_J, judge_spans_J2, ids_N, spans_N2)
     matched_N = match_N >= 0
     aligned_N[matched_N] = mass_J[match_N[matched_N]]
@@ -41,7 +43,7 @@ def align(mass_J, judge_ids_J, judge_spans_J2, ids_N, spans_N2) -> np.ndarray:
     if not left_J.any():
         return aligned_N
     judge_spans_J2, spans_N2 = fill_empty(judge_spans_J2), fill_empty(spans_N2)
-    density_C = spread(mass_J[left_J], judge_spans_J2[left_J], int(spans_N2[:, 1].max()))
+    density_C = spread(mass_J[left_J], judge_spans_J2[left_J], int(spans_N2[:, 1].max()) if stop is None else stop)
     # A character gives its mass to the unmatched tokens that cover it, else to all that cover it.
     for takers_N in (~matched_N, np.ones(len(ids_N), dtype=bool)):
         cover_C = count_cover(spans_N2[takers_N], len(density_C))

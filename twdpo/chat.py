@@ -1,7 +1,11 @@
-"""Chat template: the conversation as it prints it, and where the texts of the turns stand there."""
+"""Chat template: conversations as it prints them, what it does with their turns, and what ends one."""
 
+import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -9,7 +13,8 @@ import jinja2
 from twdpo.flags import InputError
 from twdpo.pairs import Pair
 
-Piece = tuple[str, bool]  # (text, whether it comes from the data: then it may not spell special tokens)
+Message = dict[str, object]  # role, content, and what else of it a template may print
+THINK, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,41 @@ class Chat:
     templated: bool = False
     end_ids: frozenset[int] = frozenset()
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens."""
+        ids = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(ids | set(self.tokenizer.all_special_ids))
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern:
+        """Matches text that spells a special token; marks of thinking, which can't end a turn, are none."""
+        specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        specials |= set(self.tokenizer.all_special_tokens)
+        specials -= {THINK, THINK_END}
+        return re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+
+    @cached_property
+    def endings(self) -> dict[str, str]:
+        """What was found to end a turn, by the text that the template prints after an answer."""
+        return {}
+
+    @cached_property
+    def habits(self) -> dict[tuple[str, ...], "Habit"]:
+        """What the template does with conversations, by the roles of their turns."""
+        return {}
+
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer as the chat template prints it: `text` begins at character `start` of the answer in the row."""
+class Habit:
+    """What the template does with conversations of some roles.
 
-    text: str
-    start: int
+    printed: how often it prints the text of each turn before the answer. lead: what it prints between the generation
+    prompt and a plain answer; None when what stands before the answer does not begin with the generation prompt.
+    """
+
+    printed: tuple[int, ...]
+    lead: str | None
 
 
 def set_chat_template(tokenizer, path: str) -> None:
@@ -48,69 +81,112 @@ def set_chat_template(tokenizer, path: str) -> None:
                          "character offsets")
 
 
-def render(tokenizer, messages: Iterable[tuple[str, str]], generation_prompt: bool = False) -> str:
+# ----------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+def messages_of(pair: Pair) -> tuple[list[Message], dict[str, Message], object]:
+    """(turns before the answers, the message of either answer by side, tools or None), as templates take them."""
+    extras = json.loads(pair.extras) if pair.extras else {}
+    turns = extras.get("turns", {})
+    messages = [{"role": role, "content": text} | turns.get(str(place), {})
+                for place, (role, text) in enumerate(pair.messages)]
+    answers = {side: {"role": "assistant", "content": getattr(pair, side)} | extras.get(side, {})
+               for side in ("chosen", "rejected")}
+    return messages, answers, extras.get("tools")
+
+
+def render(chat: Chat, messages: list[Message], tools: object = None, generation_prompt: bool = False) -> str:
     """The conversation as the chat template prints it. Raises ValueError when the template refuses it."""
-    turns = [{"role": role, "content": text} for role, text in messages]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        return chat.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                  add_generation_prompt=generation_prompt)
+    except (jinja2.TemplateError, TypeError) as error:
+        cure = "; --fold-system puts the system turn into the user's" if messages[0]["role"] == "system" else ""
+        raise ValueError(f"the chat template refuses the conversation: {error}{cure}") from error
 
 
-def template_pieces(tokenizer, messages: list[tuple[str, str]], open_turns: Iterable[int],
+def mark(place: int) -> str:
+    """Text that stands for the text of a turn, and that no data holds by chance."""
+    return f"\ue000{place}\ue001"
+
+
+def template_pieces(chat: Chat, messages: list[Message], open_turns: Iterable[int], tools: object = None,
                     generation_prompt: bool = False) -> list[str]:
     """The rendered conversation cut where the texts of `open_turns` stand: fixed text around every one of them.
 
     Found by rendering marks in their place, so text that looks like a part of the template can't mislead it.
     """
-    marks = {turn: f"\ue000{turn}\ue001" for turn in open_turns}
-    marked = [(role, marks.get(turn, text)) for turn, (role, text) in enumerate(messages)]
-    rest, fixed = render(tokenizer, marked, generation_prompt), []
-    for turn in sorted(marks):
-        if rest.count(marks[turn]) != 1:
-            raise ValueError(f"the chat template prints turn {turn + 1} of the conversation {rest.count(marks[turn])} "
-                             "times")
-        before, rest = rest.split(marks[turn])
+    open_turns = sorted(open_turns)
+    marked = [message | {"content": mark(place)} if place in open_turns else message
+              for place, message in enumerate(messages)]
+    rest, fixed = render(chat, marked, tools, generation_prompt), []
+    for place in open_turns:
+        if rest.count(mark(place)) != 1:
+            raise ValueError(f"the chat template prints turn {place + 1} of the conversation "
+                             f"{rest.count(mark(place))} times")
+        before, rest = rest.split(mark(place))
         fixed.append(before)
     return [*fixed, rest]
 
 
-def printed_text(tokenizer, messages: list[tuple[str, str]], turn: int, before: str, after: str) -> str:
-    """What the template prints of one turn's text (some trim it), given the fixed text around it."""
-    text = render(tokenizer, messages)
-    if not text.startswith(before) or not text[len(before):].endswith(after):
-        raise ValueError("the chat template changes what it prints around turn "
-                         f"{turn + 1} with its text; the answer can't be told from the template")
-    return text[len(before):len(text) - len(after)]
+def habit_of(chat: Chat, messages: list[Message], tools: object) -> Habit:
+    """What the template does with conversations like this one; found once for those of equal roles."""
+    roles = tuple(message["role"] for message in messages)
+    plain = tools is None and all(len(message) == 2 for message in messages)
+    if plain and roles in chat.habits:
+        return chat.habits[roles]
+    marked = [message | {"content": mark(place)} for place, message in enumerate(messages)]
+    answer = mark(len(messages))
+    before = render(chat, [*marked, {"role": "assistant", "content": answer}], tools).partition(answer)[0]
+    opened = render(chat, marked, tools, generation_prompt=True)
+    habit = Habit(tuple(before.count(mark(place)) for place in range(len(messages))),
+                  before[len(opened):] if before.startswith(opened) else None)
+    if plain:
+        chat.habits[roles] = habit
+    return habit
 
 
-def printed_answers(tokenizer, pair: Pair) -> tuple[str, str, tuple[Answer, Answer]]:
-    """(template text before an answer, after it, both answers). Raises ValueError when an answer is not printed."""
-    last = len(pair.messages)
-    before, after = template_pieces(tokenizer, [*pair.messages, ("assistant", "")], [last])
-    answers = []
-    for side, given in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        text = printed_text(tokenizer, [*pair.messages, ("assistant", given)], last, before, after)
-        if not given.strip():  # --empty-answers space: a space to score even where the template trims it away
-            answers.append(Answer(given, 0))
-            continue
-        start = given.find(text)
-        if start < 0 or not text.strip():
-            raise ValueError(f"the chat template prints {side} as {text!r:.60}, which is not a part of it")
-        answers.append(Answer(text, start))
-    return before, after, tuple(answers)
+# ----------------------------------------------------------------------------------------------------------------------
+# The end of a turn
+
+def end_of_turn(chat: Chat, after: str) -> str:
+    """The text that ends a turn, of what the template prints after an answer; "" when only the eos token does.
+
+    What stands after an answer whether or not a turn follows counts first, then what stands after the last one, then
+    how the next turn begins (`### Instruction:`); of each the text up to its first special token (or token that ends
+    generation), else all of it but white space at its end.
+    """
+    if after not in chat.endings:
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        try:
+            between = template_pieces(chat, turns, [1, 2])[1]
+        except ValueError:  # it refuses the next turn, so it shows nothing
+            between = ""
+        always = after if between.startswith(after) else re.sub(r"\S*$", "", os.path.commonprefix([after, between]))
+        ends = (first_end(chat, text) or text.rstrip() for text in (always, after, between))
+        chat.endings[after] = next(filter(None, ends), "")
+    return chat.endings[after]
 
 
-def prompt_pieces(tokenizer, pair: Pair, before: str) -> list[Piece]:
-    """The prompt cut into template text and the texts of its turns, the latter marked as data."""
-    messages = [*pair.messages, ("assistant", "x")]
-    fixed = template_pieces(tokenizer, messages, range(len(messages)))
-    pieces: list[Piece] = []
-    for turn in range(len(pair.messages)):
-        around = template_pieces(tokenizer, messages, [turn])
-        pieces += [(fixed[turn], False), (printed_text(tokenizer, messages, turn, *around), True)]
-    pieces.append((fixed[len(pair.messages)], False))
-    if "".join(text for text, _ in pieces) != before:
-        raise ValueError("it spells a special token and the chat template changes with the text of its turns: the "
-                         "prompt can't be told from the template")
-    return pieces
+def first_end(chat: Chat, text: str) -> str:
+    """The text up to its first special token, or token that ends generation; "" without one."""
+    tokens = [chat.tokenizer.decode([id]) for id in chat.end_ids]
+    found = [match.end() for match in [chat.special_pattern.search(text)] if match]
+    found += [text.index(token) + len(token) for token in tokens if token.strip() and token in text]
+    return text[:min(found, default=0)]
+
+
+def plain_end(chat: Chat) -> str:
+    """What ends a turn of the plainest conversation; "" when the tokenizer's template has nothing or refuses it."""
+    try:
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        return end_of_turn(chat, template_pieces(chat, turns, [1])[1])
+    except ValueError:
+        return ""
+
+
+def describe_end(chat: Chat) -> str:
+    """A line that says what ends a turn."""
+    ends = [repr(end) if end else f"the tokenizer's eos {chat.tokenizer.eos_token!r}, which the chat template does not "
+            "print" for end in dict.fromkeys(chat.endings.values())]
+    return f"a turn ends with {' or '.join(ends)}" if ends else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
-from twdpo.chat import Chat
+from twdpo.chat import Chat, describe_end
 from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_prompt
@@ -21,6 +21,7 @@ from twdpo.models.source import Model, check_length, load_tokenizer, open_model
 from twdpo.objective import Objective
 from twdpo.plugins import name_of, split_paths
 from twdpo.postprocess import alignment_shares
+from twdpo.printed import check_templated
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
@@ -73,7 +74,7 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
-    model = open_model(config.model or "toy", process, config.chat_template)
+    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
     train, held_out, bad = prepare_examples(config, dataset, model.chat, process)
     inputs = Inputs(model, train, held_out, dataset.data, dataset.eval_data, dataset.fingerprint)
     for need in needs if train else ():
@@ -109,6 +110,8 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process:
     if config.eval_fraction > 0 and not held_out_pairs and not config.eval_data:
         train_pairs, held_out_pairs = split_by_prompt(dataset.train, config.eval_fraction, config.seed)
     results = []
+    if line := check_templated(chat, dataset.train + dataset.held_out):
+        process.print(line)
     for name, pairs in (("tokenise", train_pairs), ("tokenise held-out", held_out_pairs)):
         examples, bad, counts = tokenize_pairs(
             chat, pairs, config.max_length, config.max_prompt_length,
@@ -116,6 +119,7 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process:
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None
         results.append((examples, bad))
+    process.print(describe_end(chat))
     (train_examples, bad), (held_out, bad_held_out) = results
     return train_examples, held_out, bad + bad_held_out
 

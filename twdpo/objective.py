@@ -13,11 +13,11 @@ import torch
 
 from twdpo.batch import Outputs, PairBatch
 from twdpo.config import TrainConfig
-from twdpo.dist import Process
+from twdpo.dist import Process, send
 from twdpo.flags import InputError, choices_of
 from twdpo.logratio import TERMS
 from twdpo.losses import LOSSES, loss_needs
-from twdpo.plugins import bind_options, describe, import_files, inherit_attributes, merge_options, name_of
+from twdpo.plugins import SWITCHES, bind_options, describe, import_files, inherit_attributes, merge_options, name_of
 from twdpo.weights import (
     NORMS,
     ONLINE_NEEDS,
@@ -38,7 +38,8 @@ class Objective:
     """What is optimised.
 
     needs: what loss and source read beside the policy (twdpo.inputs.NEEDS). norm: of the weights (twdpo.weights).
-    terms: of the fused op, which the loss reads as batch.terms. statistics: the loss's, or None.
+    terms: of the fused op, which the loss reads as batch.terms. statistics: the loss's, or None. weighs_reasoning:
+    whether a reasoning model's thinking has weight.
     """
 
     loss: Callable
@@ -48,6 +49,7 @@ class Objective:
     norm: str
     terms: tuple[str, ...]
     statistics: Callable | None
+    weighs_reasoning: bool = True
 
     @property
     def has_reference(self) -> bool:
@@ -63,6 +65,8 @@ class Objective:
         """The batch with weights_N and scale_S of the source, normalised as `norm` says. Raises InputError."""
         config, lens, norm = context.config, batch.seq_lens_S, self.norm
         raw_N = self._check_weights(self.source(batch, context), batch)
+        if not self.weighs_reasoning:
+            raw_N = raw_N * send(rest_tokens(batch), raw_N.device)
         # Only attention comes with a sum that cuts and the alignment may have lessened.
         attended = norm == "mean1" and "attention" in source_needs(self.source)
         if attended and not config.renormalize:
@@ -144,10 +148,30 @@ def find_objective(config: TrainConfig, process: Process) -> Objective:
         raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
     loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
     name = find_source(loss, config)
-    source = bind_options(WEIGHTS[name], config.weights_options, "--weights-options")
-    objective = bind_objective(loss, source, name)
+    options, weighs_reasoning = split_reasoning(config.weights_options)
+    source = bind_options(WEIGHTS[name], options, "--weights-options")
+    objective = replace(bind_objective(loss, source, name), weighs_reasoning=weighs_reasoning)
     try_loss(objective, config, process)
     return objective
+
+
+def split_reasoning(text: str) -> tuple[str, bool]:
+    """(options of the source itself, whether thinking has weight: `reasoning=on|off`, which any source takes).
+
+    Raises InputError.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    values = [part.partition("=")[2].strip().lower() for part in parts if part.partition("=")[0].strip() == "reasoning"]
+    if values and values[-1] not in SWITCHES:
+        raise InputError(f"--weights-options has reasoning={values[-1]}: it must be on or off")
+    own = ",".join(part for part in parts if part.partition("=")[0].strip() != "reasoning")
+    return own, not values or SWITCHES[values[-1]]
+
+
+def rest_tokens(batch: PairBatch) -> torch.Tensor:
+    """0 for tokens of a reasoning model's thinking and the marks around it, else 1; fp32 [N] on the CPU."""
+    responses = [response for example in batch.examples for response in (example.chosen, example.rejected)]
+    return torch.cat([(torch.arange(len(each.ids)) >= each.num_reasoning).float() for each in responses])
 
 
 def bind_objective(loss: Callable, source: Callable, source_name: str) -> Objective:
@@ -208,7 +232,7 @@ def list_objectives(paths: str = "") -> str:
     Raises InputError for a file that can't be run.
     """
     import_objectives(paths)
-    lines = []
+    lines = ["--weights-options reasoning=off, with any source: a reasoning model's thinking has no weight"]
     for title, rows in (("losses", describe(LOSSES, loss_needs)),
                         ("weight sources", describe(WEIGHTS, source_needs))):
         lines.append(f"{title} (name; options and their defaults; what it needs):")

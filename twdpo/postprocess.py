@@ -38,11 +38,16 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
         ended_N = np.append(response.ids, response.ids[~content])
         mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[:num_tokens][content]
     else:
-        mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2)
+        mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2, kept_text(response))
     pinned_N = pinned_tokens(response, judged, config)
     if not config.renormalize:
         return np.where(pinned_N, 1 / num_tokens, mass_N)
     return pin_and_share(mass_N, pinned_N)
+
+
+def kept_text(response: Response) -> int:
+    """Where the text that training keeps of an answer ends; its last characters may stand in the end of the turn."""
+    return int(response.spans_N2[:, 1].max(initial=0))
 
 
 def pinned_tokens(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
@@ -89,7 +94,7 @@ def alignment_shares(examples: list[Example], weights_file: WeightsFile, rounds:
             mass_J = average_rounds(judged.attention_LRJ[-1], rounds)
             match_N = match_tokens(judged.ids_J, judged.spans_J2, ids_N, spans_N2)
             copied = mass_J[match_N[match_N >= 0]].sum()
-            kept = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2).sum()
+            kept = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2, kept_text(response)).sum()
             for name, value in (("copied", copied), ("moved", kept - copied), ("dropped", mass_J.sum() - kept)):
                 totals[name] += float(value)
             num_answers += 1

@@ -5,29 +5,16 @@ Only text of the data that spells a special token is tokenised apart, so that no
 Character spans count from the start of the answer as the row gives it, so they mean the same for every tokenizer.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from twdpo.chat import Answer, Chat, Piece, printed_answers, prompt_pieces
+from twdpo.chat import Chat
 from twdpo.data_files import BadRow
 from twdpo.flags import InputError
 from twdpo.pairs import Pair
-
-
-def special_pattern(tokenizer) -> re.Pattern:
-    """Matches text that spells one of the tokenizer's special tokens."""
-    specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
-
-
-def special_ids(tokenizer) -> set[int]:
-    """Ids of the tokenizer's special tokens."""
-    ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids | set(tokenizer.all_special_ids)
+from twdpo.printed import Piece, Printed, PrintedAnswer, print_pair, prompt_pieces
 
 
 def encode(tokenizer, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
@@ -103,45 +90,64 @@ def tokenize_pairs(chat: Chat, pairs: list[Pair], max_length: int, max_prompt_le
     Prompts keep BOS and their last tokens, `max_prompt_length` in all; responses keep the first tokens that
     `max_length` leaves them.
     """
-    pattern, specials = special_pattern(chat.tokenizer), special_ids(chat.tokenizer)
     examples, bad, counts = [], [], Counter()
     for pair in progress(pairs):
         try:
-            examples.append(tokenize_pair(chat.tokenizer, pair, pattern, specials, max_length, max_prompt_length,
-                                          counts))
+            examples.append(tokenize_pair(chat, pair, max_length, max_prompt_length, counts))
         except ValueError as error:
             bad.append(BadRow(pair.where, str(error), pair.to_row()))
     counts["answers equal"] = sum(pair.chosen == pair.rejected for pair in pairs)
     return examples, bad, counts
 
 
-def tokenize_pair(tokenizer, pair: Pair, pattern: re.Pattern, specials: set[int], max_length: int,
-                  max_prompt_length: int, counts: Counter) -> Example:
+def tokenize_pair(chat: Chat, pair: Pair, max_length: int, max_prompt_length: int, counts: Counter) -> Example:
     """One pair -> Example. Raises ValueError with the reason when it can't be."""
-    before, after, answers = printed_answers(tokenizer, pair)
-    if any(pattern.search(text) for text in (*(text for _, text in pair.messages), pair.chosen, pair.rejected)):
-        counts["rows that spell a special token, tokenised in pieces"] += 1
-        prompt_ids, _ = encode_pieces(tokenizer, prompt_pieces(tokenizer, pair, before))
-        tails = [encode_pieces(tokenizer, [(answer.text, True), (after, False)]) for answer in answers]
-    else:
-        wholes = encode(tokenizer, [before + answer.text + after for answer in answers])
-        if num_prompt := find_prompt(before, wholes):
-            prompt_ids = wholes[0][0][:num_prompt]
-            tails = [(ids[num_prompt:], spans_T2[num_prompt:] - len(before)) for ids, spans_T2 in wholes]
-        else:
-            counts["rows whose prompt and answer merge, tokenised apart"] += 1
-            [(prompt_ids, _)] = encode(tokenizer, [before])
-            tails = encode(tokenizer, [answer.text + after for answer in answers])
+    printed, tokenizer = print_pair(chat, pair), chat.tokenizer
+    counts.update(printed.notes)
+    prompt_ids, tails = tokenize_printed(chat, pair, printed, counts)
     if len(prompt_ids) > max_prompt_length:
         counts["prompts cut"] += 1
         bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
         prompt_ids = bos + prompt_ids[len(prompt_ids) - max_prompt_length + len(bos):]
     responses = []
-    for side, tail, answer in zip(("chosen", "rejected"), tails, answers):
-        response = cut_response(tokenizer, specials, *tail, answer, max_length - len(prompt_ids))
-        counts[f"{side} answers cut"] += response.is_cut
-        responses.append(response)
+    for side, tail, answer in zip(("chosen", "rejected"), tails, printed.answers):
+        responses.append(make_response(chat, *tail, answer, printed.end, max_length - len(prompt_ids)))
+        counts[f"{side} answers cut"] += responses[-1].is_cut
     return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses)
+
+
+def tokenize_printed(chat: Chat, pair: Pair, printed: Printed, counts: Counter
+                     ) -> tuple[list[int], list[tuple[list[int], np.ndarray]]]:
+    """(ids of the prompt, ids and spans of what follows it for either answer, characters counted from there)."""
+    tokenizer, pattern, end = chat.tokenizer, chat.special_pattern, printed.end
+    texts = (pair.extras, *(text for _, text in pair.messages), pair.chosen, pair.rejected)
+    if not chat.templated and any(map(pattern.search, texts)):
+        counts["rows that spell a special token, tokenised in pieces"] += 1
+        return (encode_pieces(tokenizer, prompt_pieces(chat, pair, printed.prompt))[0],
+                [encode_pieces(tokenizer, [*answer_pieces(answer), (end, False)]) for answer in printed.answers])
+    prompt = printed.prompt
+    wholes = encode(tokenizer, [prompt + answer.text + end for answer in printed.answers])
+    if num_prompt := find_prompt(prompt, wholes):
+        prompt_ids = wholes[0][0][:num_prompt]
+        tails = [(ids[num_prompt:], spans_T2[num_prompt:] - len(prompt)) for ids, spans_T2 in wholes]
+    else:
+        counts["rows whose prompt and answer merge, tokenised apart"] += 1
+        [(prompt_ids, _)] = encode(tokenizer, [prompt])
+        tails = encode(tokenizer, [answer.text + end for answer in printed.answers])
+    for place, ((_, spans_T2), answer) in enumerate(zip(tails, printed.answers)):
+        if end and not (spans_T2[:, 1] <= len(answer.text)).any():  # the whole answer merges with what ends the turn
+            counts["answers that merge with the end of the turn, tokenised apart"] += 1
+            tails[place] = encode_pieces(tokenizer, [(answer.text, False), (end, False)])
+    return prompt_ids, tails
+
+
+def answer_pieces(answer: PrintedAnswer) -> list[Piece]:
+    """What follows the prompt as text of the data and, between it, of the template."""
+    pieces, stop = [], 0
+    for place, _, length in answer.pieces:
+        pieces += [(answer.text[stop:place], False), (answer.text[place:place + length], True)]
+        stop = place + length
+    return [*pieces, (answer.text[stop:], False)]
 
 
 def find_prompt(before: str, wholes: list[tuple[list[int], np.ndarray]]) -> int:
@@ -157,27 +163,38 @@ def find_prompt(before: str, wholes: list[tuple[list[int], np.ndarray]]) -> int:
     return 0
 
 
-def cut_response(tokenizer, specials: set[int], ids: list[int], spans_T2: np.ndarray, answer: Answer, budget: int
-                 ) -> Response:
-    """y: the content tokens and the first special token after them (the end of the turn), at most `budget` tokens.
+def make_response(chat: Chat, ids: list[int], spans_T2: np.ndarray, answer: PrintedAnswer, end: str, budget: int
+                  ) -> Response:
+    """y: the tokens of the answer and of the end of the turn, at most `budget`; a cut answer loses its whole end.
 
-    ids, spans_T2: tokens from the first of the answer on, with characters counted from the answer's start. A template
-    that prints no special token after the answer gets the tokenizer's eos; what it prints after the end of the turn is
-    left out.
+    ids, spans_T2: what follows the prompt, with characters counted from the start of `answer.text`. A token that
+    reaches past the answer belongs to the end of the turn, though it may cover the answer's last characters.
     """
-    stop = int(np.flatnonzero(spans_T2[:, 0] < len(answer.text))[-1]) + 1
-    after = next((place for place in range(stop, len(ids)) if ids[place] in specials), None)
-    if after is not None:
-        tail = ids[stop:after + 1]
-    elif tokenizer.eos_token_id is not None:
-        tail = [tokenizer.eos_token_id]
-    else:
-        raise InputError(f"the chat template of {tokenizer.name_or_path} prints no special token after an answer and "
-                         "the tokenizer has no eos token: nothing would end a turn")
-    content = np.clip(spans_T2[:stop], 0, len(answer.text))
-    spans_N2 = np.concatenate([content, np.full((len(tail), 2), len(answer.text))]) + answer.start
-    response_ids, is_cut = ids[:stop] + tail, False
-    if len(response_ids) > budget:
-        response_ids, spans_N2, is_cut = response_ids[:min(stop, budget)], spans_N2[:min(stop, budget)], True
-    return Response(np.array(response_ids, dtype=np.int32), spans_N2.astype(np.int32),
-                    np.arange(len(response_ids)) < stop, is_cut)
+    length = len(answer.text)
+    row_C = np.full(length, -1)  # the place in the row's answer of each character, -1 for the template's
+    for place, start, num in answer.pieces:
+        row_C[place:place + num] = np.arange(start, start + num)
+    copied = np.flatnonzero(row_C >= 0)
+    before_C = np.concatenate([[0], np.cumsum(row_C >= 0)])  # copied characters before each place
+    first_N, stop_N = np.clip(spans_T2, 0, length).T
+    left_N, right_N = before_C[first_N], before_C[stop_N]
+    # A token of no copied character stands before the next one, or at the end.
+    bounds = np.append(row_C[copied], row_C[copied[-1]] + 1)
+    spans_N2 = np.stack([bounds[left_N], bounds[left_N]], axis=1)
+    covers_N = right_N > left_N
+    spans_N2[covers_N, 1] = bounds[right_N[covers_N] - 1] + 1
+    # White space of the prompt that a tokenizer joins to the answer covers nothing of it, and is written with it.
+    joined_N = (first_N == stop_N) & (first_N < length) & (row_C[np.minimum(first_N, length - 1)] >= 0)
+    content_N = (covers_N | joined_N) & (spans_T2[:, 1] <= length)
+    if not end:
+        if chat.tokenizer.eos_token_id is None:
+            raise InputError(f"the chat template of {chat.tokenizer.name_or_path} prints nothing after an answer and "
+                             "the tokenizer has no eos token: nothing would end a turn")
+        ids, content_N = [*ids, chat.tokenizer.eos_token_id], np.append(content_N, False)
+        spans_N2 = np.concatenate([spans_N2, [[bounds[-1], bounds[-1]]]])
+    is_cut, num = len(ids) > budget, len(ids)
+    if is_cut:
+        num = min(int(np.flatnonzero(content_N)[-1]) + 1, budget)
+    num_reasoning = min(int((spans_T2[:, 1] <= answer.rest).sum()), num) if answer.rest else 0
+    return Response(np.array(ids[:num], dtype=np.int32), spans_N2[:num].astype(np.int32), content_N[:num], is_cut,
+                    num_reasoning)

@@ -45,7 +45,7 @@ class Extraction:
         if config.judge_max_length:
             warning = check_length("--judge-max-length", config.judge_max_length, model.config)
             process.print(warning) if warning else None
-        self.inputs = JudgeInputs(model.tokenizer, load_judge_prompt(config.judge_prompt),
+        self.inputs = JudgeInputs(model.chat, load_judge_prompt(config.judge_prompt),
                                   self.meta["max_judge_length"] - appended, config.judge_question, config.judge_strip,
                                   config.judge_cut, config.judge_spans)
         if config.judge_spans == "authors" and self.inputs.end_rule is None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.chat import Answer, printed_answers, template_pieces
+from twdpo.chat import Chat, template_pieces
 from twdpo.flags import InputError
 from twdpo.pairs import Pair, show_question
-from twdpo.tokens import encode, encode_pieces, overlapping, special_pattern
+from twdpo.printed import Answer, print_pair, without_marks
+from twdpo.tokens import encode, encode_pieces, overlapping
 
 ROUNDS = 2
 QUESTION_FLOOR = 64  # tokens: a question is not cut below this while answers still have tokens to give
@@ -118,19 +119,20 @@ def load_judge_prompt(name: str) -> str:
 class JudgeInputs:
     """Builds judge inputs for one tokenizer and prompt; `counts` holds what was cut or tokenised apart."""
 
-    def __init__(self, tokenizer, prompt: str, max_length: int, question: str = "conversation", strip: bool = False,
+    def __init__(self, chat: Chat, prompt: str, max_length: int, question: str = "conversation", strip: bool = False,
                  cut: str = "common", spans: str = "exact"):
         """max_length: most tokens of one input; the others as the flags of their names (--judge-strip, --judge-cut).
 
         Raises InputError when the chat template does not print the prompt.
         """
-        self.tokenizer, self.max_length = tokenizer, max_length
+        tokenizer = chat.tokenizer
+        self.chat, self.tokenizer, self.max_length = chat, tokenizer, max_length
         self.question, self.strip, self.cut = question, strip, cut
         self.end_rule = find_end_rule(tokenizer, prompt) if spans == "authors" else None
-        self.pattern = special_pattern(tokenizer)
+        self.pattern = chat.special_pattern
         self.counts = Counter()
         try:
-            before, after = template_pieces(tokenizer, [("user", "")], [0], generation_prompt=True)
+            before, after = template_pieces(chat, [{"role": "user", "content": ""}], [0], generation_prompt=True)
         except ValueError as error:
             raise InputError(f"the chat template of {tokenizer.name_or_path} can't show the judge prompt: {error}"
                              ) from error
@@ -173,12 +175,13 @@ class JudgeInputs:
 
     def _show(self, pair: Pair) -> tuple[str, Answer, Answer]:
         """What the judge sees of a pair: question, chosen, rejected. Raises ValueError."""
-        _, _, (chosen, rejected) = printed_answers(self.tokenizer, pair)
+        chosen, rejected = (answer.given for answer in print_pair(self.chat, pair).answers)
         if self.strip:
             chosen, rejected = (Answer(answer.text.strip(),
                                        answer.start + len(answer.text) - len(answer.text.lstrip()))
                                 if answer.text.strip() else answer for answer in (chosen, rejected))
-        return show_question(pair, self.question), chosen, rejected
+        question = show_question(pair, self.question)
+        return without_marks(self.chat, question) if self.chat.templated else question, chosen, rejected
 
     def build(self, pair: Pair) -> JudgedPair:
         """Both rounds of one pair. Raises ValueError when it can't be judged, with the reason."""

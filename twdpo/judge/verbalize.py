@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twdpo.chat import printed_answers, template_pieces
+from twdpo.chat import Chat, template_pieces
 from twdpo.config import SharedConfig
 from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
@@ -15,7 +15,8 @@ from twdpo.judge.verbalized import SYSTEM_PROMPT, USER_PROMPT, ScoresFile, locat
 from twdpo.models.generate import generate, writing
 from twdpo.models.source import Model, fingerprint_tokenizer
 from twdpo.pairs import Pair, show_question
-from twdpo.tokens import encode, encode_pieces, special_pattern
+from twdpo.printed import print_pair, without_marks
+from twdpo.tokens import encode, encode_pieces
 from twdpo.weights_file import shard_path, write_shard
 
 
@@ -52,7 +53,7 @@ class Scoring:
             for number, group in mine:
                 keys = [pair.key for pair in group]
                 with writing(model):
-                    arrays = score_pairs(model, self.model.tokenizer, group, budget, bar)
+                    arrays = score_pairs(model, self.model.chat, group, budget, bar)
                 write_shard(shard_path(self.folder, number, keys), arrays)
         process.gather(None)  # all ranks have written before any reads
 
@@ -61,14 +62,15 @@ class Scoring:
         return ScoresFile(self.folder)
 
 
-def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
+def score_pairs(model, chat: Chat, pairs: list[Pair], budget: int, bar) -> dict[str, np.ndarray]:
     """The arrays of one shard (twdpo.judge.verbalized)."""
-    ids, answers = [], []
-    (before, after), pattern = around_user_turn(tokenizer), special_pattern(tokenizer)
+    tokenizer, ids, answers = chat.tokenizer, [], []
+    (before, after), pattern = around_user_turn(chat), chat.special_pattern
     head, between, tail = re.split(r"\{question\}|\{answer\}", USER_PROMPT)
     for pair in pairs:
-        _, _, printed = printed_answers(tokenizer, pair)
+        printed = [answer.given for answer in print_pair(chat, pair).answers]
         question = show_question(pair, "conversation")
+        question = without_marks(chat, question) if chat.templated else question
         for answer in printed:
             pieces = [(before + head, False), (question, True), (between, False), (answer.text, True),
                       (tail + after, False)]
@@ -80,7 +82,7 @@ def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[s
     outputs = {}
     lengths = [len(ids[place]) + most_new_tokens(len(answers[place][1][0])) for place in range(len(ids))]
     for batch in equal_batches(lengths, budget):
-        outputs |= dict(zip(batch, generate(model, tokenizer, [ids[place] for place in batch],
+        outputs |= dict(zip(batch, generate(model, chat, [ids[place] for place in batch],
                                             max(most_new_tokens(len(answers[place][1][0])) for place in batch))))
         bar.update(len(batch) / 2)
     spans, scores, matched = [], [], []
@@ -98,16 +100,17 @@ def score_pairs(model, tokenizer, pairs: list[Pair], budget: int, bar) -> dict[s
     }
 
 
-def around_user_turn(tokenizer) -> tuple[str, str]:
+def around_user_turn(chat: Chat) -> tuple[str, str]:
     """Template text before and after what the user says: the system prompt first, or in the user's turn where the
     template has no system turn."""
     try:
-        before, after = template_pieces(tokenizer, [("system", SYSTEM_PROMPT), ("user", "")], [1], True)
+        before, after = template_pieces(chat, [{"role": "system", "content": SYSTEM_PROMPT},
+                                                {"role": "user", "content": ""}], [1], generation_prompt=True)
         if SYSTEM_PROMPT in before:
             return before, after
     except ValueError:
         pass  # the template refuses a system turn
-    before, after = template_pieces(tokenizer, [("user", "")], [0], True)
+    before, after = template_pieces(chat, [{"role": "user", "content": ""}], [0], generation_prompt=True)
     return f"{before}{SYSTEM_PROMPT}\n\n", after
 
 

@@ -8,19 +8,20 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from twdpo.chat import template_pieces
+from twdpo.chat import Chat, plain_end
 from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.policy import Policy
 from twdpo.models.source import context_length
-from twdpo.tokens import Example, encode, special_ids
+from twdpo.tokens import Example, encode
 
 
-def turn_ends(tokenizer) -> list[int]:
-    """Ids that end an answer: the end of text, and the first special token that the template prints after one."""
-    after = template_pieces(tokenizer, [("user", "x"), ("assistant", "")], [1])[1]
-    specials = special_ids(tokenizer)
-    first = [id for id in encode(tokenizer, [after])[0][0] if id in specials][:1]
-    return sorted({*first, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+def turn_ends(chat: Chat) -> tuple[list[int], str]:
+    """(ids that end an answer, text that does when it is several tokens): the end of text, and what ends a turn."""
+    end, ids = plain_end(chat), {chat.tokenizer.eos_token_id, *chat.end_ids} - {None}
+    last = encode(chat.tokenizer, [end])[0][0][-1:]
+    if last and last[0] in chat.special_ids | ids:
+        return sorted({*ids, *last}), ""
+    return sorted(ids), end
 
 
 @contextmanager
@@ -41,16 +42,16 @@ def writing(model) -> Iterator[None]:
         model.train(training)
 
 
-def sample_answers(policy: Policy, tokenizer, examples: list[Example], max_new_tokens: int) -> list[str]:
+def sample_answers(policy: Policy, chat: Chat, examples: list[Example], max_new_tokens: int) -> list[str]:
     """The policy's own answers to the prompts of some examples. All ranks, which all write the same ones."""
     prompts = [example.prompt_ids.tolist() for example in examples]
     with writing(policy.model):
-        return generate(policy.model, tokenizer, prompts, max_new_tokens, policy.generate,
+        return generate(policy.model, chat, prompts, max_new_tokens, policy.generate,
                         synced_gpus=dist.get_world_size() > 1)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, generate=None, **options) -> list[str]:
+def generate(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, generate=None, **options) -> list[str]:
     """Greedy continuations of prompts in tokens, up to the end of the turn. Inside `writing`.
 
     generate: what to call instead of the model's own `generate`.
@@ -65,12 +66,14 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ge
         input_ids[row, longest - len(ids):] = torch.tensor(ids)
         mask[row, longest - len(ids):] = 1
     # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
-    ends = turn_ends(tokenizer)
+    ends, end = turn_ends(chat)
     settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
-                                eos_token_id=ends)
+                                eos_token_id=ends, stop_strings=[end] if end else None)
     model.generation_config = settings
+    options |= {"tokenizer": chat.tokenizer} if end else {}
     output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
                                           generation_config=settings, **options)
     # An answer that ends before the longest of its batch is padded after its end, with what may be a word.
     answers = [list(itertools.takewhile(lambda id: id not in ends, ids)) for ids in output[:, longest:].tolist()]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = chat.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.partition(end)[0] for text in texts] if end else texts

@@ -29,15 +29,16 @@ class Model:
     config: PretrainedConfig
     tokenizer: object
     fingerprint: str
+    templated: bool = False  # whether the data's texts hold the template's marks already
 
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer as what makes tokens of conversations takes it."""
-        return Chat(self.tokenizer)
+        return Chat(self.tokenizer, self.templated, end_ids(self.folder))
 
 
-def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True
-               ) -> Model:
+def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True,
+               templated: bool = False) -> Model:
     """Find a model, load its config and tokenizer, and hash its weights. Raises InputError. All ranks.
 
     name: as `locate_model` takes it. flag: what names it, for messages.
@@ -45,7 +46,8 @@ def open_model(name: str, process: Process, chat_template: str = "", flag: str =
     folder = process.on_main(lambda: locate_model(name, flag))
     tokenizer = load_tokenizer(folder, chat_template, needs_template)
     fingerprint = process.on_main(lambda: fingerprint_model(folder))
-    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, fingerprint)
+    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, fingerprint,
+                 templated)
 
 
 def locate_model(name: str, flag: str) -> Path:
@@ -99,6 +101,16 @@ def load_model_config(directory: Path):
         return AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise InputError(f"the config in {directory} can't be loaded: {error}") from error
+
+
+def end_ids(folder: Path) -> frozenset[int]:
+    """Ids that end generation by the model's generation config. Raises InputError for one that can't be read."""
+    path = folder / "generation_config.json"
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} can't be read as a JSON object ({error})") from error
+    return frozenset(id for id in (ids if isinstance(ids, list) else [ids]) if isinstance(id, int))
 
 
 def fingerprint_model(directory: Path) -> str:

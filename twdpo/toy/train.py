@@ -220,7 +220,7 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would reseed accelerators too
         probe = torch.nn.Linear(config.hidden_size, 3)
-    inputs = JudgeInputs(tokenizer, load_judge_prompt(PRESETS["toy"]["judge_prompt"]), CONTEXT)
+    inputs = JudgeInputs(Chat(tokenizer), load_judge_prompt(PRESETS["toy"]["judge_prompt"]), CONTEXT)
     draws = Draws(rng)
     parameters = [*model.parameters(), *(probe.parameters() if config.probe else [])]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
