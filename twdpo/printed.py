@@ -103,8 +103,9 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         else:
             first, (_, start, length) = pieces[0][1], pieces[-1]
             given = Answer(row[first:start + length], first)
-            if row[:first].partition(THINK_END)[0].replace(THINK, "").strip():
-                notes.append(f"{side} answers whose thinking the chat template leaves out")
+            left_out = row[:first] + row[start + length:]
+            if left_out.replace(THINK, "").replace(THINK_END, "").strip():
+                notes.append(f"{side} answers of which the chat template leaves out a part, thinking for example")
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
     return Printed(before[:stop], tuple(printed), end, tuple(notes))
