@@ -84,6 +84,7 @@ class Example:
     prompt_ids: np.ndarray
     chosen: Response
     rejected: Response
+    prompt_is_cut: bool = False
 
     @property
     def together(self) -> int:
@@ -111,7 +112,6 @@ def tokenize_pairs(chat: Chat, pairs: list[Pair], max_length: int, max_prompt_le
                                           counts))
         except ValueError as error:
             bad.append(BadRow(pair.where, str(error), pair.to_row()))
-    counts["answers equal"] = sum(pair.chosen == pair.rejected for pair in pairs)
     return examples, bad, counts
 
 
@@ -132,8 +132,8 @@ def tokenize_pair(tokenizer, pair: Pair, pattern: re.Pattern, specials: set[int]
             counts["rows whose prompt and answer merge, tokenised apart"] += 1
             [(prompt_ids, _)] = encode(tokenizer, [before])
             tails = encode(tokenizer, [answer.text + after for answer in answers])
-    if len(prompt_ids) > max_prompt_length:
-        counts["prompts cut"] += 1
+    prompt_is_cut = len(prompt_ids) > max_prompt_length
+    if prompt_is_cut:
         bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
         prompt_ids = bos + prompt_ids[len(prompt_ids) - max_prompt_length + len(bos):]
     responses = []
@@ -141,7 +141,7 @@ def tokenize_pair(tokenizer, pair: Pair, pattern: re.Pattern, specials: set[int]
         response = cut_response(tokenizer, specials, *tail, answer, max_length - len(prompt_ids))
         counts[f"{side} answers cut"] += response.is_cut
         responses.append(response)
-    return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses)
+    return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses, prompt_is_cut)
 
 
 def find_prompt(before: str, wholes: list[tuple[list[int], np.ndarray]]) -> int:
