@@ -97,9 +97,11 @@ def test_summary_and_page_show_each_set(rows, tmp_path):
     steps = [{"step": step, "loss": 0.7} for step in (1, 5)]
     config = {"loss": "dpo", "model": "", "data": "toy"}
     page = render_run("run", config, steps + rows, [])
-    assert page.index("Held out: a (2 pairs)") < page.index("Held out: b (3 pairs)") and "held out: 2 pairs of a" in page
+    assert page.index("Held out: a (2 pairs)") < page.index("Held out: b (3 pairs)")
+    assert "held out: 2 pairs of a" in page
     assert page.count("<figcaption>") == 3  # one of the run, one of each set
-    assert page.split("Held out: b")[1].count("<circle") == 2 and "0.9000 ± 0.0200" in page.split("Held out: b")[1]
+    section = page.split("Held out: b")[1]
+    assert section.count("<circle") == 2 and "0.9000 ± 0.0200" in section
     alone = [{"step": row["step"]} | {name: value for name, value in row.items() if name.count("/") == 1}
              for row in rows]
     assert "<h2>Held out</h2>" in render_run("run", config, steps + alone, [])
