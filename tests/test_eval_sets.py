@@ -7,10 +7,12 @@ from runs_of_tests import read_rows
 
 import extract
 import train
+from twdpo.config import TrainConfig
 from twdpo.dataset import load_dataset, parse_eval_data
 from twdpo.flags import InputError
 from twdpo.log import format_row, held_out_names, row_of_set, summarize
 from twdpo.pages.run import render_run
+from twdpo.run_folder import settled_settings
 from twdpo.toy.grammar import toy_rows
 
 
@@ -135,6 +137,13 @@ def test_a_set_of_which_nothing_is_left_is_named(tmp_path, run_arguments, files,
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", eval_data=f"a={files['x']},b={files['y']}"), "--skip-bad-rows"])
     assert "no pair of b is left" in capsys.readouterr().err
+
+
+def test_a_resume_takes_the_revisions_of_all_hub_ids():
+    stored = f"a=org/pairs@{'a' * 40}:config/test,b=org/other@{'b' * 40}"
+    for given in ("a=org/pairs:config/test, b=org/other", stored):
+        assert settled_settings({"eval_data": stored}, TrainConfig(eval_data=given))["eval_data"] == stored
+    assert "eval_data" not in settled_settings({"eval_data": stored}, TrainConfig(eval_data="a=org/pairs,b=org/other"))
 
 
 @pytest.mark.slow

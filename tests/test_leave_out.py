@@ -1,6 +1,7 @@
 """Pairs that can't teach: each kind is counted aloud, and left out when --leave-out names it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import train
 from twdpo.chat import Chat
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
-from twdpo.leave_out import leave_out, leave_out_massless
+from twdpo.leave_out import is_equal, leave_out, leave_out_massless
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective
 from twdpo.pairs import Pair
@@ -91,6 +92,13 @@ def test_an_answer_of_which_the_cut_leaves_nothing(chat, process, capsys):
     assert not kept and took == {"empty": 1}
     assert capsys.readouterr().out == "1 pairs have an answer of which the cut left nothing, left out\n"
     assert leave_out(TrainConfig(), found, {}, process)[0] == found
+
+
+def test_ends_of_turns_tell_no_answers_apart(chat):
+    (found,) = examples(chat, {"x": TRAIN["equal"]})
+    cut = replace(found.chosen, ids=found.chosen.ids[:-1], content_N=found.chosen.content_N[:-1])
+    assert is_equal(found) and is_equal(replace(found, chosen=cut))
+    assert not is_equal(*examples(chat, {"x": TRAIN["plain"]}))
 
 
 def test_an_unknown_kind_is_one_message():
