@@ -25,7 +25,6 @@ WHAT = {
     "duplicate": "are repeats of an earlier one",
     "leak": "to train on have a prompt that is held out too",
 }
-MASSLESS = "have an answer without any weight: it counts"
 ASKED_AT_ONCE = 64  # pairs that a weight source is asked for together
 
 
@@ -112,7 +111,7 @@ def leave_out_massless(config: TrainConfig, objective: Objective, examples: list
         return set()
     one = objective.weigh(whole_batch([examples[found[0]]], context), context)
     becomes = "as uniform" if segment_sum(one.weights_N, one.seq_lens_S).all() else "nothing"
-    what = MASSLESS.partition(":")[0] if "massless" in config.left_out else f"{MASSLESS} {becomes}"
+    what = "have an answer without any weight" + f": it counts {becomes}" * ("massless" not in config.left_out)
     process.print(describe(config, "massless", what, len(found), sum(place >= num_train for place in found)))
     return keys if "massless" in config.left_out else set()
 
