@@ -11,7 +11,7 @@ from pathlib import Path
 from twdpo.authors_columns import export_columns
 from twdpo.config import ExtractConfig, TrainConfig, parse_config
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS
-from twdpo.dataset import Dataset, load_dataset, settle_bad_rows
+from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
 from twdpo.dist import Process, run_script
 from twdpo.files import check_directory
 from twdpo.flags import InputError
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(config: ExtractConfig, process: Process) -> None:
     """pairs -> judge inputs -> attention -> weights file, or pairs -> verbalised scores. All ranks."""
-    if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in (config.data,
-                                                                                            config.eval_data)}:
+    read = (config.data, *parse_eval_data(config.eval_data).values())
+    if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in read}:
         raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: check_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data, empty_answers=config.empty_answers)
@@ -68,10 +68,10 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
           + "".join(f"; {name} {value:.3f}" for name, value in figures.items()))
     if config.export:
         targets = [(Path(config.export), config.data, TRAIN_SPLITS)]
-        if dataset.held_out:
+        for name, source in parse_eval_data(config.eval_data).items() if dataset.held_out else ():
             path = targets[0][0]
-            targets.append((path.with_name(f"{path.stem}_held_out{path.suffix}"), config.eval_data or config.data,
-                            TEST_SPLITS + TRAIN_SPLITS if config.eval_data else TEST_SPLITS))
+            path = path.with_name("_".join(filter(None, [path.stem, "held_out", name])) + path.suffix)
+            targets.append((path, source or config.data, TEST_SPLITS + TRAIN_SPLITS if source else TEST_SPLITS))
         for path, data, splits in targets:
             rows, missing = export_columns(path, data, splits, stored, tokenizer, config.judge_rounds,
                                            config.empty_answers)

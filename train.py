@@ -21,7 +21,7 @@ from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import TrainConfig, parse_config
 from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
 from twdpo.flags import to_json
-from twdpo.inputs import Need, check_inputs, open_context, open_needs, run_identity
+from twdpo.inputs import Need, check_inputs, check_pair_numbers, open_context, open_needs, run_identity, settle_massless
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
 from twdpo.metrics import (
@@ -97,7 +97,7 @@ class Run:
     objective: Objective
     model: Model  # that the policy starts from
     train: list[Example]
-    held_out: list[Example]
+    held_out: dict[str, list[Example]]  # by the names of --eval-data, "" of a set that has none; no set is empty
     context: WeightContext  # what weight sources may read
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -134,6 +134,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     dtype = pick_dtype(config.dtype, process.device)
     describe_start(config, objective, folder, dtype, process)
     inputs = check_inputs(config, process, folder, needs)
+    check_pair_numbers(objective, inputs, process)
     model = inputs.model
     check_architecture(model.config, config.head_cache_gib)
     checkpointing, budget = settle_memory(config, model.config, dtype, process)
@@ -144,6 +145,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     process.on_main(lambda: wandb_runs.append(start_wandb(config, folder)))
     for need in needs:
         inputs = need.prepare(config, inputs)
+    inputs = settle_massless(config, objective, inputs, open_context(config, needs), process)
     policy = load_policy(model.folder, dtype, process, checkpointing, config.replicate, config.compile,
                          config.head_cache_gib)
     rows = RowOptions(settle_packing(policy, config.packing, inputs.used(config), process), budget)
@@ -152,11 +154,13 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     process.on_main(lambda: start_run(config, folder))
     for need in needs:
         need.prepare_with_policy(config, inputs, policy, rows)
+    context = open_context(config, needs)
+    settle_massless(config, objective, inputs, context, process, has_policy=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if wandb_runs and wandb_runs[0]:
         wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
-    run = Run(config, process, objective, model, inputs.train, inputs.held_out, open_context(config, needs), policy,
-              optimizer, rows, inputs.steps(config), StageClock(config.profile, process.device), folder,
+    run = Run(config, process, objective, model, inputs.train, inputs.evaluated, context, policy, optimizer, rows,
+              inputs.steps(config), StageClock(config.profile, process.device), folder,
               process.on_main(lambda: run_identity(config, inputs, needs)), wandb_runs[0] if wandb_runs else None)
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
@@ -252,14 +256,13 @@ def with_means(run: Run, batches: list[PairBatch]) -> list[PairBatch]:
 
 
 def run_pairs(run: Run, batch: PairBatch, totals: Totals) -> tuple[torch.Tensor, Outputs]:
-    """Forward one micro-batch: its losses [P], and the policy's outputs; its metrics are added to `totals`.
-
-    All ranks.
-    """
+    """Forward one micro-batch: its losses [P], times the weights of the data, and the policy's outputs; its metrics are
+    added to `totals`. All ranks."""
     config, objective = run.config, run.objective
     outputs = forward(run.policy, batch, objective, run.context, config)
     ratio_S, logps_N, batch, *_ = outputs
     loss_P, extra = objective.loss(ratio_S, logps_N, batch, config)
+    loss_P = loss_P * batch.pair_weights_P
     metrics = pair_metrics(loss_P, extra, ratio_S, logps_N, batch, config.beta, objective.has_reference)
     if config.token_stats:
         metrics |= token_metrics(batch, TOKEN_STATS)
@@ -311,26 +314,43 @@ def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: floa
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """One pass over the held-out pairs: an evaluation row of metrics.jsonl. All ranks."""
+    """One pass over all held-out pairs: an evaluation row of metrics.jsonl. All ranks.
+
+    `eval/` has the figures of the first set, `eval/NAME/` those of each that has a name.
+    """
+    row: dict[str, float] = {}
+    for name, examples in run.held_out.items():
+        figures = evaluate_set(run, examples, f"evaluate {name}".strip())
+        for prefix in ["eval/"] * (not row) + [f"eval/{name}/"] * bool(name):
+            row |= {prefix + figure: value for figure, value in figures.items()}
+    return {"step": run.step} | row
+
+
+def evaluate_set(run: Run, examples: list[Example], what: str) -> dict[str, float]:
+    """Means of the metrics over one held-out set, and their standard errors. All ranks."""
     totals: Totals = {}
-    batches = evaluation_batches(len(run.held_out), run.config.batch_size)
-    for pairs in run.process.progress(batches, desc="evaluate", unit="batch", leave=False):
-        for batch in with_means(run, micro_batches(run, run.held_out, pairs)):
+    batches = evaluation_batches(len(examples), run.config.batch_size)
+    for pairs in run.process.progress(batches, desc=what, unit="batch", leave=False):
+        for batch in with_means(run, micro_batches(run, examples, pairs)):
             _, outputs = run_pairs(run, batch, totals)
             if run.is_planted:
                 add_planted(totals, outputs, run.objective.has_reference, with_lift=run.objective.is_online)
     figures = to_host(sum_over_processes(totals, run.process.device))  # sync, all ranks
-    row = {f"eval/{name}": value for name, value in means(figures).items()}
-    row |= {f"eval/{name}_stderr": value for name, value in standard_errors(figures).items()}
+    row = means(figures) | {f"{name}_stderr": value for name, value in standard_errors(figures).items()}
     if run.is_planted and not run.objective.is_online:
-        row["eval/planted_lift"], _ = source_lift(run.objective.source, run.held_out, run.context)
-    return {"step": run.step} | row | {"eval/pairs": len(run.held_out)}
+        row["planted_lift"], _ = source_lift(run.objective.source, examples, run.context)
+    return row | {"pairs": len(examples)}
 
 
 def sample(run: Run) -> tuple[list[Example], list[str]]:
-    """The first held-out examples, each prompt once, and the policy's answers to their prompts. All ranks."""
-    examples = list({example.pair.messages: example for example in run.held_out}.values())[:run.config.sample]
+    """The first examples that are held out, each prompt once, and the policy's answers to their prompts. All ranks."""
+    examples = list({example.pair.messages: example for example in first_set(run)}.values())[:run.config.sample]
     return examples, sample_answers(run.policy, run.model.chat, examples, SAMPLED_TOKENS) if examples else []
+
+
+def first_set(run: Run) -> list[Example]:
+    """The held-out set that best/, samples and the page of weights are of."""
+    return next(iter(run.held_out.values()), [])
 
 
 def evaluate_and_sample(run: Run, log: Log) -> dict[str, float]:
@@ -364,7 +384,7 @@ def finish(run: Run, log: Log) -> None:
     log.close()
     process.on_main(lambda: write_curves(run.folder))
     if run.held_out and run.objective.source is WEIGHTS["attention"] and isinstance(attention, WeightsFile):
-        pairs = [example.pair for example in run.held_out]
+        pairs = [example.pair for example in first_set(run)]
         process.on_main(lambda: write_report(run.folder / "weights", attention, pairs, run.model.tokenizer,
                                              config.judge_rounds, config.sink_k, config.sink_k_min, min_count=10,
                                              num_shown=24, seed=config.seed))

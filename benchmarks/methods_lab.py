@@ -204,7 +204,7 @@ def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: 
     pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    run = Run(config, lab.process, objective, lab.model, pool.examples[:num_pairs], [], context, lab.policy, optimizer,
+    run = Run(config, lab.process, objective, lab.model, pool.examples[:num_pairs], {}, context, lab.policy, optimizer,
               ROWS, STEPS, StageClock(False, lab.process.device))
     seconds = []
     while run.step < STEPS:

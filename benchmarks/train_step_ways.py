@@ -73,7 +73,7 @@ def run_ours(work: Path, flags: argparse.Namespace, options: dict[str, object]) 
     reference_seconds = (time.perf_counter() - started) / len(examples)
     progress(f"reference pass of {len(examples)} pairs: {reference_seconds * len(examples):.2f} s")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    run = Run(config, process, bind_objective(LOSSES["dpo"], WEIGHTS["uniform"], "uniform"), None, examples, [],
+    run = Run(config, process, bind_objective(LOSSES["dpo"], WEIGHTS["uniform"], "uniform"), None, examples, {},
               WeightContext(config, logps={"reference": logps}), policy, optimizer, rows, MANY,
               StageClock(flags.profile, process.device))
     cost = model_cost(policy.model.config, dtype, flags.max_length, rows.packs, measure_layers=False)

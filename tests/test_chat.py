@@ -118,7 +118,7 @@ def test_prompts_keep_bos_and_their_last_tokens_and_answers_their_first():
     assert example.prompt_ids[0] == tokenizer.bos_token_id
     assert (example.prompt_ids[1:] == whole.prompt_ids[-19:]).all()
     assert (example.chosen.ids == whole.chosen.ids[:10]).all() and example.chosen.content_N.all()  # no end of turn
-    assert counts["prompts cut"] == 1 and counts["chosen answers cut"] == 1
+    assert example.prompt_is_cut and counts["chosen answers cut"] == 1
 
 
 def test_an_answer_that_loses_its_end_of_turn_alone_is_cut():

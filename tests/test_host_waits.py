@@ -38,7 +38,7 @@ def made_run(loss: str, **flags) -> train.Run:
     objective = bind_objective(LOSSES[loss], WEIGHTS["uniform"], "uniform")
     policy = Policy(build("llama", ATTENTION_NAME).to(META, torch.bfloat16))  # with the attention of a GPU
     process = type("Process", (), {"device": META, "world_size": 1, "rank": 0})()
-    return train.Run(config, process, objective, None, EXAMPLES, [], WeightContext(config), policy, None,
+    return train.Run(config, process, objective, None, EXAMPLES, {}, WeightContext(config), policy, None,
                      RowOptions(True, 1000), 1, None)
 
 

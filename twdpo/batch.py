@@ -33,6 +33,8 @@ class PairBatch:
     weights_N: torch.Tensor  # fp32, as the op receives them
     scale_S: torch.Tensor  # fp32
     seq_lens_S: torch.Tensor  # int64 on the CPU, n = |y|
+    pair_weights_P: torch.Tensor  # fp32, of the data: what each pair's loss is multiplied with
+    margins_P: torch.Tensor  # fp32, of the data, for losses that read them
     coefficient_P: torch.Tensor  # fp32, 1, or 0 in a copy
     is_copy: bool  # of another micro-batch, which only keeps the processes in step
     pair_count: int  # pairs of the global batch
@@ -109,5 +111,7 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
     seq_lens_S = torch.tensor([len(response) for _, response in sequences])
     return PairBatch(selected, input_ids_RT, positions_RT, ranges, packs, predict_N, targets_N, ref_logps_N.float(),
                      torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
+                     torch.tensor([example.pair.weight for example in selected], dtype=torch.float32),
+                     torch.tensor([example.pair.margin for example in selected], dtype=torch.float32),
                      torch.full((len(selected),), float(micro_batch.real)), not micro_batch.real, len(pairs),
                      sum(len(examples[pair].chosen.ids) for pair in pairs))

@@ -22,6 +22,7 @@ from twdpo.flags import (
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
+LEAVE_OUT = ("equal", "empty", "cut", "duplicate", "leak", "massless")  # kinds of pairs: twdpo/leave_out.py
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class SharedConfig:
 
     model: str = flag("", "data", "policy, reference and judge: directory, hub id, id@revision, 'toy'; empty: the toy")
     data: str = flag("", "data", "pairs: .jsonl, .json, directory, hub id, 'toy'; empty: the paper's for --model")
-    eval_data: str = flag("", "data", "held-out pairs, same forms; empty: the data's test split, else --eval-fraction")
+    eval_data: str = flag("", "data", "held-out pairs, same forms, or sets of them: NAME=FILE,NAME=FILE; empty: the "
+                          "data's test split, else --eval-fraction")
     chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")
     columns: str = flag("", "data", "NAME=COLUMN,...: prompt=question; weight=, margin= of a pair; empty: by name")
     fold_system: bool = flag(False, "data", "put the system turn before the first user turn's text; off: as it is")
@@ -186,8 +188,15 @@ class TrainConfig(SharedConfig):
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "max_length", self.max_length > self.max_prompt_length,
                 f"more than --max-prompt-length ({self.max_prompt_length}), so that a response has room")
+        if unknown := self.left_out - set(LEAVE_OUT):
+            raise InputError(f"--leave-out has {min(unknown)!r}: the kinds are {', '.join(LEAVE_OUT)}")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite contradict each other: give one")
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The kinds of pairs that --leave-out names."""
+        return frozenset(filter(None, (kind.strip() for kind in self.leave_out.split(","))))
 
 
 PRESETS: dict[str, dict[str, object]] = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,20 @@ from twdpo.pairs import Pair, parse_row
 class Dataset:
     """Pairs to train on, held-out pairs that the data brings along, and the rows that can't be used.
 
-    data, eval_data: names that find them again, a hub id with its revision.
+    held_out_sets: by the names of --eval-data, in its order; "" of a set that has none. data, eval_data: names that
+    find them again, a hub id with its revision.
     """
 
     train: list[Pair]
-    held_out: list[Pair]
+    held_out_sets: dict[str, list[Pair]]
     bad_rows: list[BadRow]
     data: str
     eval_data: str
+
+    @property
+    def held_out(self) -> list[Pair]:
+        """Of all sets."""
+        return [pair for part in self.held_out_sets.values() for pair in part]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -39,16 +46,45 @@ def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_an
     train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS), empty_answers)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
-    held_out: list[Pair] = []
+    sources = parse_eval_data(eval_data)
+    held_out_sets: dict[str, list[Pair]] = {}
     if with_held_out and eval_data:
-        held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
-        if not held_out and not bad_held_out:
-            raise InputError(f"--eval-data {eval_data}: it holds no pair")
-        bad = bad + bad_held_out
+        for name, source in sources.items():
+            held_out_sets[name], more = parse_rows(*read_rows(source, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
+            if not held_out_sets[name] and not more:
+                raise InputError(f"--eval-data {eval_data}: {source if name else 'it'} holds no pair")
+            bad = bad + more
     elif with_held_out and has_test_split(data):
-        held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
-        bad = bad + bad_held_out
-    return Dataset(train, held_out, bad, resolved_name(data), resolved_name(eval_data))
+        held_out_sets[""], more = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
+        bad = bad + more
+    eval_data = ",".join((f"{name}=" if name else "") + resolved_name(source) for name, source in sources.items())
+    return Dataset(train, held_out_sets, bad, resolved_name(data), eval_data)
+
+
+def parse_eval_data(text: str) -> dict[str, str]:
+    """--eval-data -> the source of each held-out set by its name: `a=x.jsonl,y.jsonl,b=z.jsonl` are two sets, the first
+    of two files; one without names is called "". A path that is there is never taken for a name. Raises InputError.
+    """
+    if not text or Path(text).exists():
+        return {"": text}
+    sources: dict[str, str] = {}
+    last = ""
+    for part in map(str.strip, text.split(",")):
+        name, is_named, source = (piece.strip() for piece in part.partition("="))
+        if not is_named or Path(re.sub(r":[\d.]+$", "", part)).exists():  # without the share that may stand behind it
+            sources[last] = f"{sources[last]},{part}" if last in sources else part
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(f"--eval-data has {part!r}: no such file, and {name!r} can't name a held-out set "
+                             "(NAME=FILE, the name of letters, digits, _ and -)")
+        if name in sources:
+            raise InputError(f"--eval-data names two sets {name!r}: files of one set stand behind its name, by commas")
+        if "" in sources:
+            raise InputError(f"--eval-data {text}: {sources['']!r} has no name and {name!r} has one; name all sets")
+        if not source:
+            raise InputError(f"--eval-data has {part!r}: no file behind the name")
+        sources[last := name] = source
+    return sources
 
 
 def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str

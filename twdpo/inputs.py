@@ -1,7 +1,7 @@
 """Inputs of a run, checked before any weights are loaded: model, pairs in tokens, and what loss and source need."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from twdpo.flags import InputError
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
+from twdpo.leave_out import check_massless, leave_out, leave_out_massless, reads_reference
 from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
 from twdpo.models.source import Model, check_length, load_tokenizer, open_model
 from twdpo.objective import Objective
-from twdpo.plugins import name_of, split_paths
+from twdpo.plugins import name_of, options_of, split_paths
 from twdpo.postprocess import alignment_shares
 from twdpo.printed import check_templated
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
@@ -32,14 +33,27 @@ ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model, and every pair in its tokens. data, eval_data: names that find them again."""
+    """The model, and every pair in its tokens.
+
+    held_out_sets: by the names of --eval-data, "" of one that has none. data, eval_data: names that find them again.
+    """
 
     model: Model
     train: list[Example]
-    held_out: list[Example]
+    held_out_sets: dict[str, list[Example]]
     data: str
     eval_data: str
     data_fingerprint: str
+
+    @property
+    def held_out(self) -> list[Example]:
+        """Of all sets."""
+        return [example for part in self.held_out_sets.values() for example in part]
+
+    @property
+    def evaluated(self) -> dict[str, list[Example]]:
+        """The held-out sets that hold something."""
+        return {name: part for name, part in self.held_out_sets.items() if part}
 
     @property
     def examples(self) -> list[Example]:
@@ -56,15 +70,27 @@ class Inputs:
                 for step in range(min(self.steps(config), most))]
 
     def used(self, config: TrainConfig) -> list[Example]:
-        """The training pairs that the run touches, and the held-out ones."""
+        """The training pairs that the run touches, and the held-out ones. (All pairs while it is open which of them
+        have weights: without some, a run that is shorter than an epoch touches others.)"""
+        if "massless" in config.left_out:
+            return self.examples
         return [self.train[pair] for batch in self.first_epoch(config) for pair in batch] + self.held_out
 
     def without(self, keys: Iterable[int]) -> "Inputs":
         """Without the pairs of these keys."""
         keys = set(keys)
-        train, held_out = ([example for example in part if example.pair.key not in keys]
-                           for part in (self.train, self.held_out))
-        return replace(self, train=train, held_out=held_out)
+        train, *parts = ([example for example in part if example.pair.key not in keys]
+                         for part in (self.train, *self.held_out_sets.values()))
+        return replace(self, train=train, held_out_sets=dict(zip(self.held_out_sets, parts)))
+
+    def refuse_empty(self, config: TrainConfig, took: Mapping[str, int]) -> None:
+        """Raise InputError when there is no pair left to train on, or none in a named set. took: what was left out."""
+        why = f": --leave-out took {', '.join(f'{count} ({kind})' for kind, count in took.items())}" if took else ""
+        if not self.train:
+            raise InputError(f"--data {config.data}: no pair is left to train on{why}")
+        for name, part in self.held_out_sets.items():
+            if name and not part:
+                raise InputError(f"--eval-data {config.eval_data}: no pair of {name} is left{why}")
 
 
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
@@ -75,16 +101,16 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
     model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
-    train, held_out, bad = prepare_examples(config, dataset, model.chat, process)
-    inputs = Inputs(model, train, held_out, dataset.data, dataset.eval_data, dataset.fingerprint)
+    train, held_out_sets, bad = prepare_examples(config, dataset, model.chat, process)
+    train, held_out_sets, took = leave_out(config, train, held_out_sets, process)
+    inputs = Inputs(model, train, held_out_sets, dataset.data, dataset.eval_data, dataset.fingerprint)
     for need in needs if train else ():
         more = need.check(config, inputs)
         unfit = {row.where for row in more}
         inputs = inputs.without(example.pair.key for example in inputs.examples if example.pair.where in unfit)
         bad = bad + more
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
-    if not inputs.train:
-        raise InputError(f"--data {config.data}: no pair is left to train on")
+    inputs.refuse_empty(config, took)
     longest = max(example.longest for example in inputs.examples)
     process.print(f"{len(inputs.train)} pairs to train on, {len(inputs.held_out)} held out; longest sequence: "
                   f"{longest} tokens")
@@ -105,23 +131,56 @@ def check_vocabulary(examples: list[Example], model: Model) -> None:
 
 
 def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process: Process):
-    """(training examples, held-out examples, bad rows): the held-out split, then tokens."""
-    train_pairs, held_out_pairs = dataset.train, dataset.held_out
-    if config.eval_fraction > 0 and not held_out_pairs and not config.eval_data:
+    """(training examples, held-out examples by set, bad rows): the held-out split, then tokens."""
+    train_pairs, held_out_sets = dataset.train, dataset.held_out_sets
+    if config.eval_fraction > 0 and not dataset.held_out and not config.eval_data:
         train_pairs, held_out_pairs = split_by_prompt(dataset.train, config.eval_fraction, config.seed)
-    results = []
+        held_out_sets = {"": held_out_pairs}
     if line := check_templated(chat, dataset.train + dataset.held_out):
         process.print(line)
-    for name, pairs in (("tokenise", train_pairs), ("tokenise held-out", held_out_pairs)):
+    results, all_bad = [], []
+    for name, pairs in (("tokenise", train_pairs), *((f"tokenise held-out {name}".strip(), pairs)
+                                                      for name, pairs in held_out_sets.items())):
         examples, bad, counts = tokenize_pairs(
             chat, pairs, config.max_length, config.max_prompt_length,
             lambda items, name=name: process.progress(items, desc=name, unit="pair"))
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None
-        results.append((examples, bad))
+        results.append(examples)
+        all_bad += bad
     process.print(describe_end(chat))
-    (train_examples, bad), (held_out, bad_held_out) = results
-    return train_examples, held_out, bad + bad_held_out
+    return results[0], dict(zip(held_out_sets, results[1:])), all_bad
+
+
+def settle_massless(config: TrainConfig, objective: Objective, inputs: Inputs, context: WeightContext, process: Process,
+                    has_policy: bool = False) -> Inputs:
+    """Count the used pairs that have an answer without any weight; the inputs, without them if asked for. All ranks.
+
+    has_policy: called twice, it acts as soon as all that the source reads is there.
+    """
+    if objective.is_online or reads_reference(objective) != has_policy:
+        return inputs
+    used = inputs.used(config)
+    keys = leave_out_massless(config, objective, used, len(used) - len(inputs.held_out), context, process)
+    left = inputs.without(keys) if keys else inputs
+    left.refuse_empty(config, {"massless": len(inputs.examples) - len(left.examples)})
+    return left
+
+
+def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -> None:
+    """Say which weights and margins the data give pairs. Raises InputError for a loss that is to read margins where
+    there are none."""
+    pairs = [example.pair for example in inputs.examples]
+    reads_margins = getattr(objective.loss, "keywords", {}).get("margin")
+    for name, values, default in (("weights", [pair.weight for pair in pairs], 1.0),
+                                  ("margins", [pair.margin for pair in pairs], 0.0)):
+        if any(value != default for value in values):
+            process.print(f"{name} of pairs: {min(values):g} to {max(values):g}, mean {sum(values) / len(values):g}")
+        elif name == "margins" and reads_margins:
+            raise InputError("--loss-options has margin=on and no pair has a margin: name the column that holds it "
+                             "with --columns margin=COLUMN")
+    if not reads_margins and "margin" in options_of(objective.loss) and any(pair.margin for pair in pairs):
+        process.print(f"{name_of(objective.loss)} does not read margins without --loss-options margin=on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,13 +319,16 @@ class Contrasted(Auxiliary):
 class Reference(Need):
     """Log-probs under the policy as it starts."""
 
+    def __init__(self, process: Process):
+        super().__init__(process)
+        self.logps: dict[int, Logps] = {}  # empty until the policy is there
+
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
         device = self.process.device
         folder = logps_directory(cache_directory(config), inputs.model.fingerprint, pick_dtype(config.dtype, device),
                                  device, rows.packs, config.compile)
-        self.logps: dict[int, Logps] = {}
-        for examples, batches in ((inputs.train, inputs.first_epoch(config)),
-                                  (inputs.held_out, evaluation_batches(len(inputs.held_out), config.batch_size))):
+        parts = [(part, evaluation_batches(len(part), config.batch_size)) for part in inputs.held_out_sets.values()]
+        for examples, batches in ((inputs.train, inputs.first_epoch(config)), *parts):
             self.logps |= response_logps(policy, self.process, examples, batches, rows, folder)
 
     def provide(self) -> dict[str, object]:
@@ -289,6 +351,7 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     if unknown := objective.needs - NEEDS.keys():
         raise InputError(f"{name_of(objective.source)}.needs is {source_needs(objective.source)!r}: {min(unknown)!r} is"
                          f" none of {', '.join(NEEDS)}")
+    check_massless(config, objective, process)
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
     if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
         raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
@@ -306,9 +369,12 @@ def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
 
 def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need]) -> dict[str, str]:
     """Fingerprints of what the settings only name: a resumed run must be made from the same."""
-    pairs = [[example_key(example) for example in part] for part in (inputs.train, inputs.held_out)]
+    pairs = [[example_key(example) for example in part] for part in (inputs.train, *inputs.held_out_sets.values())]
+    numbers = [[example.pair.weight, example.pair.margin] for example in inputs.examples]
     identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.model.fingerprint,
                 "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
+    if any(number != [1.0, 0.0] for number in numbers):
+        identity["the weights or margins of pairs"] = hash_json(numbers)
     for need in needs:
         identity |= need.identity()
     return identity

@@ -3,6 +3,7 @@ the summary at the end."""
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,8 @@ class Log:
             self.file.flush()
         if self.wandb:
             self.wandb.log(row, step=row["step"])
-        self.process.print(format_row(row))
+        for name in held_out_names(row) or [""]:
+            self.process.print((f"{name}: " if name else "") + format_row(row_of_set(row, name)))
         return row
 
     def write_samples(self, step: int, pairs: list[Pair], answers: list[str]) -> None:
@@ -123,6 +125,21 @@ def row_step(line: str) -> float:
         return math.inf
 
 
+def held_out_names(row: dict[str, float]) -> list[str]:
+    """The held-out sets that a row has figures of: [""] when they have no name, [] for a step's row."""
+    names = [name.split("/")[1] for name in row if re.fullmatch(r"eval/[^/]+/pairs", name)]
+    return names or [""] * ("eval/pairs" in row)
+
+
+def row_of_set(row: dict[str, float], name: str) -> dict[str, float]:
+    """The row as it would be with this held-out set alone, without a name."""
+    if not name:
+        return row
+    prefix = f"eval/{name}/"
+    return {"step": row["step"]} | {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items()
+                                    if key.startswith(prefix)}
+
+
 def format_row(row: dict[str, float]) -> str:
     """A row on one line, without the rewards that margins are made of; a held-out mean with its standard error."""
     parts = [f"step {row['step']}"]
@@ -146,10 +163,10 @@ def summarize(run_dir: Path) -> str:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "eval/pairs" in row]
     lines = []
-    if rows:
-        first, last = rows[0], rows[-1]
-        lines.append(f"held out ({last['eval/pairs']} pairs)" + f"step {first['step']}".rjust(22)
-                     + f"step {last['step']}".rjust(24))
+    for set_name in held_out_names(rows[-1]) if rows else ():
+        first, last = (row_of_set(row, set_name) for row in (rows[0], rows[-1]))
+        lines.append(f"held out{', ' * bool(set_name)}{set_name} ({last['eval/pairs']} pairs)"
+                     + f"step {first['step']}".rjust(22) + f"step {last['step']}".rjust(24))
         for name in last:
             if name.startswith("eval/") and not name.endswith("_stderr") and name != "eval/pairs":
                 cells = [format_mean(row, name) for row in (first, last)]

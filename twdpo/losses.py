@@ -15,7 +15,7 @@ to --import). Keyword-only parameters are its options (--loss-options NAME=VALUE
 Legend: S sequences (2i chosen, 2i+1 rejected), P pairs, N response tokens. ratio_S is the fused op's output: the sum of
 weighted policy-to-reference log-ratios, times the scale; R_w and R_l in the formulas. Without a reference it is the sum
 of weighted log-probs, S_w and S_l. Uniform weights are 1, so that these are plain sums. n is a response's length:
-tokens, end of turn included, or with length_by=mass the sum of its weights.
+tokens, end of turn included, or with length_by=mass the sum of its weights. batch.margins_P are the pairs' own.
 """
 
 import math
@@ -76,23 +76,24 @@ def smoothed(margin_P: torch.Tensor, label_smoothing: float, unbiased: bool = Fa
 
 
 def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
-        over: Literal["sums", "positions"] = "sums", label_smoothing: float = 0.0) -> Loss:
+        over: Literal["sums", "positions"] = "sums", label_smoothing: float = 0.0, margin: bool = False) -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290 Eq. 7; with weights paper Eq. 5).
 
-    -log sigmoid(beta (R_w - R_l)), labels flipped with probability label_smoothing. `positions`: the same of each
-    position's two tokens in the place of the sums, mean over the longer answer's positions, as in cDPO's code (whose
-    mean counts prompt and padding too). One reference pass.
+    -log sigmoid(beta (R_w - R_l)), labels flipped with probability label_smoothing; margin=on: less the pair's margin
+    (ODPO, Amini et al. 2024, arXiv 2402.10571). `positions`: of each position's two tokens in the place of the sums,
+    mean over the longer answer's, as in cDPO's code (whose mean counts prompt and padding too). One reference pass.
     """
+    refuse_unread(margin and over == "positions", "margin=on", "a pair's margin is one of sums, not of positions")
     if over == "sums":
-        return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), label_smoothing), {}
+        margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])
+        return smoothed(margin_P - batch.margins_P if margin else margin_P, label_smoothing), {}
     lens = batch.seq_lens_S.tolist()
     lens_S = batch.seq_lens_S.to(batch.scale_S.device, non_blocking=True)
     scale_N = torch.repeat_interleave(batch.scale_S, lens_S, output_size=sum(lens))
     terms = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
     loss_P = []
-    for chosen_T, rejected_T in zip(terms[0::2], terms[1::2]):
-        longer = max(len(chosen_T), len(rejected_T))
-        chosen_T, rejected_T = (F.pad(side_T, (0, longer - len(side_T))) for side_T in (chosen_T, rejected_T))
+    for pair in zip(terms[0::2], terms[1::2]):
+        chosen_T, rejected_T = torch.nn.utils.rnn.pad_sequence(pair, batch_first=True)
         loss_P.append(smoothed(config.beta * (chosen_T - rejected_T), label_smoothing).mean())
     return torch.stack(loss_P), {}
 
@@ -102,12 +103,13 @@ dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128},
                 "tuned-base": {"beta": 0.01, "lr": 5e-7, "batch_size": 128}}
 
 
-def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0) -> Loss:
+def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0,
+          margin: bool = False) -> Loss:
     """Token-weighted DPO (arXiv 2605.21883 Eq. 5; Eq. 15 with --length-normalize).
 
     The DPO formula on weights of mean 1, |y| a_t. One reference pass.
     """
-    return dpo(ratio_S, logps_N, batch, config, label_smoothing=label_smoothing)
+    return dpo(ratio_S, logps_N, batch, config, label_smoothing=label_smoothing, margin=margin)
 
 
 twdpo.default_source = "attention"
@@ -222,8 +224,7 @@ def orpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, length_
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691).
 
     -log p_w - beta log sigmoid(log odds_w - log odds_l), log p = S / n, odds = p / (1 - p), beta being the paper's
-    lambda. The likelihood is of the answer alone (the official code adds the prompt's unless told otherwise). No
-    reference.
+    lambda. The likelihood is of the answer alone (the official code adds the prompt's by default). No reference.
     """
     chosen_P, rejected_P = (average_P.clamp(max=MOST_AVERAGE) for average_P in pair_averages(ratio_S, batch, length_by))
     log_odds_P = (chosen_P - log_one_minus_exp(chosen_P)) - (rejected_P - log_one_minus_exp(rejected_P))

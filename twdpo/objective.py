@@ -64,9 +64,7 @@ class Objective:
     def weigh(self, batch: PairBatch, context: WeightContext) -> PairBatch:
         """The batch with weights_N and scale_S of the source, normalised as `norm` says. Raises InputError."""
         config, lens, norm = context.config, batch.seq_lens_S, self.norm
-        raw_N = self._check_weights(self.source(batch, context), batch)
-        if not self.weighs_reasoning:
-            raw_N = raw_N * send(rest_tokens(batch), raw_N.device)
+        raw_N = self.raw_weights(batch, context)
         # Only attention comes with a sum that cuts and the alignment may have lessened.
         attended = norm == "mean1" and "attention" in source_needs(self.source)
         if attended and not config.renormalize:
@@ -88,9 +86,10 @@ class Objective:
         return replace(batch, weights_N=weights_N.to(device), scale_S=scale_S.to(device, non_blocking=True),
                        averaged=config.length_normalize or norm == "selected_mean")
 
-    def _check_weights(self, raw_N, batch: PairBatch) -> torch.Tensor:
-        """What a source gives as fp32 without gradient. Raises InputError for what it must not give."""
-        name = name_of(self.source)
+    def raw_weights(self, batch: PairBatch, context: WeightContext) -> torch.Tensor:
+        """What the source gives, thinking off if asked for, as fp32 without gradient, [N]. Raises InputError for what
+        it must not give."""
+        raw_N, name = self.source(batch, context), name_of(self.source)
         if not isinstance(raw_N, torch.Tensor) or raw_N.is_complex():
             kind = raw_N.dtype if isinstance(raw_N, torch.Tensor) else type(raw_N).__name__
             raise InputError(f"{name} gives a {kind}: it must be a tensor of the weights")
@@ -102,7 +101,7 @@ class Objective:
             raise InputError(f"{name} gives {batch.examples[0].pair.where} and the pairs beside it token weights from "
                              f"{raw_N.min():g} to {raw_N.max():g}: they must be finite and at least 0 "
                              "(--weights-options)")
-        return raw_N
+        return raw_N if self.weighs_reasoning else raw_N * send(rest_tokens(batch), raw_N.device)
 
 
 def forward(policy, batch: PairBatch, objective: Objective, context: WeightContext, config: TrainConfig) -> Outputs:
@@ -199,7 +198,8 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
     numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
     pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
                             scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                            chosen_tokens=2, averaged=config.length_normalize or objective.norm == "selected_mean",
+                            pair_weights_P=torch.ones(2), margins_P=torch.zeros(2), chosen_tokens=2,
+                            averaged=config.length_normalize or objective.norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
                             terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32)
                                    for name in objective.terms}, hidden_ND=torch.ones(4, 8))

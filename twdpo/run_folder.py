@@ -1,6 +1,7 @@
 """The folder of a run: opened, resumed or overwritten; which checkpoints it holds."""
 
 import json
+import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -71,7 +72,8 @@ def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str
     settled = {}
     for field in fields(config):
         value, old = getattr(config, field.name), stored.get(key_name(field))
-        same = isinstance(old, str) and str(value).replace(" ", "") in (old, old.rpartition("@")[0])
+        same = isinstance(old, str) and str(value).replace(" ", "") in (old, old.rpartition("@")[0],
+                                                                        re.sub("@[0-9a-f]{40}", "", old))
         if old is not None and value != "" and (same or value in field.metadata.get("settled", ())):
             settled[field.name] = old
     return settled

@@ -71,6 +71,7 @@ class Example:
     prompt_ids: np.ndarray
     chosen: Response
     rejected: Response
+    prompt_is_cut: bool = False
 
     @property
     def together(self) -> int:
@@ -96,7 +97,6 @@ def tokenize_pairs(chat: Chat, pairs: list[Pair], max_length: int, max_prompt_le
             examples.append(tokenize_pair(chat, pair, max_length, max_prompt_length, counts))
         except ValueError as error:
             bad.append(BadRow(pair.where, str(error), pair.to_row()))
-    counts["answers equal"] = sum(pair.chosen == pair.rejected for pair in pairs)
     return examples, bad, counts
 
 
@@ -105,15 +105,15 @@ def tokenize_pair(chat: Chat, pair: Pair, max_length: int, max_prompt_length: in
     printed, tokenizer = print_pair(chat, pair), chat.tokenizer
     counts.update(printed.notes)
     prompt_ids, tails = tokenize_printed(chat, pair, printed, counts)
-    if len(prompt_ids) > max_prompt_length:
-        counts["prompts cut"] += 1
+    prompt_is_cut = len(prompt_ids) > max_prompt_length
+    if prompt_is_cut:
         bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
         prompt_ids = bos + prompt_ids[len(prompt_ids) - max_prompt_length + len(bos):]
     responses = []
     for side, tail, answer in zip(("chosen", "rejected"), tails, printed.answers):
         responses.append(make_response(chat, *tail, answer, printed.end, max_length - len(prompt_ids)))
         counts[f"{side} answers cut"] += responses[-1].is_cut
-    return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses)
+    return Example(pair, np.array(prompt_ids, dtype=np.int32), *responses, prompt_is_cut)
 
 
 def tokenize_printed(chat: Chat, pair: Pair, printed: Printed, counts: Counter

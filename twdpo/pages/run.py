@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twdpo.files import write_atomic
-from twdpo.log import format_mean
+from twdpo.log import format_mean, held_out_names, row_of_set
 from twdpo.pages.style import STYLE
 
 # Title, then (what a line is called, its name in a step row). Evaluations are drawn from eval/NAME.
@@ -61,8 +61,10 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
     held_out = [row for row in rows if "eval/pairs" in row]
     charts = "".join(render_chart(title, lines, steps, held_out) for title, lines in CHARTS)
     what = f"{config['loss']} on {config['model'] or 'the toy'}, data {config['data']}; {len(steps)} steps"
+    names = held_out_names(held_out[-1]) if held_out else []
     if held_out:
-        what += f"; held out: {held_out[-1]['eval/pairs']} pairs, dots, with one standard error"
+        which = f" of {names[0]}" if names[0] else ""
+        what += f"; held out: {held_out[-1]['eval/pairs']} pairs{which}, dots, with one standard error"
     settings = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
                        for key, value in config.items() if value != "")
     return f"""<!doctype html>
@@ -71,7 +73,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
 <h1>{html.escape(name)}</h1>
 <p class="note">{html.escape(what)}.</p>
 <div class="charts">{charts}</div>
-{figures_table(held_out)}
+{"".join(held_out_section(name, held_out) for name in names)}
 {answers_table(samples)}
 <details><summary>Settings</summary><div class="scroll"><table>{settings}</table></div></details>
 </body></html>
@@ -162,20 +164,27 @@ def format_ticks(ticks: list[float]) -> list[str]:
     return labels
 
 
+def held_out_section(name: str, held_out: list[dict]) -> str:
+    """Figures of one held-out set; of a named one its curves too."""
+    rows = [row_of_set(row, name) for row in held_out]
+    if not name:
+        return f"<h2>Held out</h2>{figures_table(rows)}"
+    charts = "".join(render_chart(title, lines, [], rows) for title, lines in CHARTS)
+    return (f"<h2>Held out: {html.escape(name)} ({rows[-1]['eval/pairs']} pairs)</h2>"
+            f'<div class="charts">{charts}</div>{figures_table(rows)}')
+
+
 def figures_table(held_out: list[dict]) -> str:
     """Held-out figures of the first and the last evaluation, and of the one of lowest loss."""
-    if not held_out:
-        return ""
     best = min(held_out, key=lambda row: row.get("eval/loss", math.inf))
     shown = {"first": held_out[0], "lowest loss": best, "last": held_out[-1]}
     head = "".join(f"<th>{name} (step {row['step']})</th>" for name, row in shown.items())
     names = [name for name in held_out[-1] if name.startswith("eval/") and not name.endswith("_stderr")
              and name != "eval/pairs"]
-
     body = "".join(f"<tr><td>{html.escape(name.removeprefix('eval/'))}</td>"
                    + "".join(f"<td>{format_mean(row, name)}</td>" for row in shown.values()) + "</tr>"
                    for name in names)
-    return f'<h2>Held out</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
 def answers_table(samples: list[dict]) -> str:
