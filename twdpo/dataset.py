@@ -9,14 +9,15 @@ from pathlib import Path
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, BadRow, has_test_split, read_rows, resolved_name
 from twdpo.files import hash_json, write_atomic
 from twdpo.flags import InputError
-from twdpo.pairs import Pair, parse_row
+from twdpo.forms import AS_NAMED, Reading, Report, read_pairs
+from twdpo.pairs import Pair
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Pairs to train on, held-out pairs that the data brings along, and the rows that can't be used.
 
-    data, eval_data: names that find them again, a hub id with its revision.
+    data, eval_data: names that find them again, a hub id with its revision. report: what rows were read as.
     """
 
     train: list[Pair]
@@ -24,6 +25,7 @@ class Dataset:
     bad_rows: list[BadRow]
     data: str
     eval_data: str
+    report: Report
 
     @cached_property
     def fingerprint(self) -> str:
@@ -31,36 +33,24 @@ class Dataset:
         return hash_json([pair.key for pair in self.train + self.held_out])
 
 
-def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_answers: str = "refuse") -> Dataset:
+def load_dataset(data: str, eval_data: str, with_held_out: bool = True, reading: Reading = AS_NAMED) -> Dataset:
     """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError.
 
-    empty_answers: as the flag says.
+    reading: how rows become pairs.
     """
-    train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS), empty_answers)
+    rows, broken = read_rows(data, TRAIN_SPLITS)
+    train, bad, report = read_pairs([*broken, *rows], reading)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
     held_out: list[Pair] = []
-    if with_held_out and eval_data:
-        held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
-        if not held_out and not bad_held_out:
+    if with_held_out and (eval_data or has_test_split(data)):
+        rows, broken = read_rows(eval_data or data, TEST_SPLITS + TRAIN_SPLITS if eval_data else TEST_SPLITS)
+        held_out, bad_held_out, report_held_out = read_pairs([*broken, *rows], reading)
+        if eval_data and not held_out and not bad_held_out:
             raise InputError(f"--eval-data {eval_data}: it holds no pair")
-        bad = bad + bad_held_out
-    elif with_held_out and has_test_split(data):
-        held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
-        bad = bad + bad_held_out
-    return Dataset(train, held_out, bad, resolved_name(data), resolved_name(eval_data))
-
-
-def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str
-               ) -> tuple[list[Pair], list[BadRow]]:
-    """Rows -> pairs; every row ends up in one of the two lists."""
-    pairs, bad = [], list(bad)
-    for where, row in rows:
-        try:
-            pairs.append(parse_row(where, row, empty_answers))
-        except ValueError as error:
-            bad.append(BadRow(where, str(error), row))
-    return pairs, bad
+        bad, report = bad + bad_held_out, report + report_held_out
+    report.check(reading)
+    return Dataset(train, held_out, bad, resolved_name(data), resolved_name(eval_data), report)
 
 
 def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
