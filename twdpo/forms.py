@@ -84,8 +84,9 @@ class Report:
         """For the user: rows by form, then the columns that are not used, each once."""
         lines, total = [], self.forms.total()
         if total:
-            (form, count), *others = self.forms.most_common()
-            lines.append("; ".join([f"{count} row{'s' * (count > 1)}: {form}", *(f"{count}: {form}" for form, count in others)]))
+            (form, most), *others = self.forms.most_common()
+            rest = "".join(f"; {count}: {other}" for other, count in others)
+            lines.append(f"{most} row{'s' * (most > 1)}: {form}{rest}")
         if self.unused:
             lines.append("columns that the pairs do not use: " + ", ".join(
                 name + (f" ({count} of {total} rows)" if count < total else "") for name, count in self.unused.items()))
