@@ -15,6 +15,7 @@ from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_row
 from twdpo.dist import Process, run_script
 from twdpo.files import check_directory
 from twdpo.flags import InputError
+from twdpo.forms import Reading
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import describe_left_out
@@ -36,7 +37,9 @@ def extract(config: ExtractConfig, process: Process) -> None:
     if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in read}:
         raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: check_directory(Path(config.out), "--out"))
-    dataset = load_dataset(config.data, config.eval_data, empty_answers=config.empty_answers)
+    dataset = load_dataset(config.data, config.eval_data, reading=Reading.of(config))
+    for line in dataset.report.lines():
+        process.print(line)
     pairs = dataset.train + dataset.held_out
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
@@ -74,7 +77,7 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
             targets.append((path, source or config.data, TEST_SPLITS + TRAIN_SPLITS if source else TEST_SPLITS))
         for path, data, splits in targets:
             rows, missing = export_columns(path, data, splits, stored, tokenizer, config.judge_rounds,
-                                           config.empty_answers)
+                                           Reading.of(config))
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:
         defaults = TrainConfig()

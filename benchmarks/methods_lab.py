@@ -25,6 +25,7 @@ from twdpo import dist
 from twdpo.batch import PairBatch, collate, plan_micro_batches
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
 from twdpo.files import hash_json
+from twdpo.forms import parse_row
 from twdpo.judge.extraction import Extraction
 from twdpo.log import StageClock
 from twdpo.logps import Contrast, response_logps
@@ -33,7 +34,6 @@ from twdpo.metrics import pair_metrics
 from twdpo.models.policy import Policy, load_policy
 from twdpo.models.source import open_model
 from twdpo.objective import bind_objective
-from twdpo.pairs import parse_row
 from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch

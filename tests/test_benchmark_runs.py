@@ -22,8 +22,8 @@ import loss_kernel
 import train_step
 from twdpo import dist
 from twdpo.chat import Chat
+from twdpo.forms import parse_row
 from twdpo.models.source import load_tokenizer
-from twdpo.pairs import parse_row
 from twdpo.tokens import tokenize_pairs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,8 @@ from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiec
 
 from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
-from twdpo.pairs import Pair, parse_row
+from twdpo.forms import Reading, parse_row
+from twdpo.pairs import Pair
 from twdpo.tokens import tokenize_pairs
 
 
@@ -58,7 +59,7 @@ def test_an_empty_answer_may_become_a_space_even_where_the_template_trims(templa
     with pytest.raises(ValueError, match="chosen is empty"):
         parse_row("x:1", rows[0])
     tokenizer = byte_level(template)
-    example, _ = only_example(tokenizer, parse_row("x:1", rows[0], "space"))
+    example, _ = only_example(tokenizer, parse_row("x:1", rows[0], Reading(empty_answers="space")))
     assert tokenizer.decode(example.chosen.ids) == " <|im_end|>" and example.chosen.content_N.sum() == 1
 
 

@@ -13,9 +13,10 @@ from tokenizers_of_tests import TRIMMED, byte_level, gemma_like, sentencepiece_l
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
-from twdpo.authors_columns import WeightsColumns, token_spans
+from twdpo.authors_columns import WeightsColumns, export_columns, token_spans
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
+from twdpo.forms import Reading, parse_row
 from twdpo.judge import prompt
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import WeightsFile
@@ -73,6 +74,18 @@ def test_an_export_is_read_back(layer, column, exported, tmp_path, toy_model, pa
         for ours, theirs in zip(columns[pair.key], stored[pair.key]):
             assert (ours.ids_J == theirs.ids_J).all() and (ours.spans_J2 == theirs.spans_J2).all()
         np.testing.assert_allclose(columns[pair.key][0].attention_LRJ[0, 0], row[f"chosen_weights_{column}"], rtol=1e-6)
+
+
+def test_an_export_and_its_reading_find_the_pairs_of_other_columns(exported, tmp_path, toy_model):
+    """--columns and --fold-system name the pairs; a weight, which the rows here lack, is none of their identity."""
+    rows = [{"question" if name == "prompt" else name: value for name, value in row.items()} for row in exported[0]]
+    (path := tmp_path / "renamed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, stored = AutoTokenizer.from_pretrained(toy_model), WeightsFile(exported[1], "1")
+    reading = Reading(columns={"prompt": "question", "weight": "w"})
+    count, missing = export_columns(tmp_path / "again.jsonl", str(path), (), stored, tokenizer, "raw", reading)
+    assert (count, missing) == (6, 1)
+    columns = WeightsColumns(tmp_path / "again.jsonl", "1", tokenizer, reading)
+    assert all(parse_row("x", row).key in columns for row in [*exported[0][:2], *exported[0][3:]])
 
 
 def test_a_file_without_the_columns_or_the_layer_is_refused(exported, tmp_path, pairs_file, toy_model):

@@ -17,9 +17,9 @@ import methods_lab
 from twdpo.batch import Outputs, collate
 from twdpo.chat import Chat
 from twdpo.config import PRESETS, TrainConfig
+from twdpo.forms import parse_row
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective
-from twdpo.pairs import parse_row
 from twdpo.rows import MicroBatch
 from twdpo.tokens import tokenize_pairs
 from twdpo.toy.planted import planted_lift, planted_tokens

@@ -6,7 +6,8 @@ import pytest
 
 from twdpo.dataset import load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.flags import InputError
-from twdpo.pairs import Pair, parse_row
+from twdpo.forms import parse_row
+from twdpo.pairs import Pair
 
 USER, ANSWER, OTHER = ({"role": "user", "content": "why"}, {"role": "assistant", "content": "so"},
                        {"role": "assistant", "content": "no"})
@@ -28,14 +29,14 @@ def test_accepted_rows(row):
 
 @pytest.mark.parametrize("row, reason", [
     ([], "must be an object"),
-    ({"prompt": "why", "chosen": "so"}, "no column 'rejected'"),
-    ({"prompt": 3, "chosen": "so", "rejected": "no"}, "prompt must be a string"),
-    ({"chosen": "so", "rejected": "no"}, "prompt must be a string"),
+    ({"prompt": "why", "chosen": "so"}, "no column rejected"),
+    ({"prompt": 3, "chosen": "so", "rejected": "no"}, "prompt must be a string or a list of messages.*, not a number"),
+    ({"chosen": "so", "rejected": "no"}, "no column prompt"),
     ({"prompt": "why", "chosen": " ", "rejected": "no"}, "chosen is empty"),
     ({"prompt": "", "chosen": "so", "rejected": "no"}, "prompt is empty"),
-    ({"prompt": "why", "chosen": "so", "rejected": [OTHER]}, "chosen must be a string or a list"),
+    ({"prompt": "why", "chosen": "so", "rejected": [OTHER]}, "chosen is a string and rejected a list: both must be"),
     ({"chosen": [USER], "rejected": [USER, OTHER]}, "not the assistant's"),
-    ({"chosen": [ANSWER], "rejected": [OTHER]}, "there is no prompt"),
+    ({"chosen": [ANSWER], "rejected": [OTHER]}, "no column prompt"),
     ({"chosen": [USER, ANSWER], "rejected": [USER, USER, OTHER]}, "differ before the last answer"),
     ({"chosen": [USER, ANSWER, ANSWER], "rejected": [USER, ANSWER, OTHER]}, "the assistant's own"),
     ({"prompt": "why", "chosen": [{"role": "assistant", "content": [1]}], "rejected": [OTHER]}, "must be a string"),

@@ -11,8 +11,8 @@ import train
 from twdpo.batch import Outputs, collate
 from twdpo.chat import Chat
 from twdpo.config import TrainConfig
+from twdpo.forms import parse_row
 from twdpo.metrics import means, to_host
-from twdpo.pairs import parse_row
 from twdpo.rows import MicroBatch
 from twdpo.tokens import tokenize_pairs
 from twdpo.toy.planted import add_planted, content_tokens, filler_drift, planted_lift, planted_tokens, source_lift

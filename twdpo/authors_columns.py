@@ -18,7 +18,7 @@ import numpy as np
 from twdpo.data_files import read_rows
 from twdpo.files import hash_file, write_atomic
 from twdpo.flags import InputError
-from twdpo.pairs import parse_row
+from twdpo.forms import AS_NAMED, Reading, parse_row
 from twdpo.postprocess import average_rounds
 from twdpo.tokens import encode
 from twdpo.weights_file import ROLLOUT, JudgedAnswer, WeightsFile, pick_layers
@@ -35,11 +35,11 @@ def column_of(layer: str) -> str:
 
 
 def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file: WeightsFile, tokenizer, rounds: str,
-                   empty_answers: str) -> tuple[int, int]:
+                   reading: Reading) -> tuple[int, int]:
     """Write one row per row of `data`, in order: (rows, those with null lists because they were not judged).
 
-    weights_file: opened with all its layers (`weights_file.layers` names them). rounds, empty_answers: as the
-    flags say.
+    weights_file: opened with all its layers (`weights_file.layers` names them). rounds: as the flag says.
+    reading: as the run's.
     """
     rows, bad = read_rows(data, splits)
     lines = [(where, row) for where, row in rows] + [(row.where, {"unreadable": row.row}) for row in bad]
@@ -50,7 +50,7 @@ def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file:
         nonlocal missing
         with open(temporary, "w", encoding="utf-8") as file:
             for where, row in lines:
-                columns = row_columns(where, row, weights_file, tokenizer, rounds, empty_answers)
+                columns = row_columns(where, row, weights_file, tokenizer, rounds, reading)
                 missing += columns["chosen_tokens"] is None
                 given = row if isinstance(row, dict) else {"row": row}
                 given = {name: value for name, value in given.items() if not COLUMN.fullmatch(name)}
@@ -60,11 +60,11 @@ def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file:
     return len(lines), missing
 
 
-def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str, empty_answers: str
+def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str, reading: Reading
                 ) -> dict[str, object]:
     """The columns of one row; null lists when it is not stored."""
     try:
-        key = parse_row(where, row, empty_answers).key
+        key = parse_row(where, row, reading.of_texts).key
     except ValueError:
         key = None
     stored = key is not None and key in weights_file
@@ -84,8 +84,8 @@ def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, r
 class WeightsColumns:
     """A file of exported rows, opened for reading like a weights file; both rounds are one here."""
 
-    def __init__(self, path: str | Path, layer: str, tokenizer, empty_answers: str = "refuse"):
-        """layer, empty_answers: as the flags say. tokenizer: the one whose ids the file holds. Raises InputError."""
+    def __init__(self, path: str | Path, layer: str, tokenizer, reading: Reading = AS_NAMED):
+        """layer: as the flag says. tokenizer: whose ids the file holds. reading: as the run's. Raises InputError."""
         self.directory = Path(path)
         rows, bad = read_rows(str(path), ())
         if bad:
@@ -99,7 +99,7 @@ class WeightsColumns:
         for where, row in rows:
             if isinstance(row, dict) and row.get("chosen_tokens"):
                 try:
-                    pair = parse_row(where, row, empty_answers)
+                    pair = parse_row(where, row, reading.of_texts)
                     self._answers[pair.key] = tuple(read_answer(row, side, self.layers, tokenizer, getattr(pair, side))
                                                     for side in SIDES)
                 except KeyError as error:

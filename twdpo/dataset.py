@@ -10,7 +10,8 @@ from pathlib import Path
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, BadRow, has_test_split, read_rows, resolved_name
 from twdpo.files import hash_json, write_atomic
 from twdpo.flags import InputError
-from twdpo.pairs import Pair, parse_row
+from twdpo.forms import AS_NAMED, Reading, Report, read_pairs
+from twdpo.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Dataset:
     """Pairs to train on, held-out pairs that the data brings along, and the rows that can't be used.
 
     held_out_sets: by the names of --eval-data, in its order; "" of a set that has none. data, eval_data: names that
-    find them again, a hub id with its revision.
+    find them again, a hub id with its revision. report: what rows were read as.
     """
 
     train: list[Pair]
@@ -26,6 +27,7 @@ class Dataset:
     bad_rows: list[BadRow]
     data: str
     eval_data: str
+    report: Report
 
     @property
     def held_out(self) -> list[Pair]:
@@ -38,27 +40,34 @@ class Dataset:
         return hash_json([pair.key for pair in self.train + self.held_out])
 
 
-def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_answers: str = "refuse") -> Dataset:
+def load_dataset(data: str, eval_data: str, with_held_out: bool = True, reading: Reading = AS_NAMED) -> Dataset:
     """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError.
 
-    empty_answers: as the flag says.
+    reading: how rows become pairs.
     """
-    train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS), empty_answers)
+    rows, broken = read_rows(data, TRAIN_SPLITS)
+    train, bad, report = read_pairs([*broken, *rows], reading)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
     sources = parse_eval_data(eval_data)
     held_out_sets: dict[str, list[Pair]] = {}
+
+    def read_set(name: str, source: str, splits: tuple[str, ...]) -> None:
+        nonlocal bad, report
+        rows, broken = read_rows(source, splits)
+        held_out_sets[name], more, read_as = read_pairs([*broken, *rows], reading)
+        bad, report = bad + more, report + read_as
+        if eval_data and not held_out_sets[name] and not more:
+            raise InputError(f"--eval-data {eval_data}: {source if name else 'it'} holds no pair")
+
     if with_held_out and eval_data:
         for name, source in sources.items():
-            held_out_sets[name], more = parse_rows(*read_rows(source, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
-            if not held_out_sets[name] and not more:
-                raise InputError(f"--eval-data {eval_data}: {source if name else 'it'} holds no pair")
-            bad = bad + more
+            read_set(name, source, TEST_SPLITS + TRAIN_SPLITS)
     elif with_held_out and has_test_split(data):
-        held_out_sets[""], more = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
-        bad = bad + more
+        read_set("", data, TEST_SPLITS)
+    report.check(reading)
     eval_data = ",".join((f"{name}=" if name else "") + resolved_name(source) for name, source in sources.items())
-    return Dataset(train, held_out_sets, bad, resolved_name(data), eval_data)
+    return Dataset(train, held_out_sets, bad, resolved_name(data), eval_data, report)
 
 
 def parse_eval_data(text: str) -> dict[str, str]:
@@ -85,18 +94,6 @@ def parse_eval_data(text: str) -> dict[str, str]:
             raise InputError(f"--eval-data has {part!r}: no file behind the name")
         sources[last := name] = source
     return sources
-
-
-def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str
-               ) -> tuple[list[Pair], list[BadRow]]:
-    """Rows -> pairs; every row ends up in one of the two lists."""
-    pairs, bad = [], list(bad)
-    for where, row in rows:
-        try:
-            pairs.append(parse_row(where, row, empty_answers))
-        except ValueError as error:
-            bad.append(BadRow(where, str(error), row))
-    return pairs, bad
 
 
 def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

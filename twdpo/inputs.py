@@ -13,6 +13,7 @@ from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_promp
 from twdpo.dist import Process, pick_dtype
 from twdpo.files import cache_directory, hash_file, hash_json
 from twdpo.flags import InputError
+from twdpo.forms import Reading
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
@@ -96,7 +97,9 @@ class Inputs:
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
     """Read and check all pairs, as text, then as tokens, then by what is needed of them. Raises InputError before
     anything is loaded. All ranks."""
-    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, config.empty_answers)
+    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, Reading.of(config))
+    for line in dataset.report.lines():
+        process.print(line)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
@@ -390,4 +393,4 @@ def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | Wei
     if Path(path).is_dir():
         return WeightsFile(path, config.layer)
     other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
-    return WeightsColumns(path, config.layer, other or tokenizer, config.empty_answers)
+    return WeightsColumns(path, config.layer, other or tokenizer, Reading.of(config))

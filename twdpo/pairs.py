@@ -1,9 +1,6 @@
-"""Preference pairs, and the forms of rows that they are read from.
+"""Preference pairs: a conversation and its two answers."""
 
-Accepted rows: {prompt: str, chosen: str, rejected: str}; {prompt?, chosen: messages, rejected: messages} with whole
-conversations; {prompt: messages, chosen: [assistant], rejected: [assistant]}. Other columns are ignored.
-"""
-
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +15,8 @@ class Pair:
     chosen: str
     rejected: str
     where: str  # FILE:LINE, for messages to the user; neither it nor weight and margin are part of the identity
-    extras: str = ""  # JSON of what a template may print beside texts (tools, calls); empty for nearly all
+    extras: str = ""  # what a template may print beside texts; empty for nearly all pairs, else JSON of those there are
+    # of {"chosen": KEYS, "rejected": KEYS, "tools": [...], "turns": {"2": KEYS}}, KEYS of a message: tool_calls, ...
     weight: float = 1.0  # multiplies the pair's loss
     margin: float = 0.0  # for losses that ask for one
 
@@ -29,9 +27,12 @@ class Pair:
 
     def to_row(self) -> dict[str, object]:
         """The pair as an accepted row."""
-        prompt = [{"role": role, "content": text} for role, text in self.messages]
-        return {"prompt": prompt} | {side: [{"role": "assistant", "content": getattr(self, side)}]
-                                     for side in ("chosen", "rejected")}
+        extras = json.loads(self.extras or "{}")
+        prompt = [{"role": role, "content": text} | extras.get("turns", {}).get(str(turn), {})
+                  for turn, (role, text) in enumerate(self.messages)]
+        answers = {side: [{"role": "assistant", "content": getattr(self, side)} | extras.get(side, {})]
+                   for side in ("chosen", "rejected")}
+        return {"prompt": prompt} | answers | ({"tools": extras["tools"]} if "tools" in extras else {})
 
 
 def show_question(pair: Pair, what: str) -> str:
@@ -42,61 +43,3 @@ def show_question(pair: Pair, what: str) -> str:
     if len(pair.messages) == 1:
         return pair.messages[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
-
-
-def parse_row(where: str, row: object, empty_answers: str = "refuse") -> Pair:
-    """One row -> Pair. Raises ValueError with the reason."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object with prompt, chosen and rejected, not {type(row).__name__}")
-    for column in ("chosen", "rejected"):
-        if column not in row:
-            raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be a string when chosen and rejected are, not {type(prompt).__name__}")
-        messages, answers = (("user", prompt),), (chosen, rejected)
-    else:
-        before_w, answer_w = split_conversation("chosen", chosen)
-        before_l, answer_l = split_conversation("rejected", rejected)
-        if before_w != before_l:
-            raise ValueError("the conversations of chosen and rejected differ before the last answer")
-        answers = (answer_w, answer_l)
-        if before_w:
-            messages = before_w
-        elif isinstance(prompt, list):
-            messages = parse_messages("prompt", prompt)
-        elif isinstance(prompt, str):
-            messages = (("user", prompt),)
-        else:
-            raise ValueError("chosen holds an answer alone and there is no prompt")
-    if messages[-1][0] == "assistant":
-        raise ValueError("the turn before the answers is the assistant's own")
-    if empty_answers == "space":
-        answers = tuple(text if text.strip() else " " for text in answers)
-    for column, text in (*(("prompt", text) for _, text in messages[-1:]), *zip(("chosen", "rejected"), answers)):
-        if not text.strip() and (column == "prompt" or empty_answers == "refuse"):
-            raise ValueError(f"{column} is empty")
-    for text in (*(text for _, text in messages), *answers):
-        text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
-    return Pair(messages, *answers, where)
-
-
-def split_conversation(column: str, value: object) -> tuple[tuple[tuple[str, str], ...], str]:
-    """Messages -> (turns before the last one, text of the last one, the assistant's)."""
-    messages = parse_messages(column, value)
-    if messages[-1][0] != "assistant":
-        raise ValueError(f"the last message of {column} is the {messages[-1][0]}'s, not the assistant's")
-    return messages[:-1], messages[-1][1]
-
-
-def parse_messages(column: str, value: object) -> tuple[tuple[str, str], ...]:
-    """[{role, content}, ...] -> ((role, text), ...)."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{column} must be a string or a list of messages that is not empty, not {value!r:.80}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message of {column} has no role: {message!r:.80}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"the content of a message of {column} must be a string: {message!r:.80}")
-    return tuple((message["role"], message["content"]) for message in value)

@@ -34,10 +34,11 @@ from twdpo.dataset import load_dataset
 from twdpo.dist import Process, run_script
 from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
 from twdpo.flags import InputError, flag, parse_flags, require
+from twdpo.forms import parse_row
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.prompt import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
 from twdpo.models.source import open_model
-from twdpo.pairs import Pair, parse_row
+from twdpo.pairs import Pair
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import (
     FILLER_ENDS,
