@@ -10,8 +10,10 @@ from twdpo.batch import collate
 from twdpo.chat import THINK, THINK_END, Chat, describe_end
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
+from twdpo.forms import Reading, parse_row
+from twdpo.judge.prompt import JUDGE_PROMPTS, JudgeInputs
 from twdpo.objective import find_objective
-from twdpo.pairs import Pair
+from twdpo.pairs import Pair, show_question
 from twdpo.postprocess import kept_text
 from twdpo.printed import Answer, check_templated, print_pair
 from twdpo.rows import MicroBatch
@@ -263,3 +265,32 @@ def test_the_rest_alone_can_be_weighed(process):
     assert (weighed["gamma=0.5,reasoning=off"] > 0).tolist() == (~thinking).tolist()
     with pytest.raises(InputError, match="reasoning=maybe"):
         find_objective(TrainConfig(model="toy", data="toy", weights_options="reasoning=maybe"), process)
+
+
+@pytest.mark.parametrize("row, prompt", [
+    ({"prompt": LLAMA3, "chosen": HEADER + "yes<|eot_id|>", "rejected": HEADER + "no<|eot_id|>"}, LLAMA3),
+    ({"chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"}, LLAMA3 + HEADER)])
+def test_rows_of_templated_texts(row, prompt):
+    chat = Chat(byte_tokenizer(TEMPLATES["llama3"], True), templated=True)
+    given = parse_row("x:1", row, Reading(templated=True))
+    assert given.messages == (("user", prompt),)
+    example, _ = only(chat, given)
+    assert chat.tokenizer.decode(example.prompt_ids) == LLAMA3 + HEADER
+    assert chat.tokenizer.decode(example.chosen.ids) == "yes<|eot_id|>"
+    question, chosen, _ = JudgeInputs(chat, JUDGE_PROMPTS["short"], 1000)._show(given)
+    assert question.split() == ["What?"] and chosen.text == "yes"
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"chosen": "<|im_start|>a", "rejected": "<|im_start|>b"}, "no turn's header in common"),
+    ({"prompt": "x", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}, "takes .* as texts|both")])
+def test_rows_that_are_no_templated_texts(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_row("x:1", row, Reading(templated=True))
+
+
+def test_a_judge_sees_calls_of_tools():
+    extras = '{"turns": {"1": {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}}}'
+    given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras)
+    assert show_question(given, "conversation") == (
+        'user: 1+1?\n\nassistant: \n{"name": "add", "arguments": {"a": 1}}\n\ntool: 2')

@@ -1,6 +1,5 @@
 """Chat template: conversations as it prints them, what it does with their turns, and what ends one."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -86,13 +85,8 @@ def set_chat_template(tokenizer, path: str) -> None:
 
 def messages_of(pair: Pair) -> tuple[list[Message], dict[str, Message], object]:
     """(turns before the answers, the message of either answer by side, tools or None), as templates take them."""
-    extras = json.loads(pair.extras) if pair.extras else {}
-    turns = extras.get("turns", {})
-    messages = [{"role": role, "content": text} | turns.get(str(place), {})
-                for place, (role, text) in enumerate(pair.messages)]
-    answers = {side: {"role": "assistant", "content": getattr(pair, side)} | extras.get(side, {})
-               for side in ("chosen", "rejected")}
-    return messages, answers, extras.get("tools")
+    row = pair.to_row()
+    return row["prompt"], {side: row[side][0] for side in ("chosen", "rejected")}, row.get("tools")
 
 
 def render(chat: Chat, messages: list[Message], tools: object = None, generation_prompt: bool = False) -> str:

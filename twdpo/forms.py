@@ -5,6 +5,7 @@ docs/data.md shows each form. Nothing is guessed beyond them: --columns names wh
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from twdpo.config import SharedConfig
 from twdpo.data_files import BadRow
 from twdpo.flags import InputError
 from twdpo.messages import (
+    HEADER,
     Turn,
     decode,
     hh_prompt,
@@ -41,11 +43,12 @@ class Reading:
     empty_answers: str = "refuse"
     columns: dict[str, str] = field(default_factory=dict)
     fold_system: bool = False
+    templated: bool = False
 
     @classmethod
     def of(cls, config: SharedConfig) -> "Reading":
         """As the flags say. Raises InputError."""
-        return cls(config.empty_answers, parse_columns(config.columns), config.fold_system)
+        return cls(config.empty_answers, parse_columns(config.columns), config.fold_system, config.templated)
 
     @property
     def of_texts(self) -> "Reading":
@@ -203,6 +206,8 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
     if kinds[0] != kinds[1]:
         raise ValueError(f"{sides[0]} is {type_of(values[0])} and {sides[1]} {type_of(values[1])}: both must be texts, "
                          "or both messages")
+    if reading.templated:
+        return read_templated(row, reading, sides, values)
     if kinds[0] == "messages":
         talks = [parse_messages(side, value, unused_keys) for side, value in zip(sides, values)]
         how = " as messages" if len(talks[0]) == 1 else " as conversations"
@@ -223,10 +228,28 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
     return talks[0][:-1], [talks[0][-1], talks[1][-1]], how
 
 
+def read_templated(row: dict, reading: Reading, sides: tuple[str, str], values: tuple[object, object]
+                   ) -> tuple[list[Turn], list[Turn], str]:
+    """As `read_answers`, of texts with a template's marks; without a prompt it is what both have in common, up to the
+    end of the last header of a turn there."""
+    how, stop, prompt = " as templated texts", 0, row.get(reading.column("prompt", row))
+    if not all(isinstance(value, str | None) for value in (*values, prompt)):
+        raise ValueError("--templated takes prompt, chosen and rejected as texts, and this row has messages")
+    common = os.path.commonprefix(values)
+    if prompt is None:
+        stop = max((match.end() for match in HEADER.finditer(common)), default=0)
+        if not stop:
+            raise ValueError(f"no prompt, and {sides[0]} and {sides[1]} begin with no turn's header in common")
+    answers = [Turn("assistant", value[stop:], {}) for value in values]
+    return [Turn("user", common[:stop], {})] if stop else [], answers, how
+
+
 def find_prompt(row: dict, reading: Reading, unused_keys: dict) -> tuple[list[str], list[Turn]]:
     """(its columns, the turns before the answers) of a row whose answers stand alone."""
     column = reading.column("prompt", row)
     if row.get(column) is not None:
+        if reading.templated:
+            return [column], [Turn("user", row[column], {})]
         return [column], parse_prompt(column, row[column], unused_keys)
     if row.get("conversations") is not None:
         return ["conversations"], parse_messages("conversations", row["conversations"], unused_keys)

@@ -9,6 +9,9 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 KEYS = {"assistant": ("tool_calls", "function_call", "reasoning_content", "thinking"),
         "tool": ("name", "tool_call_id")}  # of messages of a role, that are read beside content
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+# What begins a turn in templates that are widely used: texts that hold it have been templated before.
+HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start\|>\w+\n|<start_of_turn>\w+\n"
+                    r"|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?|### (?:Instruction|Response):\n")
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 

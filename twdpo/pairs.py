@@ -42,4 +42,7 @@ def show_question(pair: Pair, what: str) -> str:
         return next((text for role, text in pair.messages if role == "user"), pair.messages[0][1])
     if len(pair.messages) == 1:
         return pair.messages[0][1]
-    return "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
+    turns = json.loads(pair.extras or "{}").get("turns", {})
+    calls = [[json.dumps(call.get("function", call), ensure_ascii=False)
+              for call in turns.get(str(place), {}).get("tool_calls", ())] for place in range(len(pair.messages))]
+    return "\n\n".join("\n".join([f"{role}: {text}", *more]) for (role, text), more in zip(pair.messages, calls))

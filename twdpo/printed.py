@@ -22,13 +22,11 @@ from twdpo.chat import (
     template_pieces,
 )
 from twdpo.flags import InputError
+from twdpo.messages import HEADER
 from twdpo.pairs import Pair
 
 Piece = tuple[str, bool]  # (text, whether it comes from the data: then it may not spell special tokens)
 WORD = re.compile(rf"{THINK}|{THINK_END}|[^\s<]+|<|\s+")
-# What begins a turn in templates that are widely used: texts that hold it have been templated before.
-HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start\|>\w+\n|<start_of_turn>\w+\n"
-                    r"|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?|### (?:Instruction|Response):\n")
 ENDS = re.compile(r"<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<\|end\|>|</s>|<\|end_of_text\|>|<\|endoftext\|>")
 
 
