@@ -290,7 +290,8 @@ def test_rows_that_are_no_templated_texts(row, reason):
 
 
 def test_a_judge_sees_calls_of_tools():
-    extras = '{"turns": {"1": {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}}}'
+    call = '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
+    extras = '{"turns": {"1": {"tool_calls": [' + call + "]}}}"
     given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras)
     assert show_question(given, "conversation") == (
         'user: 1+1?\n\nassistant: \n{"name": "add", "arguments": {"a": 1}}\n\ntool: 2')
