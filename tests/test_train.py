@@ -306,8 +306,8 @@ def test_verbalized_scores_train(tmp_path, arguments, monkeypatch, capsys):
     from twdpo.judge import verbalize
     rows = toy_rows()[0]
 
-    def canned(model, tokenizer, prompts, max_new_tokens):
-        texts = [tokenizer.decode(ids) for ids in prompts]
+    def canned(model, chat, prompts, max_new_tokens):
+        texts = [chat.tokenizer.decode(ids) for ids in prompts]
         answers = [next(row[side] for row in rows for side in ("chosen", "rejected") if row[side] in text)
                    if "say a lot" not in text else "" for text in texts]
         return [json.dumps([[word, 1 + len(word) % 5] for word in answer.split()]) for answer in answers]
