@@ -2,11 +2,22 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, BadRow, has_test_split, read_rows, resolved_name
+from twdpo.config import TrainConfig
+from twdpo.data_files import (
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    BadRow,
+    Row,
+    parse_sources,
+    read_rows,
+    resolved_name,
+    with_test_split,
+)
 from twdpo.files import hash_json, write_atomic
 from twdpo.flags import InputError
 from twdpo.pairs import Pair, parse_row
@@ -31,31 +42,38 @@ class Dataset:
         return hash_json([pair.key for pair in self.train + self.held_out])
 
 
-def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_answers: str = "refuse") -> Dataset:
-    """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError.
+def load_dataset(data: str, eval_data: str, with_held_out: bool = True, empty_answers: str = "refuse",
+                 seed: int = TrainConfig.seed) -> Dataset:
+    """All pairs of the sources of --data, and those of --eval-data or of the sources' own test splits. Raises
+    InputError.
 
-    empty_answers: as the flag says.
+    empty_answers: as the flag says. seed: draws the shares of sources.
     """
-    train, bad = parse_rows(*read_rows(data, TRAIN_SPLITS), empty_answers)
+    sources = parse_sources(data)
+    train, bad = parse_rows(read_rows(sources, TRAIN_SPLITS, seed), empty_answers)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
     held_out: list[Pair] = []
     if with_held_out and eval_data:
-        held_out, bad_held_out = parse_rows(*read_rows(eval_data, TEST_SPLITS + TRAIN_SPLITS), empty_answers)
+        rows = read_rows(parse_sources(eval_data, "--eval-data"), TEST_SPLITS + TRAIN_SPLITS, seed)
+        held_out, bad_held_out = parse_rows(rows, empty_answers)
         if not held_out and not bad_held_out:
             raise InputError(f"--eval-data {eval_data}: it holds no pair")
         bad = bad + bad_held_out
-    elif with_held_out and has_test_split(data):
-        held_out, bad_held_out = parse_rows(*read_rows(data, TEST_SPLITS), empty_answers)
+    elif with_held_out:
+        held_out, bad_held_out = parse_rows(read_rows(with_test_split(sources), TEST_SPLITS), empty_answers)
         bad = bad + bad_held_out
     return Dataset(train, held_out, bad, resolved_name(data), resolved_name(eval_data))
 
 
-def parse_rows(rows: list[tuple[str, object]], bad: list[BadRow], empty_answers: str
-               ) -> tuple[list[Pair], list[BadRow]]:
+def parse_rows(rows: Iterable[Row], empty_answers: str) -> tuple[list[Pair], list[BadRow]]:
     """Rows -> pairs; every row ends up in one of the two lists."""
-    pairs, bad = [], list(bad)
-    for where, row in rows:
+    pairs, bad = [], []
+    for item in rows:
+        if isinstance(item, BadRow):
+            bad.append(item)
+            continue
+        where, row = item
         try:
             pairs.append(parse_row(where, row, empty_answers))
         except ValueError as error:
@@ -98,6 +116,7 @@ def settle_bad_rows(bad_rows: list[BadRow], skip: bool, directory: Path, total: 
         raise InputError(message + "\nMend them, or leave them out with --skip-bad-rows.")
     if len(bad_rows) == total:
         raise InputError(f"{message}\nNo row is left.")
-    lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}) + "\n" for bad in bad_rows]
+    lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}, default=str) + "\n"
+             for bad in bad_rows]  # str: of dates and bytes, which .parquet may hold
     write_atomic(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
     print(f"{message}\nThey are left out and stand in {path}.")

@@ -69,7 +69,8 @@ class Inputs:
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
     """Read and check all pairs, as text, then as tokens, then by what is needed of them. Raises InputError before
     anything is loaded. All ranks."""
-    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, config.empty_answers)
+    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, config.empty_answers,
+                           config.seed)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
