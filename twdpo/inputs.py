@@ -11,6 +11,7 @@ from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.dist import Process, pick_dtype
+from twdpo.examples import tokenize_all
 from twdpo.files import cache_directory, hash_file, hash_json
 from twdpo.flags import InputError
 from twdpo.judge.extraction import Extraction
@@ -22,7 +23,7 @@ from twdpo.objective import Objective
 from twdpo.plugins import name_of, split_paths
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
-from twdpo.tokens import Example, tokenize_pairs
+from twdpo.tokens import Example
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
 from twdpo.weights_file import WeightsFile, parse_layer
 
@@ -111,9 +112,7 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process:
         train_pairs, held_out_pairs = split_by_prompt(dataset.train, config.eval_fraction, config.seed)
     results = []
     for name, pairs in (("tokenise", train_pairs), ("tokenise held-out", held_out_pairs)):
-        examples, bad, counts = tokenize_pairs(
-            chat, pairs, config.max_length, config.max_prompt_length,
-            lambda items, name=name: process.progress(items, desc=name, unit="pair"))
+        examples, bad, counts = tokenize_all(chat, pairs, config.max_length, config.max_prompt_length, process, name)
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None
         results.append((examples, bad))
