@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twdpo.authors_columns import export_columns
 from twdpo.config import ExtractConfig, TrainConfig, parse_config
-from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS
+from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, local_files, parse_sources, read_rows, with_test_split
 from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
 from twdpo.dist import Process, run_script
 from twdpo.files import check_directory
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(config: ExtractConfig, process: Process) -> None:
     """pairs -> judge inputs -> attention -> weights file, or pairs -> verbalised scores. All ranks."""
-    read = (config.data, *parse_eval_data(config.eval_data).values())
-    if config.export and Path(config.export).resolve() in {Path(path).resolve() for path in read}:
+    sources = parse_sources(config.data)
+    for source in filter(None, parse_eval_data(config.eval_data).values()):
+        sources += parse_sources(source, "--eval-data")
+    if config.export and Path(config.export).resolve() in local_files(sources):
         raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: check_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data, reading=Reading.of(config))
@@ -70,14 +72,15 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
     print(f"{out}: {len(pairs)} pairs, layers {', '.join(stored.layers)}"
           + "".join(f"; {name} {value:.3f}" for name, value in figures.items()))
     if config.export:
-        targets = [(Path(config.export), config.data, TRAIN_SPLITS)]
+        path, sources = Path(config.export), parse_sources(config.data)
+        targets = [(path, read_rows(sources, TRAIN_SPLITS))]
         for name, source in parse_eval_data(config.eval_data).items() if dataset.held_out else ():
-            path = targets[0][0]
-            path = path.with_name("_".join(filter(None, [path.stem, "held_out", name])) + path.suffix)
-            targets.append((path, source or config.data, TEST_SPLITS + TRAIN_SPLITS if source else TEST_SPLITS))
-        for path, data, splits in targets:
-            rows, missing = export_columns(path, data, splits, stored, tokenizer, config.judge_rounds,
-                                           Reading.of(config))
+            held_out = (read_rows(parse_sources(source, "--eval-data"), TEST_SPLITS + TRAIN_SPLITS)
+                        if source else read_rows(with_test_split(sources), TEST_SPLITS))
+            stem = "_".join(filter(None, [path.stem, "held_out", name]))
+            targets.append((path.with_name(stem + path.suffix), held_out))
+        for path, rows in targets:
+            rows, missing = export_columns(path, rows, stored, tokenizer, config.judge_rounds, Reading.of(config))
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:
         defaults = TrainConfig()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import extract
 from twdpo.authors_columns import WeightsColumns, export_columns, token_spans
+from twdpo.data_files import read_file
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
 from twdpo.forms import Reading, parse_row
@@ -82,7 +83,7 @@ def test_an_export_and_its_reading_find_the_pairs_of_other_columns(exported, tmp
     (path := tmp_path / "renamed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer, stored = AutoTokenizer.from_pretrained(toy_model), WeightsFile(exported[1], "1")
     reading = Reading(columns={"prompt": "question", "weight": "w"})
-    count, missing = export_columns(tmp_path / "again.jsonl", str(path), (), stored, tokenizer, "raw", reading)
+    count, missing = export_columns(tmp_path / "again.jsonl", read_file(path), stored, tokenizer, "raw", reading)
     assert (count, missing) == (6, 1)
     columns = WeightsColumns(tmp_path / "again.jsonl", "1", tokenizer, reading)
     assert all(parse_row("x", row).key in columns for row in [*exported[0][:2], *exported[0][3:]])

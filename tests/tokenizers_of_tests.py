@@ -1,6 +1,9 @@
 """Small tokenizers of the kinds that real models use, built on the spot."""
 
+import errno
 import json
+import os
+import signal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -67,3 +70,16 @@ def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
                                    chat_template=template)
+
+
+class BrokenChat:
+    """Whose tokenizer can't be had, for one reason or another."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    @property
+    def tokenizer(self):
+        if self.kind == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, "No space left") if self.kind == "full" else ZeroDivisionError("in a worker")

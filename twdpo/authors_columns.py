@@ -11,11 +11,12 @@ A row holds its input columns too, so that a file of such rows is data and weigh
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from twdpo.data_files import read_rows
+from twdpo.data_files import BadRow, Row, read_file
 from twdpo.files import hash_file, write_atomic
 from twdpo.flags import InputError
 from twdpo.forms import AS_NAMED, Reading, parse_row
@@ -34,30 +35,28 @@ def column_of(layer: str) -> str:
     return ROLLOUT_COLUMN if layer == ROLLOUT else str(int(layer) - 1)
 
 
-def export_columns(path: Path, data: str, splits: tuple[str, ...], weights_file: WeightsFile, tokenizer, rounds: str,
+def export_columns(path: Path, rows: Iterable[Row], weights_file: WeightsFile, tokenizer, rounds: str,
                    reading: Reading) -> tuple[int, int]:
-    """Write one row per row of `data`, in order: (rows, those with null lists because they were not judged).
+    """Write one row per row of the data, in order: (rows, those with null lists because they were not judged).
 
     weights_file: opened with all its layers (`weights_file.layers` names them). rounds: as the flag says.
     reading: as the run's.
     """
-    rows, bad = read_rows(data, splits)
-    lines = [(where, row) for where, row in rows] + [(row.where, {"unreadable": row.row}) for row in bad]
-    lines.sort(key=lambda line: int(line[0].rpartition(":")[2]))
-    missing = 0
+    count = missing = 0
 
     def write(temporary: Path) -> None:
-        nonlocal missing
+        nonlocal count, missing
         with open(temporary, "w", encoding="utf-8") as file:
-            for where, row in lines:
+            for item in rows:
+                where, row = (item.where, {"unreadable": item.row}) if isinstance(item, BadRow) else item
                 columns = row_columns(where, row, weights_file, tokenizer, rounds, reading)
-                missing += columns["chosen_tokens"] is None
+                count, missing = count + 1, missing + (columns["chosen_tokens"] is None)
                 given = row if isinstance(row, dict) else {"row": row}
                 given = {name: value for name, value in given.items() if not COLUMN.fullmatch(name)}
-                file.write(json.dumps(given | columns) + "\n")
+                file.write(json.dumps(given | columns, default=str) + "\n")  # str: of dates and bytes
 
     write_atomic(path, write)
-    return len(lines), missing
+    return count, missing
 
 
 def row_columns(where: str, row: object, weights_file: WeightsFile, tokenizer, rounds: str, reading: Reading
@@ -87,9 +86,9 @@ class WeightsColumns:
     def __init__(self, path: str | Path, layer: str, tokenizer, reading: Reading = AS_NAMED):
         """layer: as the flag says. tokenizer: whose ids the file holds. reading: as the run's. Raises InputError."""
         self.directory = Path(path)
-        rows, bad = read_rows(str(path), ())
-        if bad:
-            raise InputError(f"{bad[0].where}: {bad[0].reason}")
+        rows = list(read_file(self.directory))
+        if bad := next((row for row in rows if isinstance(row, BadRow)), None):
+            raise InputError(f"{bad.where}: {bad.reason}")
         names = {name for _, row in rows if isinstance(row, dict) and row.get("chosen_tokens") for name in row}
         if not names:
             raise InputError(f"{path}: no row holds chosen_tokens: it was not written by extract.py --export")

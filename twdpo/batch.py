@@ -102,7 +102,7 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
     # The label shift: the token at position t is predicted by the output at position t - 1.
     predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)]
                                                  for place, (prompt, response) in zip(places, sequences)]))
-    targets_N = torch.cat([torch.from_numpy(response).long() for _, response in sequences])
+    targets_N = torch.from_numpy(np.concatenate([response for _, response in sequences])).long()  # some are read-only
     if ref_logps is None:
         ref_logps_N = torch.zeros(len(targets_N))
     else:

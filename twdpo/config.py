@@ -30,7 +30,7 @@ class SharedConfig:
     """What both entry points need: which model, which pairs, how the model judges them."""
 
     model: str = flag("", "data", "policy, reference and judge: directory, hub id, id@revision, 'toy'; empty: the toy")
-    data: str = flag("", "data", "pairs: .jsonl, .json, directory, hub id, 'toy'; empty: the paper's for --model")
+    data: str = flag("", "data", "pairs: files, folders, hub ids, 'toy', by commas; empty: the paper's for --model")
     eval_data: str = flag("", "data", "held-out pairs, same forms, or sets of them: NAME=FILE,NAME=FILE; empty: the "
                           "data's test split, else --eval-fraction")
     chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")

@@ -3,11 +3,22 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, BadRow, has_test_split, read_rows, resolved_name
+from twdpo.config import TrainConfig
+from twdpo.data_files import (
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    BadRow,
+    Row,
+    parse_sources,
+    read_rows,
+    resolved_name,
+    with_test_split,
+)
 from twdpo.files import hash_json, write_atomic
 from twdpo.flags import InputError
 from twdpo.forms import AS_NAMED, Reading, Report, read_pairs
@@ -40,33 +51,34 @@ class Dataset:
         return hash_json([pair.key for pair in self.train + self.held_out])
 
 
-def load_dataset(data: str, eval_data: str, with_held_out: bool = True, reading: Reading = AS_NAMED) -> Dataset:
-    """All pairs of a data source, and those of `eval_data` or of the source's own test split. Raises InputError.
+def load_dataset(data: str, eval_data: str, with_held_out: bool = True, reading: Reading = AS_NAMED,
+                 seed: int = TrainConfig.seed) -> Dataset:
+    """All pairs of the sources of --data, and those of --eval-data or of the sources' own test splits. Raises
+    InputError.
 
-    reading: how rows become pairs.
+    reading: how rows become pairs. seed: draws the shares of sources.
     """
-    rows, broken = read_rows(data, TRAIN_SPLITS)
-    train, bad, report = read_pairs([*broken, *rows], reading)
+    sources = parse_sources(data)
+    train, bad, report = read_pairs(read_rows(sources, TRAIN_SPLITS, seed), reading)
     if not train and not bad:
         raise InputError(f"--data {data}: it holds no pair")
-    sources = parse_eval_data(eval_data)
+    sets = parse_eval_data(eval_data)
     held_out_sets: dict[str, list[Pair]] = {}
 
-    def read_set(name: str, source: str, splits: tuple[str, ...]) -> None:
+    def read_set(name: str, source: str, rows: Iterable[Row]) -> None:
         nonlocal bad, report
-        rows, broken = read_rows(source, splits)
-        held_out_sets[name], more, read_as = read_pairs([*broken, *rows], reading)
+        held_out_sets[name], more, read_as = read_pairs(rows, reading)
         bad, report = bad + more, report + read_as
         if eval_data and not held_out_sets[name] and not more:
             raise InputError(f"--eval-data {eval_data}: {source if name else 'it'} holds no pair")
 
     if with_held_out and eval_data:
-        for name, source in sources.items():
-            read_set(name, source, TEST_SPLITS + TRAIN_SPLITS)
-    elif with_held_out and has_test_split(data):
-        read_set("", data, TEST_SPLITS)
+        for name, source in sets.items():
+            read_set(name, source, read_rows(parse_sources(source, "--eval-data"), TEST_SPLITS + TRAIN_SPLITS, seed))
+    elif with_held_out and (tested := with_test_split(sources)):
+        read_set("", data, read_rows(tested, TEST_SPLITS, seed))
     report.check(reading)
-    eval_data = ",".join((f"{name}=" if name else "") + resolved_name(source) for name, source in sources.items())
+    eval_data = ",".join((f"{name}=" if name else "") + resolved_name(source) for name, source in sets.items())
     return Dataset(train, held_out_sets, bad, resolved_name(data), eval_data, report)
 
 
@@ -131,6 +143,7 @@ def settle_bad_rows(bad_rows: list[BadRow], skip: bool, directory: Path, total: 
         raise InputError(message + "\nMend them, or leave them out with --skip-bad-rows.")
     if len(bad_rows) == total:
         raise InputError(f"{message}\nNo row is left.")
-    lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}) + "\n" for bad in bad_rows]
+    lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}, default=str) + "\n"
+             for bad in bad_rows]  # str: of dates and bytes, which .parquet may hold
     write_atomic(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
     print(f"{message}\nThey are left out and stand in {path}.")

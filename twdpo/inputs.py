@@ -11,6 +11,7 @@ from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_prompt
 from twdpo.dist import Process, pick_dtype
+from twdpo.examples import tokenize_all
 from twdpo.files import cache_directory, hash_file, hash_json
 from twdpo.flags import InputError
 from twdpo.forms import Reading
@@ -25,7 +26,7 @@ from twdpo.plugins import name_of, options_of, split_paths
 from twdpo.postprocess import alignment_shares
 from twdpo.printed import check_templated
 from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
-from twdpo.tokens import Example, tokenize_pairs
+from twdpo.tokens import Example
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
 from twdpo.weights_file import WeightsFile, parse_layer
 
@@ -97,7 +98,7 @@ class Inputs:
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
     """Read and check all pairs, as text, then as tokens, then by what is needed of them. Raises InputError before
     anything is loaded. All ranks."""
-    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, Reading.of(config))
+    dataset = load_dataset(config.data, config.eval_data, config.eval_fraction > 0, Reading.of(config), config.seed)
     for line in dataset.report.lines():
         process.print(line)
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
@@ -144,9 +145,7 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process:
     results, all_bad = [], []
     for name, pairs in (("tokenise", train_pairs), *((f"tokenise held-out {name}".strip(), pairs)
                                                       for name, pairs in held_out_sets.items())):
-        examples, bad, counts = tokenize_pairs(
-            chat, pairs, config.max_length, config.max_prompt_length,
-            lambda items, name=name: process.progress(items, desc=name, unit="pair"))
+        examples, bad, counts = tokenize_all(chat, pairs, config.max_length, config.max_prompt_length, process, name)
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None
         results.append(examples)
