@@ -22,7 +22,8 @@ IMPORT_ORDER = """
     postprocess judge/verbalized weights authors_columns batch kernels/tile_kernels kernels/weighted_logratio
     logratio losses objective metrics models/source models/varlen models/attention models/build models/shards
     models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs run_folder checkpoint log pages/style pages/run pages/weights toy/planted toy/train
+    inputs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
+    toy/planted toy/train
 """.split()
 
 
