@@ -124,7 +124,7 @@ def split_text(tokenizer, before: list[int], ids: list[int]) -> Iterable[tuple[s
         else:
             size, text = 1, text_after(tokenizer, before, ids[place:place + 1])
         yield text.replace("\ufffd", CUT_CHARACTER), size
-        before = ids[place:place + size]
+        before = [] if "\ufffd" in text else ids[place:place + size]
         place += size
 
 
@@ -262,11 +262,14 @@ def paint(text: str, colour: str, *styles: str) -> str:
 # As a page
 
 PAIRS_STYLE = """
-h2.where { overflow-wrap: anywhere; } .answer .template { border-bottom: 2px dotted var(--soft); }
-.answer .reasoning { font-style: italic; border-top: 1px solid var(--soft); }
-.sides h3, .note { overflow-wrap: anywhere; } .ids { overflow-wrap: anywhere; font-size: .8rem; color: var(--soft); }
+article h2 { margin: 0 0 .4rem; font-size: 1rem; overflow-wrap: anywhere; }
+article h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--soft); font-weight: 600; overflow-wrap: anywhere; }
+.template { border-bottom: 2px dotted var(--soft); } .reasoning { font-style: italic; border-top: 1px solid var(--soft); }
+.note { overflow-wrap: anywhere; } .ids { overflow-wrap: anywhere; font-size: .8rem; color: var(--soft); }
 details { margin: .4rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
-details .scroll { max-height: 20rem; overflow: auto; } details td:nth-child(2) { text-align: left; }
+details .scroll { max-height: 20rem; overflow: auto; }
+details th, details td { padding: .2rem .5rem .2rem 0; white-space: normal; overflow-wrap: anywhere; }
+details :is(th, td):nth-child(2) { text-align: left; }
 """
 
 
@@ -286,8 +289,7 @@ def render_pairs(title: str, source: str, shown: list[ShownPair]) -> str:
 <title>{html.escape(title)}</title><style>{STYLE}{PAIRS_STYLE}</style></head><body>
 <h1>{html.escape(title)}, as they are trained</h1>
 <p class="note">Weights: {html.escape(source)}. {key} Point at a token for its id and weight, or open the list below it.
-<span class="answer"><span class="template">dotted line</span> <span class="reasoning">slanted</span></span>: tokens of
-the template, of reasoning. &#8629; is a line break.</p>
+<span class="template">Dotted line</span>: tokens of the template; <span class="reasoning">slanted</span>: reasoning. &#8629; is a line break.</p>
 {"".join(render_pair(pair) for pair in shown)}
 </body></html>
 """
@@ -301,7 +303,7 @@ def render_pair(pair: ShownPair) -> str:
                      f'<p class="note">{html.escape("; ".join(map(one_line, answer.remarks)))}</p>'
                      f"{tokens_table(answer)}</div>" for answer in pair.answers)
     ids = " ".join(map(str, pair.prompt_ids))
-    return (f'<article><h2 class="where">{html.escape(pair.where)}</h2>{remarks}<h3>{count_prompt(pair)}</h3>'
+    return (f'<article><h2>{html.escape(pair.where)}</h2>{remarks}<h3>{count_prompt(pair)}</h3>'
             f'<div class="prompt">{html.escape(visible(pair.prompt))}</div>'
             f'<details><summary>ids of the prompt</summary><p class="ids">{ids}</p></details>'
             f'<div class="sides">{panels}</div></article>')
