@@ -264,7 +264,8 @@ def paint(text: str, colour: str, *styles: str) -> str:
 PAIRS_STYLE = """
 article h2 { margin: 0 0 .4rem; font-size: 1rem; overflow-wrap: anywhere; }
 article h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--soft); font-weight: 600; overflow-wrap: anywhere; }
-.template { border-bottom: 2px dotted var(--soft); } .reasoning { font-style: italic; border-top: 1px solid var(--soft); }
+.template { border-bottom: 2px dotted var(--soft); }
+.reasoning { font-style: italic; border-top: 1px solid var(--soft); }
 .note { overflow-wrap: anywhere; } .ids { overflow-wrap: anywhere; font-size: .8rem; color: var(--soft); }
 details { margin: .4rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 details .scroll { max-height: 20rem; overflow: auto; }
@@ -289,7 +290,8 @@ def render_pairs(title: str, source: str, shown: list[ShownPair]) -> str:
 <title>{html.escape(title)}</title><style>{STYLE}{PAIRS_STYLE}</style></head><body>
 <h1>{html.escape(title)}, as they are trained</h1>
 <p class="note">Weights: {html.escape(source)}. {key} Point at a token for its id and weight, or open the list below it.
-<span class="template">Dotted line</span>: tokens of the template; <span class="reasoning">slanted</span>: reasoning. &#8629; is a line break.</p>
+<span class="template">Dotted line</span>: tokens of the template;
+<span class="reasoning">slanted</span>: reasoning. &#8629; is a line break.</p>
 {"".join(render_pair(pair) for pair in shown)}
 </body></html>
 """
