@@ -270,6 +270,7 @@ article h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--soft); font-weig
 details { margin: .4rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 details .scroll { max-height: 20rem; overflow: auto; }
 details th, details td { padding: .2rem .5rem .2rem 0; white-space: normal; overflow-wrap: anywhere; }
+details :is(th, td):first-child { white-space: nowrap; }
 details :is(th, td):nth-child(2) { text-align: left; }
 """
 
