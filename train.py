@@ -43,6 +43,7 @@ from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.models.source import Model
 from twdpo.objective import TOKEN_STATS, Objective, find_objective, forward, list_objectives, settings_of_loss
 from twdpo.pages.run import write_curves
+from twdpo.pages.show import show, write_run_pairs
 from twdpo.pages.weights import write_report
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.run_folder import drop_later_checkpoints, open_run, start_run
@@ -70,6 +71,9 @@ def train(config: TrainConfig, process: Process) -> None:
     """The whole run. All ranks."""
     if config.plan:
         process.print(plan_for(config, process))
+        return
+    if config.show:
+        show(config, process)
         return
     run = prepare(config, process)
     log = Log(run.folder, run.step, run.wandb, process)
@@ -161,7 +165,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
         wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
     run = Run(config, process, objective, model, inputs.train, inputs.evaluated, context, policy, optimizer, rows,
               inputs.steps(config), StageClock(config.profile, process.device), folder,
-              process.on_main(lambda: run_identity(config, inputs, needs)), wandb_runs[0] if wandb_runs else None)
+              run_identity(config, inputs, needs, process), wandb_runs[0] if wandb_runs else None)
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
     if checkpoint:
@@ -169,6 +173,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
         run.best_eval_loss = progress["best_eval_loss"]
         process.on_main(lambda: drop_later_checkpoints(folder, run.step))
         process.print(f"resumed from {checkpoint} at step {run.step} of {run.steps}")
+    process.on_main(lambda: write_run_pairs(folder, inputs, config, objective, run.context))
     if config.sample and not run.held_out:
         process.print("--sample: there are no held-out prompts to answer")
     return run

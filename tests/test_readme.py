@@ -23,7 +23,8 @@ IMPORT_ORDER = """
     kernels/weighted_logratio logratio losses objective leave_out metrics models/source models/varlen models/attention
     models/build models/shards
     models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs run_folder checkpoint log pages/style pages/run pages/weights toy/planted toy/train
+    inputs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
+    toy/planted toy/train
 """.split()
 
 

@@ -214,7 +214,7 @@ class Need:
         return {}
 
     def identity(self) -> dict[str, str]:
-        """Fingerprints of what the settings only name: a resumed run must be made from the same."""
+        """Fingerprints of what the settings only name: a resumed run must be made from the same. All ranks."""
         return {}
 
 
@@ -369,16 +369,23 @@ def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
     return WeightContext(config, **fields)
 
 
-def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need]) -> dict[str, str]:
-    """Fingerprints of what the settings only name: a resumed run must be made from the same."""
-    pairs = [[example_key(example) for example in part] for part in (inputs.train, *inputs.held_out_sets.values())]
-    numbers = [[example.pair.weight, example.pair.margin] for example in inputs.examples]
-    identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": inputs.model.fingerprint,
-                "the files of --import": hash_json([hash_file(Path(path)) for path in split_paths(config.imports)])}
-    if any(number != [1.0, 0.0] for number in numbers):
-        identity["the weights or margins of pairs"] = hash_json(numbers)
-    for need in needs:
-        identity |= need.identity()
+def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need], process: Process) -> dict[str, str]:
+    """Fingerprints of what the settings only name: a resumed run must be made from the same. All ranks."""
+    of_needs = [need.identity() for need in needs]
+    model = inputs.model.fingerprint
+
+    def identify() -> dict[str, str]:
+        pairs = [[example_key(example) for example in part] for part in (inputs.train, *inputs.held_out_sets.values())]
+        files = [hash_file(Path(path)) for path in split_paths(config.imports)]
+        identity = {"the pairs (or their tokens)": hash_json(pairs), "the model": model,
+                    "the files of --import": hash_json(files)}
+        numbers = [[example.pair.weight, example.pair.margin] for example in inputs.examples]
+        if any(number != [1.0, 0.0] for number in numbers):
+            identity["the weights or margins of pairs"] = hash_json(numbers)
+        return identity
+    identity = process.on_main(identify)
+    for each in of_needs:
+        identity |= each
     return identity
 
 

@@ -12,7 +12,8 @@ from twdpo.files import check_directory, remove, remove_temporaries, write_json
 from twdpo.flags import InputError, changed_settings, key_name, to_json
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "report.html", "weights", "checkpoints", "final", "best")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "pairs.html", "report.html", "weights", "checkpoints",
+             "final", "best")
 
 
 def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, Path | None]:

@@ -21,15 +21,20 @@ class Model:
     """A model's folder, opened once and handed on.
 
     name: what finds it again: a folder as it was given, `toy`, or a hub id with its revision. config: not to be changed
-    (what builds a model from it takes a copy). fingerprint: sha256 over config.json and every weight file.
+    (what builds a model from it takes a copy).
     """
 
     name: str
     folder: Path
     config: PretrainedConfig
     tokenizer: object
-    fingerprint: str
+    process: Process
     templated: bool = False  # whether the data's texts hold the template's marks already
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json and every weight file; they are read when it is first asked for. All ranks."""
+        return self.process.on_main(lambda: fingerprint_model(self.folder))
 
     @cached_property
     def chat(self) -> Chat:
@@ -39,15 +44,13 @@ class Model:
 
 def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True,
                templated: bool = False) -> Model:
-    """Find a model, load its config and tokenizer, and hash its weights. Raises InputError. All ranks.
+    """Find a model, load its config and tokenizer; its weights are not read. Raises InputError. All ranks.
 
     name: as `locate_model` takes it. flag: what names it, for messages.
     """
     folder = process.on_main(lambda: locate_model(name, flag))
     tokenizer = load_tokenizer(folder, chat_template, needs_template)
-    fingerprint = process.on_main(lambda: fingerprint_model(folder))
-    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, fingerprint,
-                 templated)
+    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, process, templated)
 
 
 def locate_model(name: str, flag: str) -> Path:
@@ -69,12 +72,28 @@ def locate_model(name: str, flag: str) -> Path:
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise InputError(f"{flag} is {name!r}: no such folder here, and the hub does not give it "
                              f"({error})") from error
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(describe_adapter(name, flag, folder / "adapter_config.json"))
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: no config.json in {folder}")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{flag} {name}: no .safetensors file in {folder}; convert the checkpoint "
                          "(pickled weights are never read)")
     return folder
+
+
+def describe_adapter(name: str, flag: str, path: Path) -> str:
+    """What to do with a model that is an adapter by its adapter_config.json."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    except (OSError, ValueError):
+        base = None
+    if not base:
+        return (f"{flag} {name} is a PEFT adapter, and {path} does not name its base model: merge it into that first "
+                "(peft's merge_and_unload), and save the model with its tokenizer")
+    return (f"{flag} {name} is a PEFT adapter of {base}: merge it into its base model first (peft's merge_and_unload), "
+            f"or train from {flag} {base}")
 
 
 def resolved_name(name: str, folder: Path) -> str:

@@ -46,7 +46,7 @@ def write_curves(run_dir: Path) -> None:
     """Write report.html from the run's config.json, metrics.jsonl and samples.jsonl."""
     rows = read_lines(run_dir / "metrics.jsonl")
     page = render_run(run_dir.name, json.loads((run_dir / "config.json").read_text(encoding="utf-8")), rows,
-                      read_lines(run_dir / "samples.jsonl"))
+                      read_lines(run_dir / "samples.jsonl"), (run_dir / "pairs.html").exists())
     write_atomic(run_dir / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
@@ -55,8 +55,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def render_run(name: str, config: dict[str, object], rows: list[dict], samples: list[dict]) -> str:
-    """The page of a run, from its settings, the rows of metrics.jsonl and of samples.jsonl."""
+def render_run(name: str, config: dict[str, object], rows: list[dict], samples: list[dict], has_pairs: bool = False
+               ) -> str:
+    """The page of a run, from its settings, the rows of metrics.jsonl and of samples.jsonl. has_pairs: whether
+    pairs.html stands beside it."""
     steps = [row for row in rows if "eval/pairs" not in row]
     held_out = [row for row in rows if "eval/pairs" in row]
     charts = "".join(render_chart(title, lines, steps, held_out) for title, lines in CHARTS)
@@ -65,13 +67,14 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
     if held_out:
         which = f" of {names[0]}" if names[0] else ""
         what += f"; held out: {held_out[-1]['eval/pairs']} pairs{which}, dots, with one standard error"
+    pairs = ' <a href="pairs.html">The first pairs, as they are trained</a>.' if has_pairs else ""
     settings = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
                        for key, value in config.items() if value != "")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(name)}</title><style>{STYLE}{CURVES_STYLE}</style></head><body>
 <h1>{html.escape(name)}</h1>
-<p class="note">{html.escape(what)}.</p>
+<p class="note">{html.escape(what)}.{pairs}</p>
 <div class="charts">{charts}</div>
 {"".join(held_out_section(name, held_out) for name in names)}
 {answers_table(samples)}
