@@ -1,7 +1,9 @@
 """Tokenising on all cores gives what one process gives, in order, and its failures say what to do."""
 
 import dataclasses
+import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from processes_of_tests import run_ranks
 from tokenizers_of_tests import BrokenChat
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import reading
 from twdpo import dist, examples
 from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
@@ -19,6 +24,7 @@ from twdpo.flags import InputError
 from twdpo.pairs import Pair
 from twdpo.tokens import tokenize_pairs
 
+ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = 40, 20  # some prompts and answers are cut
 
 
@@ -116,3 +122,31 @@ def test_what_fails_in_a_worker_says_what_to_do(kind, error, message, scratch, p
         tokenize_all(BrokenChat(kind), pairs_of_tests(), *LENGTHS, process, "x")
     assert kind != "bug" or "tokenize_chunk" in str(raised.value.__cause__)
     assert not list(scratch.iterdir())
+
+
+# --- benchmarks/reading.py
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_file(tmp_path, capsys):
+    reading.main(["--megabytes", "1", "--out", str(tmp_path / "x.json")])
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert 1e6 <= row["bytes"] < 1.1e6 and row["rows"] > 100 and row["tokens"] > 1e5
+    assert row["private_after_tokenising"] > 0 and [row] == json.loads((tmp_path / "x.json").read_text())["rows"]
+
+
+def test_slopes_are_between_the_smallest_and_the_largest_file():
+    rows = [{"bytes": size} | dict.fromkeys(reading.FIGURES, 100 + 3 * size) for size in (20, 30, 10)]
+    assert reading.slopes(rows) == dict.fromkeys(reading.FIGURES, 3.0)
+
+
+def test_the_documented_figures_are_those_of_the_committed_run():
+    rows = json.loads((ROOT / "benchmarks/results/cpu/reading.json").read_text())["rows"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert len(rows) == 2
+    for row in rows:
+        figures = " | ".join(f"{row[name] / 1e6:,.0f} MB" for name in reading.FIGURES)
+        assert (f"| {row['megabytes']:,} MB | {row['rows']:,} | {row['read_rows_per_s']:,.0f} | "
+                f"{row['tokenise_rows_per_s']:,.0f} | {figures} |\n") in page
+    slopes = " | ".join(f"{slope:.2f}" for slope in reading.slopes(rows).values())
+    assert f"| bytes by byte of file | | | | {slopes} |\n" in page
