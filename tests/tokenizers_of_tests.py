@@ -73,13 +73,13 @@ def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:
 
 
 class BrokenChat:
-    """Whose tokenizer can't be had, for one reason or another."""
+    """Of which nothing can be had, for one reason or another."""
 
     def __init__(self, kind: str):
         self.kind = kind
 
     @property
-    def tokenizer(self):
+    def templated(self):
         if self.kind == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(errno.ENOSPC, "No space left") if self.kind == "full" else ZeroDivisionError("in a worker")
