@@ -175,6 +175,7 @@ def summarize(run_dir: Path) -> str:
                        ("metrics.jsonl", "one row a step and an evaluation"),
                        ("samples.jsonl", "answers that the policy wrote"),
                        ("report.html", "the curves as a page"),
+                       ("pairs.html", "the first pairs as they are trained, as a page"),
                        ("weights/weights.html", "the token weights on held-out answers, as a page"),
                        ("config.json", "all settings")):
         path = run_dir / name
