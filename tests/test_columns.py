@@ -289,3 +289,12 @@ def test_an_unknown_tokenizer_has_exact_spans_and_says_so(tmp_path, toy_model, p
     extract.main(["--model", str(toy_model), "--preset", "authors", "--judge-prompt", "short", "--judge-cut", "common",
                   "--data", str(pairs_file), "--out", str(tmp_path / "w"), "--skip-bad-rows"])
     assert "no rule for this tokenizer or prompt: spans are exact" in capsys.readouterr().out
+
+
+def test_columns_of_an_answer_that_calls_tools_are_refused(tmp_path, toy_model):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    row = {"prompt": "why", "chosen": [call], "rejected": [{"role": "assistant", "content": "no"}],
+           **{f"{side}_{name}": [1] for side in ("chosen", "rejected") for name in ("tokens", "weights_0")}}
+    (path := tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="rows.jsonl:1.*calls tools"):
+        WeightsColumns(path, "last", AutoTokenizer.from_pretrained(toy_model))

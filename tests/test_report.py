@@ -1,5 +1,6 @@
 """Statistics of the weights by hand, and the page that shows them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import extract
-from twdpo.pages.weights import COLUMNS, break_lines, describe_weights, draw_pairs, render_page, shade
+from twdpo.pages.weights import COLUMNS, break_lines, describe_weights, draw_pairs, render_page, shade, write_report
 from twdpo.pairs import Pair
 from twdpo.toy.grammar import toy_rows
 from twdpo.weights_file import JudgedAnswer
@@ -132,3 +133,12 @@ def test_report_of_an_extraction(tmp_path, toy_model, capsys):
     assert "most weighted in chosen" in printed and "correlation of the rounds" in printed
     assert AutoTokenizer.from_pretrained(toy_model).decode([report["most_weighted_tokens"]["chosen"][0]["id"]]) == (
         report["most_weighted_tokens"]["chosen"][0]["token"])
+
+
+def test_pairs_whose_answers_call_tools_are_counted_and_not_shown(stored, tmp_path):
+    """What was judged of them is what a template prints, which their texts are not."""
+    calls = dataclasses.replace(PAIR, extras='{"chosen": {"tool_calls": [{"function": {"name": "look"}}]}}')
+    stored = Stored({PAIR.key: stored[PAIR.key], calls.key: stored[PAIR.key]})
+    text = write_report(tmp_path, stored, [PAIR, calls], Letters(), "raw", 1, 5, 1, num_shown=9, seed=0)
+    assert "of 2 pairs" in text and (tmp_path / "weights.html").read_text().count("<article") == 1
+    assert calls.answers_call and not PAIR.answers_call

@@ -99,6 +99,8 @@ class WeightsColumns:
             if isinstance(row, dict) and row.get("chosen_tokens"):
                 try:
                     pair = parse_row(where, row, reading.of_texts)
+                    if pair.answers_call:
+                        raise ValueError("an answer calls tools: take the folder that extract.py writes")
                     self._answers[pair.key] = tuple(read_answer(row, side, self.layers, tokenizer, getattr(pair, side))
                                                     for side in SIDES)
                 except KeyError as error:

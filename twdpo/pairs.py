@@ -25,6 +25,11 @@ class Pair:
         """64-bit content key, which names the pair in weights files and caches."""
         return hash_to_int64([self.messages, self.chosen, self.rejected, *filter(None, [self.extras])])
 
+    @property
+    def answers_call(self) -> bool:
+        """Whether an answer calls tools: then what the template prints of it is the answer, and not its text alone."""
+        return bool({"chosen", "rejected"} & json.loads(self.extras or "{}").keys())
+
     def to_row(self) -> dict[str, object]:
         """The pair as an accepted row."""
         extras = json.loads(self.extras or "{}")

@@ -119,8 +119,9 @@ def write_report(directory: Path, weights_file: WeightsFile, pairs: list[Pair], 
     make_directory(directory, "--report")
     report = describe_weights(weights_file, pairs, tokenizer, rounds, sink_k, sink_k_min, min_count)
     write_json(directory / "report.json", report)
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:num_shown]
-    shown = [pairs[place] for place in sorted(chosen.tolist())]
+    texts = [pair for pair in pairs if not pair.answers_call]  # others' texts are not what was judged
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:num_shown]
+    shown = [texts[place] for place in sorted(chosen.tolist())]
     page = render_page(report, weights_file, shown, rounds, sink_k, sink_k_min)
     picture = draw_pairs(weights_file, shown[:1] + shown[1:][-1:], rounds, sink_k, sink_k_min)
     for name, text in (("weights.html", page), ("weights.svg", picture)):
