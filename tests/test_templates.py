@@ -123,6 +123,18 @@ def test_an_answer_that_is_one_token_with_the_end_is_tokenised_apart():
     assert "answers that merge with the end of the turn, tokenised apart" in counts
 
 
+def test_a_short_answer_after_an_empty_thinking_block_is_content():
+    """Of `.<|im_end|>` in plain text `.<` is one token, and what the template prints before it is no answer."""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], False))
+    given = pair(".", "<think>\nhm\n</think>\n\nno")
+    example, counts = only(chat, given)
+    assert chat.tokenizer.decode(example.chosen.ids) == "<think>\n\n</think>\n\n.<|im_end|>"
+    assert chat.tokenizer.decode(example.chosen.ids[example.chosen.content_N]) == "."
+    assert "answers that merge with the end of the turn, tokenised apart" in counts
+    for length in range(len(example.prompt_ids) + 1, example.longest + 1):
+        assert tokenize_pairs(chat, [given], length, len(example.prompt_ids))[0]
+
+
 def test_thinking_is_trained_whole():
     """Reasoning and rest have exact spans; what the template adds is trained, and is no content."""
     chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], True))
