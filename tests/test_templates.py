@@ -217,6 +217,21 @@ def test_calls_of_tools_are_trained_as_the_template_prints_them():
     assert print_pair(chat, given).answers[0].given.text == printed  # what the judge reads
 
 
+@pytest.mark.parametrize("chosen", ["", "so."])
+def test_spans_of_calls_after_thinking_are_those_that_a_judge_reads(chosen):
+    calls = """{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|im_end|>"""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen3"].replace("<|im_end|>", calls, 1), True))
+    extras = '{"chosen": {"tool_calls": [{"function": {"name": "add"}}]}}'
+    given = Pair((("user", "1+1?"),), chosen, "<think>\nhm\n</think>\n\nno.", "x:1", extras)
+    example, _ = only(chat, given)
+    text = chosen + "<tool_call>add</tool_call>"
+    assert chat.tokenizer.decode(example.chosen.ids) == f"<think>\n\n</think>\n\n{text}<|im_end|>"
+    assert print_pair(chat, given).answers[0].given == Answer(text, 0)
+    content = example.chosen.content_N
+    assert [text[start:stop] for start, stop in example.chosen.spans_N2[content]] == [
+        chat.tokenizer.decode([id]) for id in example.chosen.ids[content]]
+
+
 LLAMA3 = "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
 HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 

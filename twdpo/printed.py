@@ -95,7 +95,7 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         row = answer["content"]
         text = text[stop:len(text) - len(after)]
         if len(answer) > 2:  # with calls: what is printed of them is the answer
-            given = Answer(text, 0)
+            given = Answer(text[pieces[0][0] - stop:], 0)  # spans count from where it is copied
         elif not row.strip():  # --empty-answers space: a space to score even where the template trims it away
             text, given = row, Answer(row, 0)
         else:
