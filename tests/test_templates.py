@@ -232,6 +232,20 @@ def test_spans_of_calls_after_thinking_are_those_that_a_judge_reads(chosen):
         chat.tokenizer.decode([id]) for id in example.chosen.ids[content]]
 
 
+def test_a_call_that_the_template_does_not_print_is_a_bad_row_or_said():
+    extras = '{"chosen": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}'
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True))
+    _, bad, _ = tokenize_pairs(chat, [Pair((("user", "1+1?"),), "", "two", "x:1", extras)], 100, 50)
+    assert bad[0].reason == "the chat template prints nothing of chosen, a call of tools"
+    part = "chosen answers of which the chat template leaves out a part, text or a call of tools"
+    example, counts = only(chat, Pair((("user", "1+1?"),), "so.", "two", "x:1", extras))
+    assert chat.tokenizer.decode(example.chosen.ids) == "so.<|im_end|>" and counts == {part}
+    calls_alone = TEMPLATES["qwen2.5"].replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    for template, notes in ((calls_alone, {part}), (TEMPLATES["qwen2.5"], set())):
+        given = Pair((("user", "1+1?"),), "so.", "two", "x:1", extras)
+        assert only(Chat(byte_tokenizer(template, True)), given)[1] == notes
+
+
 LLAMA3 = "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
 HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 

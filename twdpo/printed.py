@@ -96,13 +96,16 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         text = text[stop:len(text) - len(after)]
         if len(answer) > 2:  # with calls: what is printed of them is the answer
             given = Answer(text[pieces[0][0] - stop:], 0)  # spans count from where it is copied
+            plain = [*messages, {"role": "assistant", "content": row}]
+            if row.strip() and (bare(row) not in bare(text) or render(chat, plain, tools) == texts[len(printed)]):
+                notes.append(f"{side} answers of which the chat template leaves out a part, text or a call of tools")
         elif not row.strip():  # --empty-answers space: a space to score even where the template trims it away
             text, given = row, Answer(row, 0)
         else:
             first, (_, start, length) = pieces[0][1], pieces[-1]
             given = Answer(row[first:start + length], first)
             left_out = row[:first] + row[start + length:]
-            if left_out.replace(THINK, "").replace(THINK_END, "").strip():
+            if bare(left_out):
                 notes.append(f"{side} answers of which the chat template leaves out a part, thinking for example")
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
@@ -120,6 +123,8 @@ def place_answer(side: str, answer: Message, text: str, before: str, after: str)
         return [(opened, 0, stop - opened)]
     if text.startswith(before) and text.endswith(after) and stop >= opened:
         if not given.strip():
+            if len(answer) > 2:
+                raise ValueError(f"the chat template prints nothing of {side}, a call of tools")
             return [(opened, 0, len(given))]
         start = given.find(text[opened:stop])
         if start >= 0 and text[opened:stop].strip():
@@ -164,6 +169,11 @@ def match_words(given: str, text: str, start: int, stop: int) -> list[tuple[int,
             return []
     left_over = [word for _, word in (*ours[left:], *theirs[right:])]
     return pieces if all(map(is_free, left_over)) else []
+
+
+def bare(text: str) -> str:
+    """Without white space and marks of thinking, which templates put elsewhere."""
+    return "".join(text.replace(THINK, "").replace(THINK_END, "").split())
 
 
 def end_of_thinking(text: str) -> int:
