@@ -310,7 +310,9 @@ def test_the_rest_alone_can_be_weighed(process):
 
 @pytest.mark.parametrize("row, prompt", [
     ({"prompt": LLAMA3, "chosen": HEADER + "yes<|eot_id|>", "rejected": HEADER + "no<|eot_id|>"}, LLAMA3),
-    ({"chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"}, LLAMA3 + HEADER)])
+    ({"chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"}, LLAMA3 + HEADER),
+    *[({"prompt": beside, "chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"},
+       LLAMA3 + HEADER) for beside in ("What?", LLAMA3, LLAMA3 + HEADER)]])
 def test_rows_of_templated_texts(row, prompt):
     chat = Chat(byte_tokenizer(TEMPLATES["llama3"], True), templated=True)
     given = parse_row("x:1", row, Reading(templated=True))
@@ -336,3 +338,16 @@ def test_a_judge_sees_calls_of_tools():
     given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras)
     assert show_question(given, "conversation") == (
         'user: 1+1?\n\nassistant: \n{"name": "add", "arguments": {"a": 1}}\n\ntool: 2')
+
+
+@pytest.mark.parametrize("prompt, chosen, reason", [
+    (LLAMA3 + HEADER, HEADER + "yes<|eot_id|>", "which the prompt ends with already"),
+    (LLAMA3, HEADER + "yes<|eot_id|>" + LLAMA3 + HEADER + "more<|eot_id|>", "chosen holds another turn"),
+    (LLAMA3, HEADER + "yes<|eot_id|> and more", "goes on after what ends its turn, with 'and more'"),
+    ("[INST] a [/INST]", "yes [INST] b [/INST] no", "chosen holds another turn")])
+def test_templated_texts_of_which_a_part_would_be_lost_are_bad_rows(prompt, chosen, reason):
+    chat = Chat(byte_tokenizer(TEMPLATES["llama3"], True), templated=True)
+    header = HEADER if chosen.startswith(HEADER) else ""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": header + "no<|eot_id|>"}
+    _, bad, _ = tokenize_pairs(chat, [parse_row("x:1", row, Reading(templated=True))], 100, 90)
+    assert reason in bad[0].reason

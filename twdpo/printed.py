@@ -22,7 +22,7 @@ from twdpo.chat import (
     template_pieces,
 )
 from twdpo.flags import InputError
-from twdpo.messages import HEADER
+from twdpo.messages import HEADER, OF_OTHERS
 from twdpo.pairs import Pair
 
 Piece = tuple[str, bool]  # (text, whether it comes from the data: then it may not spell special tokens)
@@ -239,7 +239,7 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
     headers, ends, answers = [], [], []
     for side in ("chosen", "rejected"):
         row = getattr(pair, side)
-        match = HEADER.match(row)
+        match = HEADER.match(row, len(row) - len(row.lstrip()))
         start = match.end() if match else 0
         text = row[start:]
         found = [match.start() for pattern in (ENDS, chat.special_pattern) if (match := pattern.search(text))]
@@ -249,14 +249,22 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
         answers.append(PrintedAnswer(text[:stop], ((0, start, stop),), Answer(text[:stop], start)))
         if not text[:stop].strip():
             raise ValueError(f"{side} holds marks of a template alone")
+        if match := HEADER.search(text):
+            raise ValueError(f"{side} holds another turn ({match[0].strip()!r}): one answer can be trained on")
+        if after := without_marks(chat, text[stop:]):
+            raise ValueError(f"{side} goes on after what ends its turn, with {after!r:.40}")
     if headers[0] != headers[1] or len({*filter(None, ends)}) > 1:
         raise ValueError(f"chosen and rejected are templated in two ways: {headers[0]!r} and {headers[1]!r} before, "
                          f"{ends[0]!r} and {ends[1]!r} after the answer")
+    prompt, header = pair.messages[0][1], headers[0].strip()
+    if header and (OF_OTHERS.search(header) or prompt.rstrip().endswith(header)):
+        raise ValueError(f"chosen and rejected begin with {header!r}, "
+                         + ("another's turn" if OF_OTHERS.search(header) else "which the prompt ends with already"))
     end = ends[0] or ends[1]
     notes = () if end else ("rows without an end of the turn, which is added",)
     end = end or plain_end(chat)
     chat.endings[f"{end} of templated texts"] = end
-    return Printed(pair.messages[0][1] + headers[0], tuple(answers), end, notes)
+    return Printed(prompt + headers[0], tuple(answers), end, notes)
 
 
 def without_marks(chat: Chat, text: str) -> str:
