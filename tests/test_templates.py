@@ -351,3 +351,19 @@ def test_templated_texts_of_which_a_part_would_be_lost_are_bad_rows(prompt, chos
     row = {"prompt": prompt, "chosen": chosen, "rejected": header + "no<|eot_id|>"}
     _, bad, _ = tokenize_pairs(chat, [parse_row("x:1", row, Reading(templated=True))], 100, 90)
     assert reason in bad[0].reason
+
+
+@pytest.mark.parametrize("user, assistant, end", [
+    ("<|im_start|>user<|im_sep|>What?<|im_end|>", "<|im_start|>assistant<|im_sep|>", "<|im_end|>"),
+    ("<\uff5cUser\uff5c>What?", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>")])
+@pytest.mark.parametrize("beside", [False, True])
+def test_headers_without_line_breaks(user, assistant, end, beside):
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True), templated=True)
+    before = assistant if beside else user + assistant
+    row = {"chosen": before + "yes" + end, "rejected": before + "no" + end}
+    given = parse_row("x:1", row | ({"prompt": user} if beside else {}), Reading(templated=True))
+    with pytest.raises(InputError, match="1 of 1 rows hold marks"):
+        check_templated(Chat(chat.tokenizer), [given])
+    example, _ = only(chat, given)
+    assert chat.tokenizer.decode(example.prompt_ids) == user + assistant
+    assert chat.tokenizer.decode(example.chosen.ids) == "yes" + end

@@ -27,7 +27,8 @@ from twdpo.pairs import Pair
 
 Piece = tuple[str, bool]  # (text, whether it comes from the data: then it may not spell special tokens)
 WORD = re.compile(rf"{THINK}|{THINK_END}|[^\s<]+|<|\s+")
-ENDS = re.compile(r"<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<\|end\|>|</s>|<\|end_of_text\|>|<\|endoftext\|>")
+ENDS = re.compile(r"<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<\|end\|>|</s>|<\|end_of_text\|>|<\|endoftext\|>"
+                  r"|<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 
 @dataclass(frozen=True)
