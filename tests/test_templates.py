@@ -180,6 +180,20 @@ def test_a_prompt_that_the_generation_prompt_lacks_is_said():
     assert not counts
 
 
+@pytest.mark.parametrize("opens, answers, what", [
+    ("<think>\\n", ("<think>\nhm\n</think>\n\nyes.", "no."), r"lacks '<think>\n'"),
+    ("<think>\\n", ("hm</think>yes.", "no."), ""),
+    ("<think>\\n\\n</think>\\n\\n", ("hm</think>yes.", "no."), r"lacks '\n</think>\n\n'"),
+    ("<think>\\n\\n</think>\\n\\n", ("yes.", "no."), ""), ("<think>hm", ("yes.", "no."), "differs")])
+def test_a_generation_prompt_that_has_more_than_the_prompt_is_said(opens, answers, what):
+    head = TEMPLATES["qwen3"].partition("{% if add_generation_prompt %}")[0]
+    chat = Chat(byte_tokenizer(head + "{{ '<|im_start|>assistant\\n" + opens + "' if add_generation_prompt }}", True))
+    _, counts = only(chat, pair(*answers))
+    assert len(counts) == bool(what) and all(f"prompt {what}" in each for each in counts)
+    _, counts = only(Chat(byte_tokenizer(TEMPLATES["opened"], True)), pair("yes.", "no."))
+    assert [each.partition(",")[0] for each in counts] == ["rows whose prompt lacks '<think>'"]
+
+
 def test_turns_that_are_not_printed_and_thinking_that_is_left_out_are_said():
     silent = TEMPLATES["chatml"].replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     chat = Chat(byte_tokenizer(silent, True))

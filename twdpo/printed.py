@@ -90,6 +90,11 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     else:  # thinking: what the generation prompt does not give, the model has to write
         stop = len(os.path.commonprefix([*texts, before[:len(before) - len(lead)]]))
         stop = min(stop, *(pieces[0][0] for pieces in placed))
+    lacking = before[stop:len(before) - len(lead)] + (habit.lack or "")
+    if lacking.strip() or habit.lead is habit.lack is None:
+        how = f"lacks {lacking!r}, which the generation prompt ends in" if lacking.strip() else (
+            "differs from the generation prompt")
+        notes.append(f"rows whose prompt {how} (--sample answers the prompt as it is trained)")
     end = end_of_turn(chat, after)
     printed = []
     for (side, answer), text, pieces in zip(answers.items(), texts, placed):
