@@ -246,6 +246,18 @@ def test_spans_of_calls_after_thinking_are_those_that_a_judge_reads(chosen):
         chat.tokenizer.decode([id]) for id in example.chosen.ids[content]]
 
 
+def test_a_row_with_a_call_may_spell_a_special_token():
+    """The call stands alone in its turn, after which the template prints no line break."""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen2.5"], True))
+    extras = '{"turns": {"1": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}}'
+    given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2<|im_end|>")), "two", "three", "x:1", extras)
+    example, counts = only(chat, given)
+    assert counts == {"rows that spell a special token, tokenised in pieces"}
+    assert "<|im_start|>assistant\n<tool_call>" in chat.tokenizer.decode(example.prompt_ids)
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (example.prompt_ids == end).sum() == 4  # of the system, the user, the call and its result
+
+
 def test_a_call_that_the_template_does_not_print_is_a_bad_row_or_said():
     extras = '{"chosen": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}'
     chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True))

@@ -194,7 +194,8 @@ def prompt_pieces(chat: Chat, pair: Pair, prompt: str) -> list[Piece]:
         raise ValueError("a tool or a call of it spells a special token: it can't be told from the template")
     messages, _, tools = messages_of(pair)
     messages = [*messages, {"role": "assistant", "content": "x"}]
-    shown = [place for place, times in enumerate(habit_of(chat, messages[:-1], tools).printed) if times]
+    habit = habit_of(chat, messages[:-1], tools)
+    shown = [place for place, times in enumerate(habit.printed) if times and messages[place]["content"]]
     fixed = template_pieces(chat, messages, [*shown, len(messages) - 1], tools)
     pieces: list[Piece] = []
     for turn, between in zip(shown, fixed):
