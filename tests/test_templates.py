@@ -258,6 +258,17 @@ def test_a_row_with_a_call_may_spell_a_special_token():
     assert (example.prompt_ids == end).sum() == 4  # of the system, the user, the call and its result
 
 
+@pytest.mark.parametrize("name, said", [("chatml", {
+    "rows whose tools the chat template does not print",
+    "rows whose turn 2 (assistant) has a call of tools that the chat template does not print"}), ("qwen2.5", set())])
+def test_tools_and_calls_before_the_answer_that_are_not_printed_are_said(name, said):
+    chat = Chat(byte_tokenizer("{{ tools[0].name if tools }}" * (not said) + TEMPLATES[name], True))
+    extras = '{"turns": {"1": {"tool_calls": [{"function": {"name": "add"}}]}}, "tools": [{"name": "add"}]}'
+    if not said:
+        extras = extras.replace('"name": "add"}}', '"name": "add", "arguments": {}}}')
+    assert only(chat, Pair((("user", "?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras))[1] == said
+
+
 def test_a_call_that_the_template_does_not_print_is_a_bad_row_or_said():
     extras = '{"chosen": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}'
     chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True))

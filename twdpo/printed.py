@@ -6,6 +6,7 @@ by white space and by the marks around a reasoning model's thinking; anything el
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twdpo.chat import (
@@ -78,6 +79,7 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     lead = habit.lead if habit.lead and before.endswith(habit.lead) else ""
     notes = [f"rows whose turn {place + 1} ({messages[place]['role']}) the chat template does not print"
              for place, times in enumerate(habit.printed) if not times and messages[place]["content"].strip()]
+    notes += unprinted_calls(chat, messages, tools)
     texts, placed = [], []
     for side, answer in answers.items():
         texts.append(render(chat, [*messages, answer], tools))
@@ -102,8 +104,7 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         text = text[stop:len(text) - len(after)]
         if len(answer) > 2:  # with calls: what is printed of them is the answer
             given = Answer(text[pieces[0][0] - stop:], 0)  # spans count from where it is copied
-            plain = [*messages, {"role": "assistant", "content": row}]
-            if row.strip() and (bare(row) not in bare(text) or render(chat, plain, tools) == texts[len(printed)]):
+            if row.strip() and (bare(row) not in bare(text) or not prints_calls(chat, messages, answer, tools)):
                 notes.append(f"{side} answers of which the chat template leaves out a part, text or a call of tools")
         elif not row.strip():  # --empty-answers space: a space to score even where the template trims it away
             text, given = row, Answer(row, 0)
@@ -116,6 +117,31 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
     return Printed(before[:stop], tuple(printed), end, tuple(notes))
+
+
+def prints_calls(chat: Chat, before: list[Message], message: Message, tools: object, after: Sequence[Message] = ()
+                 ) -> bool:
+    """Whether the template prints what `message` holds beside its text."""
+    plain = {"role": message["role"], "content": message["content"]}
+    try:
+        return render(chat, [*before, plain, *after], tools) != render(chat, [*before, message, *after], tools)
+    except ValueError:  # without calls it refuses the message
+        return True
+
+
+def unprinted_calls(chat: Chat, messages: list[Message], tools: object) -> list[str]:
+    """Notes about tools, and calls of them before the answer, that the template does not print."""
+    messages, notes = [*messages, {"role": "assistant", "content": "x"}], []
+    try:
+        if tools is not None and render(chat, messages) == render(chat, messages, tools):
+            notes.append("rows whose tools the chat template does not print")
+    except ValueError:  # it refuses one of the two, so it reads them
+        pass
+    for place, message in enumerate(messages):
+        if "tool_calls" in message and not prints_calls(chat, messages[:place], message, tools, messages[place + 1:]):
+            notes.append(f"rows whose turn {place + 1} ({message['role']}) has a call of tools that the chat template "
+                         "does not print")
+    return notes
 
 
 def place_answer(side: str, answer: Message, text: str, before: str, after: str) -> list[tuple[int, int, int]]:
