@@ -123,6 +123,18 @@ def test_an_answer_that_is_one_token_with_the_end_is_tokenised_apart():
     assert "answers that merge with the end of the turn, tokenised apart" in counts
 
 
+def test_a_short_answer_after_an_empty_thinking_block_is_content():
+    """Of `.<|im_end|>` in plain text `.<` is one token, and what the template prints before it is no answer."""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], False))
+    given = pair(".", "<think>\nhm\n</think>\n\nno")
+    example, counts = only(chat, given)
+    assert chat.tokenizer.decode(example.chosen.ids) == "<think>\n\n</think>\n\n.<|im_end|>"
+    assert chat.tokenizer.decode(example.chosen.ids[example.chosen.content_N]) == "."
+    assert "answers that merge with the end of the turn, tokenised apart" in counts
+    for length in range(len(example.prompt_ids) + 1, example.longest + 1):
+        assert tokenize_pairs(chat, [given], length, len(example.prompt_ids))[0]
+
+
 def test_thinking_is_trained_whole():
     """Reasoning and rest have exact spans; what the template adds is trained, and is no content."""
     chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], True))
@@ -168,6 +180,20 @@ def test_a_prompt_that_the_generation_prompt_lacks_is_said():
     assert not counts
 
 
+@pytest.mark.parametrize("opens, answers, what", [
+    ("<think>\\n", ("<think>\nhm\n</think>\n\nyes.", "no."), r"lacks '<think>\n'"),
+    ("<think>\\n", ("hm</think>yes.", "no."), ""),
+    ("<think>\\n\\n</think>\\n\\n", ("hm</think>yes.", "no."), r"lacks '\n</think>\n\n'"),
+    ("<think>\\n\\n</think>\\n\\n", ("yes.", "no."), ""), ("<think>hm", ("yes.", "no."), "differs")])
+def test_a_generation_prompt_that_has_more_than_the_prompt_is_said(opens, answers, what):
+    head = TEMPLATES["qwen3"].partition("{% if add_generation_prompt %}")[0]
+    chat = Chat(byte_tokenizer(head + "{{ '<|im_start|>assistant\\n" + opens + "' if add_generation_prompt }}", True))
+    _, counts = only(chat, pair(*answers))
+    assert len(counts) == bool(what) and all(f"prompt {what}" in each for each in counts)
+    _, counts = only(Chat(byte_tokenizer(TEMPLATES["opened"], True)), pair("yes.", "no."))
+    assert [each.partition(",")[0] for each in counts] == ["rows whose prompt lacks '<think>'"]
+
+
 def test_turns_that_are_not_printed_and_thinking_that_is_left_out_are_said():
     silent = TEMPLATES["chatml"].replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     chat = Chat(byte_tokenizer(silent, True))
@@ -203,6 +229,58 @@ def test_calls_of_tools_are_trained_as_the_template_prints_them():
     assert chat.tokenizer.decode(example.chosen.ids) == printed + "<|im_end|>"
     assert example.chosen.content_N.sum() == len(example.chosen.ids) - 1
     assert print_pair(chat, given).answers[0].given.text == printed  # what the judge reads
+
+
+@pytest.mark.parametrize("chosen", ["", "so."])
+def test_spans_of_calls_after_thinking_are_those_that_a_judge_reads(chosen):
+    calls = """{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}<|im_end|>"""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen3"].replace("<|im_end|>", calls, 1), True))
+    extras = '{"chosen": {"tool_calls": [{"function": {"name": "add"}}]}}'
+    given = Pair((("user", "1+1?"),), chosen, "<think>\nhm\n</think>\n\nno.", "x:1", extras)
+    example, _ = only(chat, given)
+    text = chosen + "<tool_call>add</tool_call>"
+    assert chat.tokenizer.decode(example.chosen.ids) == f"<think>\n\n</think>\n\n{text}<|im_end|>"
+    assert print_pair(chat, given).answers[0].given == Answer(text, 0)
+    content = example.chosen.content_N
+    assert [text[start:stop] for start, stop in example.chosen.spans_N2[content]] == [
+        chat.tokenizer.decode([id]) for id in example.chosen.ids[content]]
+
+
+def test_a_row_with_a_call_may_spell_a_special_token():
+    """The call stands alone in its turn, after which the template prints no line break."""
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen2.5"], True))
+    extras = '{"turns": {"1": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}}'
+    given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2<|im_end|>")), "two", "three", "x:1", extras)
+    example, counts = only(chat, given)
+    assert counts == {"rows that spell a special token, tokenised in pieces"}
+    assert "<|im_start|>assistant\n<tool_call>" in chat.tokenizer.decode(example.prompt_ids)
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (example.prompt_ids == end).sum() == 4  # of the system, the user, the call and its result
+
+
+@pytest.mark.parametrize("name, said", [("chatml", {
+    "rows whose tools the chat template does not print",
+    "rows whose turn 2 (assistant) has a call of tools that the chat template does not print"}), ("qwen2.5", set())])
+def test_tools_and_calls_before_the_answer_that_are_not_printed_are_said(name, said):
+    chat = Chat(byte_tokenizer("{{ tools[0].name if tools }}" * (not said) + TEMPLATES[name], True))
+    extras = '{"turns": {"1": {"tool_calls": [{"function": {"name": "add"}}]}}, "tools": [{"name": "add"}]}'
+    if not said:
+        extras = extras.replace('"name": "add"}}', '"name": "add", "arguments": {}}}')
+    assert only(chat, Pair((("user", "?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras))[1] == said
+
+
+def test_a_call_that_the_template_does_not_print_is_a_bad_row_or_said():
+    extras = '{"chosen": {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}}'
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True))
+    _, bad, _ = tokenize_pairs(chat, [Pair((("user", "1+1?"),), "", "two", "x:1", extras)], 100, 50)
+    assert bad[0].reason == "the chat template prints nothing of chosen, a call of tools"
+    part = "chosen answers of which the chat template leaves out a part, text or a call of tools"
+    example, counts = only(chat, Pair((("user", "1+1?"),), "so.", "two", "x:1", extras))
+    assert chat.tokenizer.decode(example.chosen.ids) == "so.<|im_end|>" and counts == {part}
+    calls_alone = TEMPLATES["qwen2.5"].replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    for template, notes in ((calls_alone, {part}), (TEMPLATES["qwen2.5"], set())):
+        given = Pair((("user", "1+1?"),), "so.", "two", "x:1", extras)
+        assert only(Chat(byte_tokenizer(template, True)), given)[1] == notes
 
 
 LLAMA3 = "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
@@ -269,7 +347,9 @@ def test_the_rest_alone_can_be_weighed(process):
 
 @pytest.mark.parametrize("row, prompt", [
     ({"prompt": LLAMA3, "chosen": HEADER + "yes<|eot_id|>", "rejected": HEADER + "no<|eot_id|>"}, LLAMA3),
-    ({"chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"}, LLAMA3 + HEADER)])
+    ({"chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"}, LLAMA3 + HEADER),
+    *[({"prompt": beside, "chosen": LLAMA3 + HEADER + "yes<|eot_id|>", "rejected": LLAMA3 + HEADER + "no<|eot_id|>"},
+       LLAMA3 + HEADER) for beside in ("What?", LLAMA3, LLAMA3 + HEADER)]])
 def test_rows_of_templated_texts(row, prompt):
     chat = Chat(byte_tokenizer(TEMPLATES["llama3"], True), templated=True)
     given = parse_row("x:1", row, Reading(templated=True))
@@ -295,3 +375,32 @@ def test_a_judge_sees_calls_of_tools():
     given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "three", "x:1", extras)
     assert show_question(given, "conversation") == (
         'user: 1+1?\n\nassistant: \n{"name": "add", "arguments": {"a": 1}}\n\ntool: 2')
+
+
+@pytest.mark.parametrize("prompt, chosen, reason", [
+    (LLAMA3 + HEADER, HEADER + "yes<|eot_id|>", "which the prompt ends with already"),
+    (LLAMA3, HEADER + "yes<|eot_id|>" + LLAMA3 + HEADER + "more<|eot_id|>", "chosen holds another turn"),
+    (LLAMA3, HEADER + "yes<|eot_id|> and more", "goes on after what ends its turn, with 'and more'"),
+    ("[INST] a [/INST]", "yes [INST] b [/INST] no", "chosen holds another turn")])
+def test_templated_texts_of_which_a_part_would_be_lost_are_bad_rows(prompt, chosen, reason):
+    chat = Chat(byte_tokenizer(TEMPLATES["llama3"], True), templated=True)
+    header = HEADER if chosen.startswith(HEADER) else ""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": header + "no<|eot_id|>"}
+    _, bad, _ = tokenize_pairs(chat, [parse_row("x:1", row, Reading(templated=True))], 100, 90)
+    assert reason in bad[0].reason
+
+
+@pytest.mark.parametrize("user, assistant, end", [
+    ("<|im_start|>user<|im_sep|>What?<|im_end|>", "<|im_start|>assistant<|im_sep|>", "<|im_end|>"),
+    ("<\uff5cUser\uff5c>What?", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>")])
+@pytest.mark.parametrize("beside", [False, True])
+def test_headers_without_line_breaks(user, assistant, end, beside):
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True), templated=True)
+    before = assistant if beside else user + assistant
+    row = {"chosen": before + "yes" + end, "rejected": before + "no" + end}
+    given = parse_row("x:1", row | ({"prompt": user} if beside else {}), Reading(templated=True))
+    with pytest.raises(InputError, match="1 of 1 rows hold marks"):
+        check_templated(Chat(chat.tokenizer), [given])
+    example, _ = only(chat, given)
+    assert chat.tokenizer.decode(example.prompt_ids) == user + assistant
+    assert chat.tokenizer.decode(example.chosen.ids) == "yes" + end

@@ -58,11 +58,13 @@ class Habit:
     """What the template does with conversations of some roles.
 
     printed: how often it prints the text of each turn before the answer. lead: what it prints between the generation
-    prompt and a plain answer; None when what stands before the answer does not begin with the generation prompt.
+    prompt and a plain answer; lack: what the generation prompt goes on with after all that stands before such an
+    answer. Each is None when the one does not begin with the other.
     """
 
     printed: tuple[int, ...]
     lead: str | None
+    lack: str | None
 
 
 def set_chat_template(tokenizer, path: str) -> None:
@@ -134,7 +136,8 @@ def habit_of(chat: Chat, messages: list[Message], tools: object) -> Habit:
     before = render(chat, [*marked, {"role": "assistant", "content": answer}], tools).partition(answer)[0]
     opened = render(chat, marked, tools, generation_prompt=True)
     habit = Habit(tuple(before.count(mark(place)) for place in range(len(messages))),
-                  before[len(opened):] if before.startswith(opened) else None)
+                  before[len(opened):] if before.startswith(opened) else None,
+                  opened[len(before):] if opened.startswith(before) else None)
     if plain:
         chat.habits[roles] = habit
     return habit

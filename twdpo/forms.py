@@ -15,6 +15,7 @@ from twdpo.data_files import BadRow
 from twdpo.flags import InputError
 from twdpo.messages import (
     HEADER,
+    OF_OTHERS,
     Turn,
     decode,
     hh_prompt,
@@ -230,14 +231,15 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
 
 def read_templated(row: dict, reading: Reading, sides: tuple[str, str], values: tuple[object, object]
                    ) -> tuple[list[Turn], list[Turn], str]:
-    """As `read_answers`, of texts with a template's marks; without a prompt it is what both have in common, up to the
-    end of the last header of a turn there."""
+    """As `read_answers`, of texts with a template's marks; of whole conversations, and without a prompt, the prompt is
+    what both have in common, up to the end of the last header of a turn there."""
     how, stop, prompt = " as templated texts", 0, row.get(reading.column("prompt", row))
     if not all(isinstance(value, str | None) for value in (*values, prompt)):
         raise ValueError("--templated takes prompt, chosen and rejected as texts, and this row has messages")
     common = os.path.commonprefix(values)
-    if prompt is None:
-        stop = max((match.end() for match in HEADER.finditer(common)), default=0)
+    headers = list(HEADER.finditer(common))
+    if prompt is None or headers and OF_OTHERS.search(headers[0][0]):
+        stop = headers[-1].end() if headers else 0
         if not stop:
             raise ValueError(f"no prompt, and {sides[0]} and {sides[1]} begin with no turn's header in common")
     answers = [Turn("assistant", value[stop:], {}) for value in values]

@@ -10,8 +10,10 @@ KEYS = {"assistant": ("tool_calls", "function_call", "reasoning_content", "think
         "tool": ("name", "tool_call_id")}  # of messages of a role, that are read beside content
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # What begins a turn in templates that are widely used: texts that hold it have been templated before.
-HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start\|>\w+\n|<start_of_turn>\w+\n"
-                    r"|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?|### (?:Instruction|Response):\n")
+HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start\|>\w+(?:\n|<\|im_sep\|>)"
+                    r"|<start_of_turn>\w+\n|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?"
+                    r"|<\uff5c(?:User|Assistant)\uff5c>|### (?:Instruction|Response):\n")
+OF_OTHERS = re.compile(r"[Uu]ser|system|human|tool|ipython|\[INST|Instruction")  # a header of no assistant's turn
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 

@@ -6,6 +6,7 @@ by white space and by the marks around a reasoning model's thinking; anything el
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twdpo.chat import (
@@ -22,12 +23,13 @@ from twdpo.chat import (
     template_pieces,
 )
 from twdpo.flags import InputError
-from twdpo.messages import HEADER
+from twdpo.messages import HEADER, OF_OTHERS
 from twdpo.pairs import Pair
 
 Piece = tuple[str, bool]  # (text, whether it comes from the data: then it may not spell special tokens)
 WORD = re.compile(rf"{THINK}|{THINK_END}|[^\s<]+|<|\s+")
-ENDS = re.compile(r"<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<\|end\|>|</s>|<\|end_of_text\|>|<\|endoftext\|>")
+ENDS = re.compile(r"<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<\|end\|>|</s>|<\|end_of_text\|>|<\|endoftext\|>"
+                  r"|<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     lead = habit.lead if habit.lead and before.endswith(habit.lead) else ""
     notes = [f"rows whose turn {place + 1} ({messages[place]['role']}) the chat template does not print"
              for place, times in enumerate(habit.printed) if not times and messages[place]["content"].strip()]
+    notes += unprinted_calls(chat, messages, tools)
     texts, placed = [], []
     for side, answer in answers.items():
         texts.append(render(chat, [*messages, answer], tools))
@@ -89,24 +92,56 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     else:  # thinking: what the generation prompt does not give, the model has to write
         stop = len(os.path.commonprefix([*texts, before[:len(before) - len(lead)]]))
         stop = min(stop, *(pieces[0][0] for pieces in placed))
+    lacking = before[stop:len(before) - len(lead)] + (habit.lack or "")
+    if lacking.strip() or habit.lead is habit.lack is None:
+        how = f"lacks {lacking!r}, which the generation prompt ends in" if lacking.strip() else (
+            "differs from the generation prompt")
+        notes.append(f"rows whose prompt {how} (--sample answers the prompt as it is trained)")
     end = end_of_turn(chat, after)
     printed = []
     for (side, answer), text, pieces in zip(answers.items(), texts, placed):
         row = answer["content"]
         text = text[stop:len(text) - len(after)]
         if len(answer) > 2:  # with calls: what is printed of them is the answer
-            given = Answer(text, 0)
+            given = Answer(text[pieces[0][0] - stop:], 0)  # spans count from where it is copied
+            if row.strip() and (bare(row) not in bare(text) or not prints_calls(chat, messages, answer, tools)):
+                notes.append(f"{side} answers of which the chat template leaves out a part, text or a call of tools")
         elif not row.strip():  # --empty-answers space: a space to score even where the template trims it away
             text, given = row, Answer(row, 0)
         else:
             first, (_, start, length) = pieces[0][1], pieces[-1]
             given = Answer(row[first:start + length], first)
             left_out = row[:first] + row[start + length:]
-            if left_out.replace(THINK, "").replace(THINK_END, "").strip():
+            if bare(left_out):
                 notes.append(f"{side} answers of which the chat template leaves out a part, thinking for example")
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
     return Printed(before[:stop], tuple(printed), end, tuple(notes))
+
+
+def prints_calls(chat: Chat, before: list[Message], message: Message, tools: object, after: Sequence[Message] = ()
+                 ) -> bool:
+    """Whether the template prints what `message` holds beside its text."""
+    plain = {"role": message["role"], "content": message["content"]}
+    try:
+        return render(chat, [*before, plain, *after], tools) != render(chat, [*before, message, *after], tools)
+    except ValueError:  # without calls it refuses the message
+        return True
+
+
+def unprinted_calls(chat: Chat, messages: list[Message], tools: object) -> list[str]:
+    """Notes about tools, and calls of them before the answer, that the template does not print."""
+    messages, notes = [*messages, {"role": "assistant", "content": "x"}], []
+    try:
+        if tools is not None and render(chat, messages) == render(chat, messages, tools):
+            notes.append("rows whose tools the chat template does not print")
+    except ValueError:  # it refuses one of the two, so it reads them
+        pass
+    for place, message in enumerate(messages):
+        if "tool_calls" in message and not prints_calls(chat, messages[:place], message, tools, messages[place + 1:]):
+            notes.append(f"rows whose turn {place + 1} ({message['role']}) has a call of tools that the chat template "
+                         "does not print")
+    return notes
 
 
 def place_answer(side: str, answer: Message, text: str, before: str, after: str) -> list[tuple[int, int, int]]:
@@ -120,6 +155,8 @@ def place_answer(side: str, answer: Message, text: str, before: str, after: str)
         return [(opened, 0, stop - opened)]
     if text.startswith(before) and text.endswith(after) and stop >= opened:
         if not given.strip():
+            if len(answer) > 2:
+                raise ValueError(f"the chat template prints nothing of {side}, a call of tools")
             return [(opened, 0, len(given))]
         start = given.find(text[opened:stop])
         if start >= 0 and text[opened:stop].strip():
@@ -166,6 +203,11 @@ def match_words(given: str, text: str, start: int, stop: int) -> list[tuple[int,
     return pieces if all(map(is_free, left_over)) else []
 
 
+def bare(text: str) -> str:
+    """Without white space and marks of thinking, which templates put elsewhere."""
+    return "".join(text.replace(THINK, "").replace(THINK_END, "").split())
+
+
 def end_of_thinking(text: str) -> int:
     """Where thinking, with the marks and the white space after it, is over in an answer's text; 0 without."""
     thought, mark, rest = text.partition(THINK_END)
@@ -178,7 +220,8 @@ def prompt_pieces(chat: Chat, pair: Pair, prompt: str) -> list[Piece]:
         raise ValueError("a tool or a call of it spells a special token: it can't be told from the template")
     messages, _, tools = messages_of(pair)
     messages = [*messages, {"role": "assistant", "content": "x"}]
-    shown = [place for place, times in enumerate(habit_of(chat, messages[:-1], tools).printed) if times]
+    habit = habit_of(chat, messages[:-1], tools)
+    shown = [place for place, times in enumerate(habit.printed) if times and messages[place]["content"]]
     fixed = template_pieces(chat, messages, [*shown, len(messages) - 1], tools)
     pieces: list[Piece] = []
     for turn, between in zip(shown, fixed):
@@ -229,7 +272,7 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
     headers, ends, answers = [], [], []
     for side in ("chosen", "rejected"):
         row = getattr(pair, side)
-        match = HEADER.match(row)
+        match = HEADER.match(row, len(row) - len(row.lstrip()))
         start = match.end() if match else 0
         text = row[start:]
         found = [match.start() for pattern in (ENDS, chat.special_pattern) if (match := pattern.search(text))]
@@ -239,14 +282,22 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
         answers.append(PrintedAnswer(text[:stop], ((0, start, stop),), Answer(text[:stop], start)))
         if not text[:stop].strip():
             raise ValueError(f"{side} holds marks of a template alone")
+        if match := HEADER.search(text):
+            raise ValueError(f"{side} holds another turn ({match[0].strip()!r}): one answer can be trained on")
+        if after := without_marks(chat, text[stop:]):
+            raise ValueError(f"{side} goes on after what ends its turn, with {after!r:.40}")
     if headers[0] != headers[1] or len({*filter(None, ends)}) > 1:
         raise ValueError(f"chosen and rejected are templated in two ways: {headers[0]!r} and {headers[1]!r} before, "
                          f"{ends[0]!r} and {ends[1]!r} after the answer")
+    prompt, header = pair.messages[0][1], headers[0].strip()
+    if header and (OF_OTHERS.search(header) or prompt.rstrip().endswith(header)):
+        raise ValueError(f"chosen and rejected begin with {header!r}, "
+                         + ("another's turn" if OF_OTHERS.search(header) else "which the prompt ends with already"))
     end = ends[0] or ends[1]
     notes = () if end else ("rows without an end of the turn, which is added",)
     end = end or plain_end(chat)
     chat.endings[f"{end} of templated texts"] = end
-    return Printed(pair.messages[0][1] + headers[0], tuple(answers), end, notes)
+    return Printed(prompt + headers[0], tuple(answers), end, notes)
 
 
 def without_marks(chat: Chat, text: str) -> str:

@@ -135,7 +135,9 @@ def tokenize_printed(chat: Chat, pair: Pair, printed: Printed, counts: Counter
         [(prompt_ids, _)] = encode(tokenizer, [prompt])
         tails = encode(tokenizer, [answer.text + end for answer in printed.answers])
     for place, ((_, spans_T2), answer) in enumerate(zip(tails, printed.answers)):
-        if end and not (spans_T2[:, 1] <= len(answer.text)).any():  # the whole answer merges with what ends the turn
+        stops_T = spans_T2[:, 1]
+        if end and not ((stops_T > answer.pieces[0][0]) & (stops_T <= len(answer.text))).any():
+            # All that is copied of the answer merges with what ends the turn.
             counts["answers that merge with the end of the turn, tokenised apart"] += 1
             tails[place] = encode_pieces(tokenizer, [(answer.text, False), (end, False)])
     return prompt_ids, tails
