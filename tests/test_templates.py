@@ -198,7 +198,8 @@ def test_turns_that_are_not_printed_and_thinking_that_is_left_out_are_said():
     silent = TEMPLATES["chatml"].replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     chat = Chat(byte_tokenizer(silent, True))
     _, counts = only(chat, pair("yes.", "no.", ("system", "What?"), ("user", "What?")))
-    assert counts == {"rows whose turn 1 (system) the chat template does not print"}
+    (what,) = counts
+    assert what.startswith("rows whose turn 1 (system) the chat template does not print (--fold-system")
     drops = TEMPLATES["chatml"].replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     example, counts = only(Chat(byte_tokenizer(drops, True)), pair("hm</think>yes.", "no."))
     assert counts == {"chosen answers of which the chat template leaves out a part, thinking for example"}

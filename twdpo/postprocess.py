@@ -35,7 +35,8 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
     mass_N = np.zeros(num_tokens)
     if config.align == "edits":
         # The authors' trainer prints the end of the turn twice, and aligns it too.
-        ended_N = np.append(response.ids, response.ids[~content])
+        end = int(np.flatnonzero(content)[-1]) + 1 if content.any() else num_tokens
+        ended_N = np.append(response.ids, response.ids[end:])
         mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[:num_tokens][content]
     else:
         mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2, kept_text(response))

@@ -13,6 +13,7 @@ from twdpo.chat import (
     THINK,
     THINK_END,
     Chat,
+    Habit,
     Message,
     end_of_turn,
     first_end,
@@ -77,26 +78,17 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     before, after = template_pieces(chat, [*messages, {"role": "assistant", "content": ""}], [last], tools)
     habit = habit_of(chat, messages, tools)
     lead = habit.lead if habit.lead and before.endswith(habit.lead) else ""
-    notes = [f"rows whose turn {place + 1} ({messages[place]['role']}) the chat template does not print"
-             for place, times in enumerate(habit.printed) if not times and messages[place]["content"].strip()]
-    notes += unprinted_calls(chat, messages, tools)
+    notes = [*unprinted_turns(messages, habit), *unprinted_calls(chat, messages, tools)]
     texts, placed = [], []
     for side, answer in answers.items():
         texts.append(render(chat, [*messages, answer], tools))
         placed.append(place_answer(side, answer, texts[-1], before, after))
     if all(text.startswith(before) and pieces[0][0] >= len(before) for text, pieces in zip(texts, placed)):
         stop = len(before)
-        if lead.strip():
-            notes.append(f"rows whose prompt ends in {lead!r}, which the generation prompt lacks (--sample answers the "
-                         "prompt as it is trained)")
     else:  # thinking: what the generation prompt does not give, the model has to write
         stop = len(os.path.commonprefix([*texts, before[:len(before) - len(lead)]]))
         stop = min(stop, *(pieces[0][0] for pieces in placed))
-    lacking = before[stop:len(before) - len(lead)] + (habit.lack or "")
-    if lacking.strip() or habit.lead is habit.lack is None:
-        how = f"lacks {lacking!r}, which the generation prompt ends in" if lacking.strip() else (
-            "differs from the generation prompt")
-        notes.append(f"rows whose prompt {how} (--sample answers the prompt as it is trained)")
+    notes += differing_prompt(before, stop, lead, habit)
     end = end_of_turn(chat, after)
     printed = []
     for (side, answer), text, pieces in zip(answers.items(), texts, placed):
@@ -117,6 +109,30 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
     return Printed(before[:stop], tuple(printed), end, tuple(notes))
+
+
+def unprinted_turns(messages: list[Message], habit: Habit) -> list[str]:
+    """Notes about turns before the answer that the template does not print."""
+    cures = {"system": " (--fold-system puts it into the user's)"}
+    return [f"rows whose turn {place + 1} ({message['role']}) the chat template does not print"
+            + cures.get(message["role"], "") for place, (message, times) in enumerate(zip(messages, habit.printed))
+            if not times and message["content"].strip()]
+
+
+def differing_prompt(before: str, stop: int, lead: str, habit: Habit) -> list[str]:
+    """A note about a prompt, the first `stop` characters of what stands before an answer, that is not the generation
+    prompt."""
+    opened = len(before) - len(lead)
+    lacking = before[stop:opened] + (habit.lack or "")
+    if stop == len(before) and lead.strip():
+        how = f"ends in {lead!r}, which the generation prompt lacks"
+    elif lacking.strip():
+        how = f"lacks {lacking!r}, which the generation prompt ends in"
+    elif habit.lead is habit.lack is None:
+        how = "differs from the generation prompt"
+    else:
+        return []
+    return [f"rows whose prompt {how} (--sample answers the prompt as it is trained)"]
 
 
 def prints_calls(chat: Chat, before: list[Message], message: Message, tools: object, after: Sequence[Message] = ()
