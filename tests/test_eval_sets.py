@@ -38,9 +38,16 @@ def test_names_stand_before_their_files(files, tmp_path):
                                                                           "b": "org/other"}
     # A path that is there is no name.
     assert parse_eval_data(z) == {"": z} and parse_eval_data(f"a={z},{z}:0.25") == {"a": f"{z},{z}:0.25"}
+    for behind in (":/train", ":/train:0.5", ":1e-1"):
+        assert parse_eval_data(z + behind) == {"": z + behind}
     comma = tmp_path / "a,b=c.jsonl"
     comma.write_text("")
     assert parse_eval_data(str(comma)) == {"": str(comma)}
+
+
+def test_a_long_list_of_sets_is_no_name_of_a_file():
+    sets = {f"set-{number}": f"{number}.jsonl" for number in range(40)}
+    assert parse_eval_data(",".join(f"{name}={file}" for name, file in sets.items())) == sets
 
 
 @pytest.mark.parametrize("text, message", [
