@@ -151,6 +151,9 @@ def test_a_resume_takes_the_revisions_of_all_hub_ids():
     for given in ("a=org/pairs:config/test, b=org/other", stored):
         assert settled_settings({"eval_data": stored}, TrainConfig(eval_data=given))["eval_data"] == stored
     assert "eval_data" not in settled_settings({"eval_data": stored}, TrainConfig(eval_data="a=org/pairs,b=org/other"))
+    for given, kept in (("a = my pairs.jsonl, b=y", "a=my pairs.jsonl,b=y"), ("a=mypairs.jsonl", "")):
+        found = settled_settings({"eval_data": "a=my pairs.jsonl,b=y"}, TrainConfig(eval_data=given))
+        assert found.get("eval_data", "") == kept
 
 
 @pytest.mark.slow
