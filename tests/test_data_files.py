@@ -261,7 +261,9 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
     assert [str(source) for source in with_test_split(parse_sources(text))] == ["toy", "org/pairs"]
     resolved = resolved_name(text)
     assert resolved == f"org/pairs@{REVISION}:conf/train:0.5,toy:0.5,org/pairs@{REVISION}"
-    assert read(resolved) == rows and resolved_name(resolved) == resolved
+    assert [row for _, row in read(resolved)] == [row for _, row in rows] and resolved_name(resolved) == resolved
+    names = [where for where, _ in read("org/pairs:a/train,org/pairs:b/train,org/pairs@v1:b/train")]
+    assert len(set(names)) == 30 and names[0] == "org/pairs:a[train]:1"
     with pytest.raises(InputError, match="no file or folder here, and it can't be loaded from the hub .unknown."):
         read("org/none")
     with pytest.raises(InputError, match="none of the splits test_prefs is there; it has train_sft, train, test. Name"):

@@ -195,7 +195,8 @@ def open_splits(source: Source) -> dict[str, Callable[[], Iterable[Row]]]:
         splits = dict(zip(("train", "test"), toy_rows()))
         return {name: partial(numbered, f"toy[{name}]", rows) for name, rows in splits.items()}
     if is_of_hub(source):
-        return {name: partial(numbered, f"{source.name}[{name}]", rows) for name, rows in load_hub(source).items()}
+        label = replace(source, split="", share=1.0)  # rows of two configs are not of one name
+        return {name: partial(numbered, f"{label}[{name}]", rows) for name, rows in load_hub(source).items()}
     if path.is_file():
         return {"train": partial(read_files, [path])}
     if is_saved(path):
