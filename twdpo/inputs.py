@@ -173,7 +173,7 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
     """Say which weights and margins the data give pairs. Raises InputError for a loss that is to read margins where
     there are none."""
     pairs = [example.pair for example in inputs.examples]
-    reads_margins = getattr(objective.loss, "keywords", {}).get("margin")
+    reads_margins = getattr(objective.loss, "keywords", {}).get("margin") is True  # else another option
     for name, values, default in (("weights", [pair.weight for pair in pairs], 1.0),
                                   ("margins", [pair.margin for pair in pairs], 0.0)):
         if any(value != default for value in values):
