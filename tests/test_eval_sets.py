@@ -175,6 +175,15 @@ def test_extract_exports_each_set(tmp_path, toy_model, files):
         assert len((tmp_path / f"{name}.jsonl").read_text().splitlines()) == number
 
 
+def test_an_export_leaves_the_held_out_files_that_are_read(tmp_path, toy_model, files, capsys):
+    kept = files["x"].rename(tmp_path / "rows_held_out_a.jsonl")
+    before = kept.read_bytes()
+    with pytest.raises(SystemExit):
+        extract.main(["--model", str(toy_model), "--data", str(files["z"]), "--eval-data", f"a={kept}", "--out",
+                      str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
+    assert "rows_held_out_a.jsonl is a file that is read" in capsys.readouterr().err and kept.read_bytes() == before
+
+
 def test_no_evaluation_means_no_set(tmp_path, run_arguments):
     train.main(run_arguments(tmp_path / "run", loss="dpo", max_steps=1, eval_fraction=0))
     assert [*map(held_out_names, read_rows(tmp_path / "run"))] == [[]]
