@@ -144,6 +144,9 @@ def test_a_set_of_which_nothing_is_left_is_named(tmp_path, run_arguments, files,
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", eval_data=f"a={files['x']},b={files['y']}"), "--skip-bad-rows"])
     assert "no pair of b is left" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run", eval_data=str(files["y"])), "--skip-bad-rows"])
+    assert "no pair of it is left" in capsys.readouterr().err
 
 
 def test_a_resume_takes_the_revisions_of_all_hub_ids():

@@ -86,13 +86,13 @@ class Inputs:
         return replace(self, train=train, held_out_sets=dict(zip(self.held_out_sets, parts)))
 
     def refuse_empty(self, config: TrainConfig, took: Mapping[str, int]) -> None:
-        """Raise InputError when there is no pair left to train on, or none in a named set. took: what was left out."""
+        """Raise InputError when no pair is left to train on, or in a set of --eval-data. took: what was left out."""
         why = f": --leave-out took {', '.join(f'{count} ({kind})' for kind, count in took.items())}" if took else ""
         if not self.train:
             raise InputError(f"--data {config.data}: no pair is left to train on{why}")
         for name, part in self.held_out_sets.items():
-            if name and not part:
-                raise InputError(f"--eval-data {config.eval_data}: no pair of {name} is left{why}")
+            if config.eval_data and not part:
+                raise InputError(f"--eval-data {config.eval_data}: no pair of {name or 'it'} is left{why}")
 
 
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
