@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -163,6 +164,13 @@ def test_a_folder_is_its_files_by_the_splits_in_their_names(tmp_path):
     dataset = load_dataset(str(tmp_path), "")
     assert len(dataset.train) == 4 and [pair.where for pair in dataset.held_out] == [
         f"{tmp_path}/test.jsonl:1", f"{tmp_path}/test_b.jsonl.gz:1"]
+    for place, name in enumerate(("test/a.jsonl", "data/test/deep/b.jsonl", "test/train.jsonl", "tests/x.jsonl")):
+        write(tmp_path / "nested" / name, rows_of(1, place))
+    numbers = [[row["prompt"] for _, row in read(f"{tmp_path}/nested", splits)] for splits in
+               (TRAIN_SPLITS, TEST_SPLITS)]
+    assert numbers == [["why 2", "why 3"], ["why 1", "why 0"]]
+    assert len(read(f"{tmp_path}/nested/data/test")) == 1  # the folder that is named itself says nothing
+    shutil.rmtree(tmp_path / "nested")
     write(tmp_path / "train_prefs.jsonl", rows_of(1, 10))  # as of the hub, it comes before train
     assert [row["prompt"] for _, row in read(str(tmp_path))] == ["why 10"]
     with pytest.raises(InputError, match="no split dev is there; it has .*Name one of them as .*:/"):

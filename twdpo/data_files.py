@@ -210,7 +210,7 @@ def open_splits(source: Source) -> dict[str, Callable[[], Iterable[Row]]]:
         raise InputError(f"{source.flag} {source}: the folder holds no {', '.join(READERS)} and was not written by "
                          "save_to_disk; name one that does")
     for file in files:
-        splits.setdefault(split_of_file(file), []).append(file)
+        splits.setdefault(split_of_file(file.relative_to(path)), []).append(file)
     return {name: partial(read_files, files) for name, files in splits.items()}
 
 
@@ -228,10 +228,12 @@ def files_of_folder(folder: Path) -> list[Path]:
 
 
 def split_of_file(path: Path) -> str:
-    """The split that a file's name begins with, as a whole word; `train` where it begins with none."""
-    for name in sorted(SPLIT_NAMES, key=len, reverse=True):
-        if re.match(name + r"(?![a-z])", path.name.lower()):
-            return SPLIT_NAMES[name]
+    """The split that a file's name begins with, as a whole word, or else that of the folder that it stands in, and so
+    on; `train` where all begin with none. path: seen from the folder that is read."""
+    for part in reversed(path.parts):
+        for name in sorted(SPLIT_NAMES, key=len, reverse=True):
+            if re.match(name + r"(?![a-z])", part.lower()):
+                return SPLIT_NAMES[name]
     return "train"
 
 
