@@ -242,6 +242,9 @@ def test_saved_data_sets_have_the_splits_of_the_hub(tmp_path):
     assert dataset.train[0].messages == (("user", "why 10"),)
     assert [pair.where for pair in dataset.held_out] == [f"{tmp_path}/dict[test_prefs]:{number}" for number in (1, 2)]
     assert read(f"{tmp_path}/dict:/test_sft")[1] == (f"{tmp_path}/dict[test_sft]:2", rows_of(1, 31)[0])
+    datasets.Dataset.from_list([row | {"score": 1.5} for row in rows_of(2)]).with_format(
+        "numpy", columns=["score"]).save_to_disk(tmp_path / "formatted")
+    assert [row for _, row in read(f"{tmp_path}/formatted")] == [row | {"score": 1.5} for row in rows_of(2)]
     (tmp_path / "single/state.json").write_text("{")
     with pytest.raises(InputError, match="the saved data set can't be read"):
         read(f"{tmp_path}/single")

@@ -255,7 +255,7 @@ def load_saved(source: Source):
     """Rows by split, or of a single Dataset its rows; read from disk when they are asked for."""
     datasets = import_extra("datasets", f"{source.flag} {source}", "a folder of save_to_disk")
     try:
-        return datasets.load_from_disk(source.name)
+        return datasets.load_from_disk(source.name).with_format(None)  # rows as they are, whatever they were for
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source.flag} {source}: the saved data set can't be read ({error}); save it "
                          "again") from error
