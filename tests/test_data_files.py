@@ -260,6 +260,8 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
         asked.append((repository, options))
         if repository == "org/none":
             raise ValueError("unknown")
+        if repository == "org/script":  # as of the library since its version 4
+            raise RuntimeError("scripts are no longer supported")
         return {"train_sft": Split(rows_of(1)), "train": Split(rows_of(10, 10)), "test": Split(rows_of(1, 20))}
     datasets = ModuleType("datasets")
     datasets.load_dataset, datasets.exceptions = load_dataset, SimpleNamespace(DatasetsError=OSError)
@@ -277,5 +279,7 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
     assert len(set(names)) == 30 and names[0] == "org/pairs:a[train]:1"
     with pytest.raises(InputError, match="no file or folder here, and it can't be loaded from the hub .unknown."):
         read("org/none")
+    with pytest.raises(InputError, match="can't be loaded from the hub .scripts are no longer supported"):
+        read("org/script")
     with pytest.raises(InputError, match="none of the splits test_prefs is there; it has train_sft, train, test. Name"):
         read("org/pairs", ("test_prefs",))

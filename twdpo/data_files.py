@@ -269,7 +269,7 @@ def load_hub(source: Source):
     options = {"name": source.config, "revision": source.revision}
     try:
         return datasets.load_dataset(source.name, **{name: value for name, value in options.items() if value})
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source.flag} {source}: no file or folder here, and it can't be loaded from the hub "
                          f"({error}). Is there a network, is HF_HUB_OFFLINE unset, have you access? Or name pairs of "
                          "your own with --data FILE") from error
