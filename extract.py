@@ -36,10 +36,11 @@ def extract(config: ExtractConfig, process: Process) -> None:
     sources = parse_sources(config.data)
     for source in filter(None, parse_eval_data(config.eval_data).values()):
         sources += parse_sources(source, "--eval-data")
-    if config.export and Path(config.export).resolve() in local_files(sources):
-        raise InputError(f"--export {config.export} is a file that is read: choose another name")
     out = process.on_main(lambda: check_directory(Path(config.out), "--out"))
     dataset = load_dataset(config.data, config.eval_data, reading=Reading.of(config))
+    for path in exports(config, dataset):
+        if path.resolve() in local_files(sources):
+            raise InputError(f"--export {config.export}: {path} is a file that is read: choose another name")
     for line in dataset.report.lines():
         process.print(line)
     pairs = dataset.train + dataset.held_out
@@ -65,6 +66,14 @@ def extract(config: ExtractConfig, process: Process) -> None:
     process.on_main(lambda: finish(config, out, pairs, model.tokenizer, dataset))
 
 
+def exports(config: ExtractConfig, dataset: Dataset) -> list[Path]:
+    """The files of --export: that of the training rows, then one for each held-out set."""
+    path = Path(config.export)
+    stems = [path.stem] + ["_".join(filter(None, [path.stem, "held_out", name]))
+                           for name in (parse_eval_data(config.eval_data) if dataset.held_out else ())]
+    return [path.with_name(stem + path.suffix) for stem in stems] if config.export else []
+
+
 def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, dataset: Dataset) -> None:
     """Say what is stored; write the export and the report."""
     stored = WeightsFile(out, ",".join(map(str, read_meta(out)["layers"])))
@@ -72,14 +81,12 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
     print(f"{out}: {len(pairs)} pairs, layers {', '.join(stored.layers)}"
           + "".join(f"; {name} {value:.3f}" for name, value in figures.items()))
     if config.export:
-        path, sources = Path(config.export), parse_sources(config.data)
-        targets = [(path, read_rows(sources, TRAIN_SPLITS))]
-        for name, source in parse_eval_data(config.eval_data).items() if dataset.held_out else ():
-            held_out = (read_rows(parse_sources(source, "--eval-data"), TEST_SPLITS + TRAIN_SPLITS)
-                        if source else read_rows(with_test_split(sources), TEST_SPLITS))
-            stem = "_".join(filter(None, [path.stem, "held_out", name]))
-            targets.append((path.with_name(stem + path.suffix), held_out))
-        for path, rows in targets:
+        sources = parse_sources(config.data)
+        tables = [read_rows(sources, TRAIN_SPLITS)]
+        for source in parse_eval_data(config.eval_data).values() if dataset.held_out else ():
+            tables.append(read_rows(parse_sources(source, "--eval-data"), TEST_SPLITS + TRAIN_SPLITS)
+                          if source else read_rows(with_test_split(sources), TEST_SPLITS))
+        for path, rows in zip(exports(config, dataset), tables):
             rows, missing = export_columns(path, rows, stored, tokenizer, config.judge_rounds, Reading.of(config))
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -163,6 +164,13 @@ def test_a_folder_is_its_files_by_the_splits_in_their_names(tmp_path):
     dataset = load_dataset(str(tmp_path), "")
     assert len(dataset.train) == 4 and [pair.where for pair in dataset.held_out] == [
         f"{tmp_path}/test.jsonl:1", f"{tmp_path}/test_b.jsonl.gz:1"]
+    for place, name in enumerate(("test/a.jsonl", "data/test/deep/b.jsonl", "test/train.jsonl", "tests/x.jsonl")):
+        write(tmp_path / "nested" / name, rows_of(1, place))
+    numbers = [[row["prompt"] for _, row in read(f"{tmp_path}/nested", splits)] for splits in
+               (TRAIN_SPLITS, TEST_SPLITS)]
+    assert numbers == [["why 2", "why 3"], ["why 1", "why 0"]]
+    assert len(read(f"{tmp_path}/nested/data/test")) == 1  # the folder that is named itself says nothing
+    shutil.rmtree(tmp_path / "nested")
     write(tmp_path / "train_prefs.jsonl", rows_of(1, 10))  # as of the hub, it comes before train
     assert [row["prompt"] for _, row in read(str(tmp_path))] == ["why 10"]
     with pytest.raises(InputError, match="no split dev is there; it has .*Name one of them as .*:/"):
@@ -234,6 +242,9 @@ def test_saved_data_sets_have_the_splits_of_the_hub(tmp_path):
     assert dataset.train[0].messages == (("user", "why 10"),)
     assert [pair.where for pair in dataset.held_out] == [f"{tmp_path}/dict[test_prefs]:{number}" for number in (1, 2)]
     assert read(f"{tmp_path}/dict:/test_sft")[1] == (f"{tmp_path}/dict[test_sft]:2", rows_of(1, 31)[0])
+    datasets.Dataset.from_list([row | {"score": 1.5} for row in rows_of(2)]).with_format(
+        "numpy", columns=["score"]).save_to_disk(tmp_path / "formatted")
+    assert [row for _, row in read(f"{tmp_path}/formatted")] == [row | {"score": 1.5} for row in rows_of(2)]
     (tmp_path / "single/state.json").write_text("{")
     with pytest.raises(InputError, match="the saved data set can't be read"):
         read(f"{tmp_path}/single")
@@ -249,6 +260,8 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
         asked.append((repository, options))
         if repository == "org/none":
             raise ValueError("unknown")
+        if repository == "org/script":  # as of the library since its version 4
+            raise RuntimeError("scripts are no longer supported")
         return {"train_sft": Split(rows_of(1)), "train": Split(rows_of(10, 10)), "test": Split(rows_of(1, 20))}
     datasets = ModuleType("datasets")
     datasets.load_dataset, datasets.exceptions = load_dataset, SimpleNamespace(DatasetsError=OSError)
@@ -261,8 +274,12 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
     assert [str(source) for source in with_test_split(parse_sources(text))] == ["toy", "org/pairs"]
     resolved = resolved_name(text)
     assert resolved == f"org/pairs@{REVISION}:conf/train:0.5,toy:0.5,org/pairs@{REVISION}"
-    assert read(resolved) == rows and resolved_name(resolved) == resolved
+    assert [row for _, row in read(resolved)] == [row for _, row in rows] and resolved_name(resolved) == resolved
+    names = [where for where, _ in read("org/pairs:a/train,org/pairs:b/train,org/pairs@v1:b/train")]
+    assert len(set(names)) == 30 and names[0] == "org/pairs:a[train]:1"
     with pytest.raises(InputError, match="no file or folder here, and it can't be loaded from the hub .unknown."):
         read("org/none")
+    with pytest.raises(InputError, match="can't be loaded from the hub .scripts are no longer supported"):
+        read("org/script")
     with pytest.raises(InputError, match="none of the splits test_prefs is there; it has train_sft, train, test. Name"):
         read("org/pairs", ("test_prefs",))

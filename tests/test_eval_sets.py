@@ -38,9 +38,16 @@ def test_names_stand_before_their_files(files, tmp_path):
                                                                           "b": "org/other"}
     # A path that is there is no name.
     assert parse_eval_data(z) == {"": z} and parse_eval_data(f"a={z},{z}:0.25") == {"a": f"{z},{z}:0.25"}
+    for behind in (":/train", ":/train:0.5", ":1e-1"):
+        assert parse_eval_data(z + behind) == {"": z + behind}
     comma = tmp_path / "a,b=c.jsonl"
     comma.write_text("")
     assert parse_eval_data(str(comma)) == {"": str(comma)}
+
+
+def test_a_long_list_of_sets_is_no_name_of_a_file():
+    sets = {f"set-{number}": f"{number}.jsonl" for number in range(40)}
+    assert parse_eval_data(",".join(f"{name}={file}" for name, file in sets.items())) == sets
 
 
 @pytest.mark.parametrize("text, message", [
@@ -137,6 +144,9 @@ def test_a_set_of_which_nothing_is_left_is_named(tmp_path, run_arguments, files,
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", eval_data=f"a={files['x']},b={files['y']}"), "--skip-bad-rows"])
     assert "no pair of b is left" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*run_arguments(tmp_path / "run", eval_data=str(files["y"])), "--skip-bad-rows"])
+    assert "no pair of it is left" in capsys.readouterr().err
 
 
 def test_a_resume_takes_the_revisions_of_all_hub_ids():
@@ -144,6 +154,9 @@ def test_a_resume_takes_the_revisions_of_all_hub_ids():
     for given in ("a=org/pairs:config/test, b=org/other", stored):
         assert settled_settings({"eval_data": stored}, TrainConfig(eval_data=given))["eval_data"] == stored
     assert "eval_data" not in settled_settings({"eval_data": stored}, TrainConfig(eval_data="a=org/pairs,b=org/other"))
+    for given, kept in (("a = my pairs.jsonl, b=y", "a=my pairs.jsonl,b=y"), ("a=mypairs.jsonl", "")):
+        found = settled_settings({"eval_data": "a=my pairs.jsonl,b=y"}, TrainConfig(eval_data=given))
+        assert found.get("eval_data", "") == kept
 
 
 @pytest.mark.slow
@@ -163,6 +176,15 @@ def test_extract_exports_each_set(tmp_path, toy_model, files):
                   str(tmp_path / "rows.jsonl")])
     for name, number in (("rows", 4), ("rows_held_out_a", 2), ("rows_held_out_b", 3)):
         assert len((tmp_path / f"{name}.jsonl").read_text().splitlines()) == number
+
+
+def test_an_export_leaves_the_held_out_files_that_are_read(tmp_path, toy_model, files, capsys):
+    kept = files["x"].rename(tmp_path / "rows_held_out_a.jsonl")
+    before = kept.read_bytes()
+    with pytest.raises(SystemExit):
+        extract.main(["--model", str(toy_model), "--data", str(files["z"]), "--eval-data", f"a={kept}", "--out",
+                      str(tmp_path / "w"), "--export", str(tmp_path / "rows.jsonl")])
+    assert "rows_held_out_a.jsonl is a file that is read" in capsys.readouterr().err and kept.read_bytes() == before
 
 
 def test_no_evaluation_means_no_set(tmp_path, run_arguments):

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,35 @@ def test_workers_give_what_one_process_gives(cores, chat, scratch, process, monk
 def test_few_pairs_start_no_process(chat, process, monkeypatch):
     monkeypatch.setattr(examples, "run_workers", None)
     assert len(tokenize_all(chat, pairs_of_tests(), *LENGTHS, process, "x")[0]) == 61
+
+
+KILLED = """
+import os, signal, sys, tempfile
+sys.path[:0] = {path!r}
+import test_examples as tests
+from twdpo import dist, examples
+examples.FEW_PAIRS, examples.CHUNK, tempfile.tempdir = 0, 1, {folder!r}
+pairs = tests.pairs_of_tests() * 40
+process = dist.start()
+def advance(task):
+    (os.killpg if {whole} else os.kill)(os.getpid(), signal.SIGTERM)
+examples.as_completed = lambda tasks: map(advance, tasks[5].result() and tasks)
+tests.tokenize_all(tests.chat_of_tests({model!r}), pairs, *tests.LENGTHS, process, "x")
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_killed_run_leaves_no_tokens(whole, toy_model, tmp_path):
+    script = KILLED.format(path=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path), model=str(toy_model),
+                           whole=whole)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+                         start_new_session=True)
+    assert run.returncode == -signal.SIGTERM, run.stderr
+    for _ in range(100):
+        if not list(tmp_path.iterdir()):
+            return
+        time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
 
 
 def main(argv: list[str]) -> None:

@@ -122,6 +122,14 @@ def test_margins_that_nobody_reads_or_gives_are_said(process, capsys):
         inputs.check_pair_numbers(objectives[1], plain, process)
 
 
+def test_a_loss_may_have_a_margin_of_its_own(process):
+    def own(ratio_S, logps_N, batch, config, *, margin: float = 1.0):
+        return margin - ratio_S[0::2], {}
+    plain = inputs.Inputs(None, EXAMPLES, {}, "", "", "")
+    objective = find_objective(TrainConfig(loss="dpo"), process)
+    inputs.check_pair_numbers(replace(objective, loss=bind_options(own, "margin=2", "")), plain, process)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs, of data whose rows have weights and margins
 

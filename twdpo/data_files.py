@@ -195,7 +195,8 @@ def open_splits(source: Source) -> dict[str, Callable[[], Iterable[Row]]]:
         splits = dict(zip(("train", "test"), toy_rows()))
         return {name: partial(numbered, f"toy[{name}]", rows) for name, rows in splits.items()}
     if is_of_hub(source):
-        return {name: partial(numbered, f"{source.name}[{name}]", rows) for name, rows in load_hub(source).items()}
+        label = replace(source, split="", share=1.0)  # rows of two configs are not of one name
+        return {name: partial(numbered, f"{label}[{name}]", rows) for name, rows in load_hub(source).items()}
     if path.is_file():
         return {"train": partial(read_files, [path])}
     if is_saved(path):
@@ -209,7 +210,7 @@ def open_splits(source: Source) -> dict[str, Callable[[], Iterable[Row]]]:
         raise InputError(f"{source.flag} {source}: the folder holds no {', '.join(READERS)} and was not written by "
                          "save_to_disk; name one that does")
     for file in files:
-        splits.setdefault(split_of_file(file), []).append(file)
+        splits.setdefault(split_of_file(file.relative_to(path)), []).append(file)
     return {name: partial(read_files, files) for name, files in splits.items()}
 
 
@@ -227,10 +228,12 @@ def files_of_folder(folder: Path) -> list[Path]:
 
 
 def split_of_file(path: Path) -> str:
-    """The split that a file's name begins with, as a whole word; `train` where it begins with none."""
-    for name in sorted(SPLIT_NAMES, key=len, reverse=True):
-        if re.match(name + r"(?![a-z])", path.name.lower()):
-            return SPLIT_NAMES[name]
+    """The split that a file's name begins with, as a whole word, or else that of the folder that it stands in, and so
+    on; `train` where all begin with none. path: seen from the folder that is read."""
+    for part in reversed(path.parts):
+        for name in sorted(SPLIT_NAMES, key=len, reverse=True):
+            if re.match(name + r"(?![a-z])", part.lower()):
+                return SPLIT_NAMES[name]
     return "train"
 
 
@@ -252,7 +255,7 @@ def load_saved(source: Source):
     """Rows by split, or of a single Dataset its rows; read from disk when they are asked for."""
     datasets = import_extra("datasets", f"{source.flag} {source}", "a folder of save_to_disk")
     try:
-        return datasets.load_from_disk(source.name)
+        return datasets.load_from_disk(source.name).with_format(None)  # rows as they are, whatever they were for
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source.flag} {source}: the saved data set can't be read ({error}); save it "
                          "again") from error
@@ -266,7 +269,7 @@ def load_hub(source: Source):
     options = {"name": source.config, "revision": source.revision}
     try:
         return datasets.load_dataset(source.name, **{name: value for name, value in options.items() if value})
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source.flag} {source}: no file or folder here, and it can't be loaded from the hub "
                          f"({error}). Is there a network, is HF_HUB_OFFLINE unset, have you access? Or name pairs of "
                          "your own with --data FILE") from error

@@ -14,6 +14,8 @@ from twdpo.data_files import (
     TRAIN_SPLITS,
     BadRow,
     Row,
+    exists,
+    is_path,
     parse_sources,
     read_rows,
     resolved_name,
@@ -86,13 +88,13 @@ def parse_eval_data(text: str) -> dict[str, str]:
     """--eval-data -> the source of each held-out set by its name: `a=x.jsonl,y.jsonl,b=z.jsonl` are two sets, the first
     of two files; one without names is called "". A path that is there is never taken for a name. Raises InputError.
     """
-    if not text or Path(text).exists():
+    if not text or exists(text):
         return {"": text}
     sources: dict[str, str] = {}
     last = ""
     for part in map(str.strip, text.split(",")):
         name, is_named, source = (piece.strip() for piece in part.partition("="))
-        if not is_named or Path(re.sub(r":[\d.]+$", "", part)).exists():  # without the share that may stand behind it
+        if not is_named or is_path(part):  # with a split and a share behind it or without
             sources[last] = f"{sources[last]},{part}" if last in sources else part
             continue
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

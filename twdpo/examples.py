@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -154,13 +155,20 @@ _worker: dict[str, object] = {}  # what every chunk needs
 
 
 def start_worker(chat: Chat, lengths: tuple[int, int], path: str, lock) -> None:
-    """Keep what all chunks need; end with the process that started this one."""
+    """Keep what all chunks need; end with the process that started this one, and leave no tokens of a killed run."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker already
     _worker.update(chat=chat, lengths=lengths, path=path, lock=lock)
 
+    def end(*_) -> None:
+        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the file of another rank lies there
+            Path(path).parent.rmdir()
+        os._exit(1)
+
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)
+        end()
+    signal.signal(signal.SIGTERM, end)  # torchrun sends it to all processes of a rank
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -86,13 +86,13 @@ class Inputs:
         return replace(self, train=train, held_out_sets=dict(zip(self.held_out_sets, parts)))
 
     def refuse_empty(self, config: TrainConfig, took: Mapping[str, int]) -> None:
-        """Raise InputError when there is no pair left to train on, or none in a named set. took: what was left out."""
+        """Raise InputError when no pair is left to train on, or in a set of --eval-data. took: what was left out."""
         why = f": --leave-out took {', '.join(f'{count} ({kind})' for kind, count in took.items())}" if took else ""
         if not self.train:
             raise InputError(f"--data {config.data}: no pair is left to train on{why}")
         for name, part in self.held_out_sets.items():
-            if name and not part:
-                raise InputError(f"--eval-data {config.eval_data}: no pair of {name} is left{why}")
+            if config.eval_data and not part:
+                raise InputError(f"--eval-data {config.eval_data}: no pair of {name or 'it'} is left{why}")
 
 
 def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "list[Need]") -> Inputs:
@@ -173,7 +173,7 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
     """Say which weights and margins the data give pairs. Raises InputError for a loss that is to read margins where
     there are none."""
     pairs = [example.pair for example in inputs.examples]
-    reads_margins = getattr(objective.loss, "keywords", {}).get("margin")
+    reads_margins = getattr(objective.loss, "keywords", {}).get("margin") is True  # else another option
     for name, values, default in (("weights", [pair.weight for pair in pairs], 1.0),
                                   ("margins", [pair.margin for pair in pairs], 0.0)):
         if any(value != default for value in values):

@@ -73,11 +73,16 @@ def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str
     settled = {}
     for field in fields(config):
         value, old = getattr(config, field.name), stored.get(key_name(field))
-        same = isinstance(old, str) and str(value).replace(" ", "") in (old, old.rpartition("@")[0],
-                                                                        re.sub("@[0-9a-f]{40}", "", old))
+        same = isinstance(old, str) and without_gaps(value) in (old, old.rpartition("@")[0],
+                                                                re.sub("@[0-9a-f]{40}", "", old))
         if old is not None and value != "" and (same or value in field.metadata.get("settled", ())):
             settled[field.name] = old
     return settled
+
+
+def without_gaps(value: object) -> str:
+    """A setting without white space around the signs of a list."""
+    return re.sub(r"\s*([,=+])\s*", r"\1", str(value))
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
