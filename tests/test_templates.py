@@ -289,6 +289,13 @@ def test_rows_that_are_no_templated_texts(row, reason):
         parse_row("x:1", row, Reading(templated=True))
 
 
+def test_an_answer_of_calls_that_are_not_printed_is_a_bad_row():
+    given = Pair((("user", "1+1?"),), "", "two", "x:1", '{"chosen": {"tool_calls": [{"function": {"name": "add"}}]}}')
+    chat = Chat(byte_tokenizer(TEMPLATES["zephyr"], True))
+    examples, (bad,), _ = tokenize_pairs(chat, [given], 400, 200)
+    assert not examples and "prints nothing of chosen, which holds calls of tools alone" in bad.reason
+
+
 def test_a_judge_sees_calls_of_tools():
     call = '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
     extras = '{"turns": {"1": {"tool_calls": [' + call + "]}}}"

@@ -119,6 +119,8 @@ def place_answer(side: str, answer: Message, text: str, before: str, after: str)
     if len(answer) > 2 and text.endswith(after) and text[opened:stop].strip():
         return [(opened, 0, stop - opened)]
     if text.startswith(before) and text.endswith(after) and stop >= opened:
+        if not given.strip() and len(answer) > 2:
+            raise ValueError(f"the chat template prints nothing of {side}, which holds calls of tools alone")
         if not given.strip():
             return [(opened, 0, len(given))]
         start = given.find(text[opened:stop])
