@@ -289,6 +289,19 @@ def test_rows_that_are_no_templated_texts(row, reason):
         parse_row("x:1", row, Reading(templated=True))
 
 
+def test_tools_and_calls_that_are_not_printed_are_said():
+    calls = '{"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}'
+    extras = f'{{"rejected": {calls}, "tools": [{{"name": "add"}}], "turns": {{"1": {calls}}}}}'
+    given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "let me see", "x:1", extras)
+    notes = ["rows whose tools the chat template does not print",
+             "rows whose calls of tools in turn 2 the chat template does not print",
+             "rejected answers whose calls of tools the chat template does not print"]
+    _, bad, counts = tokenize_pairs(Chat(byte_tokenizer(TEMPLATES["zephyr"], True)), [given], 400, 200)
+    assert not bad and [count for count in counts if "tools" in count] == notes
+    _, bad, counts = tokenize_pairs(Chat(byte_tokenizer(TEMPLATES["qwen2.5"], True)), [given], 400, 200)
+    assert not bad and [count for count in counts if "tools" in count] == notes[:1]
+
+
 def test_an_answer_of_calls_that_are_not_printed_is_a_bad_row():
     given = Pair((("user", "1+1?"),), "", "two", "x:1", '{"chosen": {"tool_calls": [{"function": {"name": "add"}}]}}')
     chat = Chat(byte_tokenizer(TEMPLATES["zephyr"], True))

@@ -81,6 +81,8 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
     for side, answer in answers.items():
         texts.append(render(chat, [*messages, answer], tools))
         placed.append(place_answer(side, answer, texts[-1], before, after))
+    if pair.extras:
+        notes += unprinted_calls(chat, messages, answers, tools, texts)
     if all(text.startswith(before) and pieces[0][0] >= len(before) for text, pieces in zip(texts, placed)):
         stop = len(before)
         if lead.strip():
@@ -107,6 +109,28 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
         pieces = tuple((place - stop, start, length) for place, start, length in pieces)
         printed.append(PrintedAnswer(text, pieces, given, end_of_thinking(text)))
     return Printed(before[:stop], tuple(printed), end, tuple(notes))
+
+
+def unprinted_calls(chat: Chat, messages: list[Message], answers: dict[str, Message], tools: object, texts: list[str]
+                    ) -> list[str]:
+    """Notes about tools, and calls of them, without which the template prints the same. texts: of either side."""
+    def is_same(text: str, others: list[Message], tools: object) -> bool:
+        try:
+            return render(chat, others, tools) == text
+        except ValueError:  # it reads what it refuses to be without
+            return False
+    turns = [*messages, answers["chosen"]]
+    notes = ["rows whose tools the chat template does not print"] * bool(tools and is_same(texts[0], turns, None))
+    for place, message in enumerate(messages):
+        if "tool_calls" in message and is_same(texts[0], [*turns[:place], plain(message), *turns[place + 1:]], tools):
+            notes.append(f"rows whose calls of tools in turn {place + 1} the chat template does not print")
+    return notes + [f"{side} answers whose calls of tools the chat template does not print"
+                    for (side, answer), text in zip(answers.items(), texts)
+                    if "tool_calls" in answer and is_same(text, [*messages, plain(answer)], tools)]
+
+
+def plain(message: Message) -> Message:
+    return {name: message[name] for name in ("role", "content")}
 
 
 def place_answer(side: str, answer: Message, text: str, before: str, after: str) -> list[tuple[int, int, int]]:
