@@ -281,6 +281,16 @@ def test_weight_and_margin_are_read_where_they_are_named(name, value, number):
     assert pair.key == plain.key
 
 
+@pytest.mark.parametrize("other", [{"output": ["so", "no"]}, {"chosen_response": "so", "rejected_response": "no"}])
+def test_columns_of_other_rows_are_null_in_a_table(other):
+    nulls = dict.fromkeys(["prompt", "conversations", "output", "chosen_response", "rejected_response", "chosen",
+                           "rejected", "system", "tools", "history", "images"])
+    row = nulls | {"instruction": "why"} | other
+    assert read_row("x", row, Reading())[1:] == (", ".join(["instruction", *other]), [])
+    with pytest.raises(ValueError, match="chosen is null"):
+        parse_row("x", nulls | {"instruction": "why"})
+
+
 @pytest.mark.parametrize("value", [-1, "-0.5", math.nan, "inf", True, None, "much", [1], 10 ** 400])
 @pytest.mark.parametrize("name", ["weight", "margin"])
 def test_weights_and_margins_that_are_no_number_make_a_bad_row(name, value):

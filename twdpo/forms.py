@@ -186,12 +186,12 @@ def make_pair(where: str, turns: list[Turn], answers: list[Turn], tools: list[di
 def find_values(row: dict, reading: Reading) -> tuple[list[str], tuple[str, str], tuple[object, object]]:
     """(columns of the answers, a name for each answer, both answers as the row has them)."""
     columns = [reading.column(side, row) for side in ("chosen", "rejected")]
-    if not any(column in row for column in columns):
+    if all(row.get(column) is None for column in columns):  # tables have the columns of all rows, null here
         if isinstance(row.get("output"), list):  # instruction, input, output: [better, worse]
             if len(row["output"]) != 2:
                 raise ValueError(f"output must hold two answers, the better one first; it has {len(row['output'])}")
             return ["output"], ("output[0]", "output[1]"), tuple(row["output"])
-        if "chosen_response" in row and "rejected_response" in row:  # Argilla's
+        if row.get("chosen_response") is not None and row.get("rejected_response") is not None:  # Argilla's
             columns = ["chosen_response", "rejected_response"]
     for name, column in zip(("chosen", "rejected"), columns):
         if column not in row:
