@@ -176,6 +176,8 @@ def test_fold_system():
     assert parse_row("x", PLAIN, Reading(fold_system=True)).messages == ASKED
     with pytest.raises(ValueError, match="no user turn follows"):
         parse_row("x", {"prompt": [message("system", "Be brief.")], **ANSWERS}, Reading(fold_system=True))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        parse_row("x", PLAIN | {"prompt": "", "system": "Be brief."}, Reading(fold_system=True))
 
 
 BAD = [

@@ -149,8 +149,6 @@ def read_row(where: str, row: object, reading: Reading) -> tuple[Pair, str, list
     turns, has_system = add_system(turns, row, reading)
     tools = read_tools(row, reading)
     beside = [reading.column(name, row) for name, there in (("system", has_system), ("tools", tools)) if there]
-    if reading.fold_system:
-        turns = fold_system(turns)
     if turns[-1].role == "assistant":
         raise ValueError("the turn before the answers is the assistant's own")
     if reading.empty_answers == "space":
@@ -158,6 +156,8 @@ def read_row(where: str, row: object, reading: Reading) -> tuple[Pair, str, list
     for name, turn in zip(("prompt", *sides), (turns[-1], *(answers if reading.empty_answers == "refuse" else ()))):
         if not turn.text.strip() and not turn.extras and turn.role != "tool":
             raise ValueError(f"{name} is empty")
+    if reading.fold_system:  # once the prompt is known to say something itself
+        turns = fold_system(turns)
     weight, margin = read_number(row, "weight", reading, 1.0), read_number(row, "margin", reading, 0.0)
     pair = make_pair(where, turns, answers, tools, weight, margin)
     used = {*columns, *beside, reading.columns.get("weight"), reading.columns.get("margin")}
