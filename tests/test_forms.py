@@ -151,6 +151,17 @@ def test_places_of_calls_are_those_of_the_turns_as_they_come_out():
     assert set(json.loads(parse_row("x", row, Reading(fold_system=True)).extras)["turns"]) == {"1", "2"}
 
 
+def test_a_system_turn_of_both_answers_leaves_the_prompt():
+    row = {side: [message("system", "Be brief."), each] for side, each in (("chosen", SO), ("rejected", NO))}
+    pair, form, unused = read_row("x", row | {"prompt": "why"}, Reading())
+    assert pair.messages == (("system", "Be brief."), *ASKED)
+    assert (form, unused) == ("prompt, chosen, rejected as conversations", [])
+    with pytest.raises(ValueError, match="prompt and chosen both begin with a system turn"):
+        parse_row("x", row | {"prompt": [message("system", "Be kind."), USER]})
+    with pytest.raises(ValueError, match="no column prompt"):
+        parse_row("x", row)
+
+
 def test_an_answer_of_several_messages_goes_on_from_the_prompt():
     before = TALK_WITH_CALLS[1:]
     pair, form, _ = read_row("x", {"prompt": "why", "chosen": [*before, SO], "rejected": [*before, NO]}, Reading())

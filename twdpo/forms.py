@@ -143,9 +143,13 @@ def read_row(where: str, row: object, reading: Reading) -> tuple[Pair, str, list
     unused_keys: dict[str, None] = {}  # of messages
     columns, sides, values = find_values(row, reading)
     turns, answers, how = read_answers(row, reading, sides, values, unused_keys)
-    if not turns or turns[0].role in ("assistant", "tool"):  # else whole conversations, which need no prompt
+    if not turns or turns[0].role in ("assistant", "tool") or {turn.role for turn in turns} <= {"system", "assistant"}:
+        # else they are whole conversations, which need no prompt
         prompt_columns, before = find_prompt(row, reading, unused_keys)
-        turns, columns = before + turns, prompt_columns + columns
+        is_led = bool(turns) and turns[0].role == "system"
+        if is_led and before[0].role == "system":
+            raise ValueError(f"{prompt_columns[0]} and {sides[0]} both begin with a system turn")
+        turns, columns = turns[:is_led] + before + turns[is_led:], prompt_columns + columns
     turns, has_system = add_system(turns, row, reading)
     tools = read_tools(row, reading)
     beside = [reading.column(name, row) for name, there in (("system", has_system), ("tools", tools)) if there]
