@@ -216,6 +216,9 @@ BAD = [
     (PLAIN | {"audio": {"path": "a.wav"}}, "the row holds audio: only text"),
     ({"prompt": [message("user", [*parts("why"), {"type": "image_url", "image_url": {}}])], **ANSWERS},
      "a message of prompt holds an image_url: only text"),
+    ({"prompt": "why", "chosen": json.dumps([USER, SO]), "rejected": json.dumps([USER, NO])},
+     "chosen and rejected are messages written as text: give them as lists of objects, in a .jsonl"),
+    (PLAIN | {"prompt": str([USER])}, "prompt is messages written as text"),
     ({"prompt": [message("user", [{"type": "input_audio"}])], **ANSWERS}, "holds an input_audio"),
     ({"prompt": [message("user", "why", images=["a.png"])], **ANSWERS}, "a message of prompt holds images"),
     ({"prompt": [message("user", [{"type": "file"}])], **ANSWERS}, "must be a string or a list of text parts"),
@@ -245,6 +248,10 @@ def test_bad_rows_say_what_to_do(row, reason):
     with pytest.raises(ValueError, match=reason) as error:
         parse_row("x:1", row)
     assert not isinstance(error.value, InputError)  # which would stop a run that skips bad rows
+
+
+def test_one_answer_may_spell_messages():
+    assert parse_row("x", PLAIN | {"chosen": json.dumps([SO])}).chosen == json.dumps([SO])
 
 
 def test_answers_with_calls_are_not_empty():

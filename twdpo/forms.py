@@ -15,6 +15,7 @@ from twdpo.data_files import BadRow
 from twdpo.flags import InputError
 from twdpo.messages import (
     HEADER,
+    WRITTEN,
     Turn,
     decode,
     hh_prompt,
@@ -216,6 +217,8 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
         talks = [parse_messages(side, value, unused_keys) for side, value in zip(sides, values)]
         how = " as messages" if len(talks[0]) == 1 else " as conversations"
     else:
+        if all(map(WRITTEN.fullmatch, values)):
+            raise ValueError(written(f"{sides[0]} and {sides[1]} are"))
         talks, how = [[Turn("assistant", value, {})] for value in values], ""
         prompt = row.get(reading.column("prompt", row))
         is_hh = isinstance(prompt, str) and hh_prompt(prompt) is not None
@@ -277,7 +280,14 @@ def parse_prompt(column: str, value: object, unused_keys: dict) -> list[Turn]:
     """A text, one of HH's with all turns, or messages."""
     if kind_of(column, value) == "messages":
         return parse_messages(column, value, unused_keys)
+    if WRITTEN.fullmatch(value):
+        raise ValueError(written(f"{column} is"))
     return hh_prompt(value) or [Turn("user", value, {})]
+
+
+def written(what: str) -> str:
+    """What to do about messages in a column of texts, of a .csv mostly: they would be trained as they are spelled."""
+    return f"{what} messages written as text: give them as lists of objects, in a .jsonl or .parquet file"
 
 
 def missing(name: str, row: dict, reading: Reading) -> str:

@@ -12,6 +12,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # What begins a turn in templates that are widely used: texts that hold it have been templated before.
 HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start\|>\w+\n|<start_of_turn>\w+\n"
                     r"|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?|### (?:Instruction|Response):\n")
+WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)  # messages
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
