@@ -216,6 +216,8 @@ BAD = [
     (PLAIN | {"audio": {"path": "a.wav"}}, "the row holds audio: only text"),
     ({"prompt": [message("user", [*parts("why"), {"type": "image_url", "image_url": {}}])], **ANSWERS},
      "a message of prompt holds an image_url: only text"),
+    ({"prompt": [message("user", [{"text": "why", "image": "a.png"}])], **ANSWERS},
+     "a part of a message of prompt holds image: only text"),
     ({"prompt": "why", "chosen": json.dumps([USER, SO]), "rejected": json.dumps([USER, NO])},
      "chosen and rejected are messages written as text: give them as lists of objects, in a .jsonl"),
     (PLAIN | {"prompt": str([USER])}, "prompt is messages written as text"),

@@ -83,6 +83,8 @@ def parse_content(column: str, content: object) -> str:
     texts = []
     for part in content if isinstance(content, list) else [None]:
         kind = str(part.get("type")) if isinstance(part, dict) else ""
+        if isinstance(part, dict):
+            refuse_media(f"a part of a message of {column}", part)
         if kind.removeprefix("input_").startswith(("image", "audio", "video")):
             raise ValueError(f"a message of {column} holds an {kind}: only text can be trained on here")
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
