@@ -302,6 +302,16 @@ def test_tools_and_calls_that_are_not_printed_are_said():
     assert not bad and [count for count in counts if "tools" in count] == notes[:1]
 
 
+@pytest.mark.parametrize("tail, is_said", [("<|eos|>\n", False), ("<|im_start|>assistant\nno<|im_end|>\n", True)])
+def test_text_after_the_end_of_a_templated_answer_is_said(tail, is_said):
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True), templated=True)
+    chosen = f"<|im_start|>assistant\nyes<|im_end|>\n{tail}"
+    given = pair(chosen, "<|im_start|>assistant\nno<|im_end|>\n", ("user", "<|im_start|>user\nWhat?<|im_end|>\n"))
+    printed = print_pair(chat, given)
+    assert printed.answers[0].text == "yes"
+    assert any("text after the end of an answer's turn" in note for note in printed.notes) == is_said
+
+
 def test_an_answer_of_calls_that_are_not_printed_is_a_bad_row():
     given = Pair((("user", "1+1?"),), "", "two", "x:1", '{"chosen": {"tool_calls": [{"function": {"name": "add"}}]}}')
     chat = Chat(byte_tokenizer(TEMPLATES["zephyr"], True))

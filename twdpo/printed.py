@@ -252,7 +252,7 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
     ends with ends the turn. Raises ValueError."""
     if len(pair.messages) > 1 or pair.extras:
         raise ValueError("--templated takes prompt, chosen and rejected as texts, and this row has messages")
-    headers, ends, answers = [], [], []
+    headers, ends, answers, lefts = [], [], [], []
     for side in ("chosen", "rejected"):
         row = getattr(pair, side)
         match = HEADER.match(row)
@@ -263,6 +263,7 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
         headers.append(row[:start])
         ends.append(first_end(chat, text[stop:]) or (ENDS.match(text[stop:]) or [""])[0])
         answers.append(PrintedAnswer(text[:stop], ((0, start, stop),), Answer(text[:stop], start)))
+        lefts.append(without_marks(chat, text[stop:]))
         if not text[:stop].strip():
             raise ValueError(f"{side} holds marks of a template alone")
     if headers[0] != headers[1] or len({*filter(None, ends)}) > 1:
@@ -270,6 +271,7 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
                          f"{ends[0]!r} and {ends[1]!r} after the answer")
     end = ends[0] or ends[1]
     notes = () if end else ("rows without an end of the turn, which is added",)
+    notes += ("rows with text after the end of an answer's turn, which is left out (--templated)",) * any(lefts)
     end = end or plain_end(chat)
     chat.endings[f"{end} of templated texts"] = end
     return Printed(pair.messages[0][1] + headers[0], tuple(answers), end, notes)
