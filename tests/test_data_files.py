@@ -24,7 +24,7 @@ from twdpo.data_files import (
 )
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
-from twdpo.forms import AS_NAMED
+from twdpo.forms import AS_NAMED, parse_row
 
 REVISION = "c" * 40
 
@@ -220,6 +220,25 @@ def test_a_library_that_is_missing_is_named_with_its_extra(library, name, tmp_pa
     monkeypatch.setitem(sys.modules, f"{library}.parquet", None)
     with pytest.raises(InputError, match=rf"{name}.* needs the library {library}: pip install -e '.\[hub\]', or pip"):
         read(name if "/" in name else str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "saved", "x.jsonl"])
+def test_keys_that_only_other_rows_have_are_not_printed(tmp_path, name):
+    def row(tool, **arguments):
+        function = {"name": tool, "parameters": {key: {"type": "string"} for key in arguments}}
+        calls = [{"function": {"name": tool, "arguments": arguments}}]
+        call = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"prompt": [{"role": "user", "content": "why"}, call, {"role": "tool", "content": "so"}],
+                "tools": [{"type": "function", "function": function}], "chosen": "so", "rejected": "no"}
+    rows = [row("look", zone="a"), row("add", first="1", second="2")]
+    if name == "saved":
+        pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    else:
+        write(tmp_path / name, rows)
+    pairs = load_dataset(str(tmp_path / name), "").train
+    assert [pair.key for pair in pairs] == [parse_row("x:1", row).key for row in rows]
+    write(tmp_path / "y.jsonl", [row("look", zone=None)])  # said in a JSON file it stays
+    assert '"zone": null' in load_dataset(str(tmp_path / "y.jsonl"), "").train[0].extras
 
 
 def test_a_parquet_file_that_is_none(tmp_path):

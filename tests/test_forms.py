@@ -151,6 +151,17 @@ def test_places_of_calls_are_those_of_the_turns_as_they_come_out():
     assert set(json.loads(parse_row("x", row, Reading(fold_system=True)).extras)["turns"]) == {"1", "2"}
 
 
+def test_a_system_turn_of_both_answers_leaves_the_prompt():
+    row = {side: [message("system", "Be brief."), each] for side, each in (("chosen", SO), ("rejected", NO))}
+    pair, form, unused = read_row("x", row | {"prompt": "why"}, Reading())
+    assert pair.messages == (("system", "Be brief."), *ASKED)
+    assert (form, unused) == ("prompt, chosen, rejected as conversations", [])
+    with pytest.raises(ValueError, match="prompt and chosen both begin with a system turn"):
+        parse_row("x", row | {"prompt": [message("system", "Be kind."), USER]})
+    with pytest.raises(ValueError, match="no column prompt"):
+        parse_row("x", row)
+
+
 def test_an_answer_of_several_messages_goes_on_from_the_prompt():
     before = TALK_WITH_CALLS[1:]
     pair, form, _ = read_row("x", {"prompt": "why", "chosen": [*before, SO], "rejected": [*before, NO]}, Reading())
@@ -176,6 +187,8 @@ def test_fold_system():
     assert parse_row("x", PLAIN, Reading(fold_system=True)).messages == ASKED
     with pytest.raises(ValueError, match="no user turn follows"):
         parse_row("x", {"prompt": [message("system", "Be brief.")], **ANSWERS}, Reading(fold_system=True))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        parse_row("x", PLAIN | {"prompt": "", "system": "Be brief."}, Reading(fold_system=True))
 
 
 BAD = [
@@ -203,6 +216,11 @@ BAD = [
     (PLAIN | {"audio": {"path": "a.wav"}}, "the row holds audio: only text"),
     ({"prompt": [message("user", [*parts("why"), {"type": "image_url", "image_url": {}}])], **ANSWERS},
      "a message of prompt holds an image_url: only text"),
+    ({"prompt": [message("user", [{"text": "why", "image": "a.png"}])], **ANSWERS},
+     "a part of a message of prompt holds image: only text"),
+    ({"prompt": "why", "chosen": json.dumps([USER, SO]), "rejected": json.dumps([USER, NO])},
+     "chosen and rejected are messages written as text: give them as lists of objects, in a .jsonl"),
+    (PLAIN | {"prompt": str([USER])}, "prompt is messages written as text"),
     ({"prompt": [message("user", [{"type": "input_audio"}])], **ANSWERS}, "holds an input_audio"),
     ({"prompt": [message("user", "why", images=["a.png"])], **ANSWERS}, "a message of prompt holds images"),
     ({"prompt": [message("user", [{"type": "file"}])], **ANSWERS}, "must be a string or a list of text parts"),
@@ -232,6 +250,10 @@ def test_bad_rows_say_what_to_do(row, reason):
     with pytest.raises(ValueError, match=reason) as error:
         parse_row("x:1", row)
     assert not isinstance(error.value, InputError)  # which would stop a run that skips bad rows
+
+
+def test_one_answer_may_spell_messages():
+    assert parse_row("x", PLAIN | {"chosen": json.dumps([SO])}).chosen == json.dumps([SO])
 
 
 def test_answers_with_calls_are_not_empty():
@@ -279,6 +301,16 @@ def test_weight_and_margin_are_read_where_they_are_named(name, value, number):
     pair, _, unused = read_row("x", row, Reading(columns={name: "w"}))
     assert getattr(pair, name) == number and unused == [name]
     assert pair.key == plain.key
+
+
+@pytest.mark.parametrize("other", [{"output": ["so", "no"]}, {"chosen_response": "so", "rejected_response": "no"}])
+def test_columns_of_other_rows_are_null_in_a_table(other):
+    nulls = dict.fromkeys(["prompt", "conversations", "output", "chosen_response", "rejected_response", "chosen",
+                           "rejected", "system", "tools", "history", "images"])
+    row = nulls | {"instruction": "why"} | other
+    assert read_row("x", row, Reading())[1:] == (", ".join(["instruction", *other]), [])
+    with pytest.raises(ValueError, match="chosen is null"):
+        parse_row("x", nulls | {"instruction": "why"})
 
 
 @pytest.mark.parametrize("value", [-1, "-0.5", math.nan, "inf", True, None, "much", [1], 10 ** 400])

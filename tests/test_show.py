@@ -242,3 +242,12 @@ def test_an_adapter_of_the_hub_is_refused(tmp_path, process, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match="--model me/lora is a PEFT adapter of some/base"):
         open_model("me/lora", process)
+
+
+def test_what_follows_a_templated_answer_is_no_matter_of_the_template():
+    header, end = "[INST] ", "<|im_end|>\n"
+    pair = Pair((("user", f"{header}What?"),), f"yes{end}", f"no{end}</s>", "x:1")
+    chat = Chat(byte_level(), templated=True)
+    (example,), bad, _ = tokenize_pairs(chat, [pair], 400, 300)
+    chosen, rejected = (answer.remarks for answer in describe_pair(chat, example, (None, None)).answers)
+    assert not bad and len(chosen) == 1 and rejected[1:] == ["4 characters after it are not trained"]

@@ -370,6 +370,19 @@ def test_rows_that_are_no_templated_texts(row, reason):
         parse_row("x:1", row, Reading(templated=True))
 
 
+def test_tools_and_calls_that_are_not_printed_are_said():
+    calls = '{"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}'
+    extras = f'{{"rejected": {calls}, "tools": [{{"name": "add"}}], "turns": {{"1": {calls}}}}}'
+    given = Pair((("user", "1+1?"), ("assistant", ""), ("tool", "2")), "two", "let me see", "x:1", extras)
+    notes = ["rows whose tools the chat template does not print",
+             "rows whose turn 2 (assistant) has a call of tools that the chat template does not print",
+             "rejected answers of which the chat template leaves out a part, text or a call of tools"]
+    _, bad, counts = tokenize_pairs(Chat(byte_tokenizer(TEMPLATES["zephyr"], True)), [given], 400, 200)
+    assert not bad and [count for count in counts if "tools" in count] == notes
+    _, bad, counts = tokenize_pairs(Chat(byte_tokenizer(TEMPLATES["qwen2.5"], True)), [given], 400, 200)
+    assert not bad and [count for count in counts if "tools" in count] == notes[:1]
+
+
 def test_a_judge_sees_calls_of_tools():
     call = '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
     extras = '{"turns": {"1": {"tool_calls": [' + call + "]}}}"

@@ -196,14 +196,14 @@ def open_splits(source: Source) -> dict[str, Callable[[], Iterable[Row]]]:
         return {name: partial(numbered, f"toy[{name}]", rows) for name, rows in splits.items()}
     if is_of_hub(source):
         label = replace(source, split="", share=1.0)  # rows of two configs are not of one name
-        return {name: partial(numbered, f"{label}[{name}]", rows) for name, rows in load_hub(source).items()}
+        return {name: partial(of_arrow, f"{label}[{name}]", rows) for name, rows in load_hub(source).items()}
     if path.is_file():
         return {"train": partial(read_files, [path])}
     if is_saved(path):
         loaded = load_saved(source)
         if not isinstance(loaded, dict):
-            return {"train": partial(numbered, path, loaded)}
-        return {name: partial(numbered, f"{path}[{name}]", rows) for name, rows in loaded.items()}
+            return {"train": partial(of_arrow, path, loaded)}
+        return {name: partial(of_arrow, f"{path}[{name}]", rows) for name, rows in loaded.items()}
     splits: dict[str, list[Path]] = {}
     files = files_of_folder(path)
     if not files:
@@ -218,6 +218,17 @@ def numbered(label: object, rows: Iterable[object]) -> Iterator[Row]:
     """Rows by their 1-based number."""
     for number, row in enumerate(rows, 1):
         yield f"{label}:{number}", row
+
+
+def of_arrow(label: object, rows: Iterable[dict[str, object]]) -> Iterator[Row]:
+    """Rows of a table, by their number. There all objects of a column have the keys of any; those that one lacks are
+    null, and left out here: a template would print them in tools and arguments of calls."""
+    def without_nulls(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: without_nulls(each) for key, each in value.items() if each is not None}
+        return list(map(without_nulls, value)) if isinstance(value, list) else value
+    for where, row in numbered(label, rows):
+        yield where, {column: without_nulls(value) for column, value in row.items()}
 
 
 def files_of_folder(folder: Path) -> list[Path]:
@@ -338,7 +349,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     arrow = import_extra("pyarrow", path, "a .parquet file")
     try:
         with parquet.ParquetFile(path) as file:
-            yield from numbered(path, (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist()))
+            yield from of_arrow(path, (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist()))
     except arrow.ArrowException as error:
         raise InputError(f"{path}: not a whole .parquet file ({error})") from error
 

@@ -16,6 +16,7 @@ from twdpo.flags import InputError
 from twdpo.messages import (
     HEADER,
     OF_OTHERS,
+    WRITTEN,
     Turn,
     decode,
     hh_prompt,
@@ -144,14 +145,16 @@ def read_row(where: str, row: object, reading: Reading) -> tuple[Pair, str, list
     unused_keys: dict[str, None] = {}  # of messages
     columns, sides, values = find_values(row, reading)
     turns, answers, how = read_answers(row, reading, sides, values, unused_keys)
-    if not turns or turns[0].role in ("assistant", "tool"):  # else whole conversations, which need no prompt
+    if not turns or turns[0].role in ("assistant", "tool") or {turn.role for turn in turns} <= {"system", "assistant"}:
+        # else they are whole conversations, which need no prompt
         prompt_columns, before = find_prompt(row, reading, unused_keys)
-        turns, columns = before + turns, prompt_columns + columns
+        is_led = bool(turns) and turns[0].role == "system"
+        if is_led and before[0].role == "system":
+            raise ValueError(f"{prompt_columns[0]} and {sides[0]} both begin with a system turn")
+        turns, columns = turns[:is_led] + before + turns[is_led:], prompt_columns + columns
     turns, has_system = add_system(turns, row, reading)
     tools = read_tools(row, reading)
     beside = [reading.column(name, row) for name, there in (("system", has_system), ("tools", tools)) if there]
-    if reading.fold_system:
-        turns = fold_system(turns)
     if turns[-1].role == "assistant":
         raise ValueError("the turn before the answers is the assistant's own")
     if reading.empty_answers == "space":
@@ -159,6 +162,8 @@ def read_row(where: str, row: object, reading: Reading) -> tuple[Pair, str, list
     for name, turn in zip(("prompt", *sides), (turns[-1], *(answers if reading.empty_answers == "refuse" else ()))):
         if not turn.text.strip() and not turn.extras and turn.role != "tool":
             raise ValueError(f"{name} is empty")
+    if reading.fold_system:  # once the prompt is known to say something itself
+        turns = fold_system(turns)
     weight, margin = read_number(row, "weight", reading, 1.0), read_number(row, "margin", reading, 0.0)
     pair = make_pair(where, turns, answers, tools, weight, margin)
     used = {*columns, *beside, reading.columns.get("weight"), reading.columns.get("margin")}
@@ -187,12 +192,12 @@ def make_pair(where: str, turns: list[Turn], answers: list[Turn], tools: list[di
 def find_values(row: dict, reading: Reading) -> tuple[list[str], tuple[str, str], tuple[object, object]]:
     """(columns of the answers, a name for each answer, both answers as the row has them)."""
     columns = [reading.column(side, row) for side in ("chosen", "rejected")]
-    if not any(column in row for column in columns):
+    if all(row.get(column) is None for column in columns):  # tables have the columns of all rows, null here
         if isinstance(row.get("output"), list):  # instruction, input, output: [better, worse]
             if len(row["output"]) != 2:
                 raise ValueError(f"output must hold two answers, the better one first; it has {len(row['output'])}")
             return ["output"], ("output[0]", "output[1]"), tuple(row["output"])
-        if "chosen_response" in row and "rejected_response" in row:  # Argilla's
+        if row.get("chosen_response") is not None and row.get("rejected_response") is not None:  # Argilla's
             columns = ["chosen_response", "rejected_response"]
     for name, column in zip(("chosen", "rejected"), columns):
         if column not in row:
@@ -213,6 +218,8 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
         talks = [parse_messages(side, value, unused_keys) for side, value in zip(sides, values)]
         how = " as messages" if len(talks[0]) == 1 else " as conversations"
     else:
+        if all(map(WRITTEN.fullmatch, values)):
+            raise ValueError(written(f"{sides[0]} and {sides[1]} are"))
         talks, how = [[Turn("assistant", value, {})] for value in values], ""
         prompt = row.get(reading.column("prompt", row))
         is_hh = isinstance(prompt, str) and hh_prompt(prompt) is not None
@@ -275,7 +282,14 @@ def parse_prompt(column: str, value: object, unused_keys: dict) -> list[Turn]:
     """A text, one of HH's with all turns, or messages."""
     if kind_of(column, value) == "messages":
         return parse_messages(column, value, unused_keys)
+    if WRITTEN.fullmatch(value):
+        raise ValueError(written(f"{column} is"))
     return hh_prompt(value) or [Turn("user", value, {})]
+
+
+def written(what: str) -> str:
+    """What to do about messages in a column of texts, of a .csv mostly: they would be trained as they are spelled."""
+    return f"{what} messages written as text: give them as lists of objects, in a .jsonl or .parquet file"
 
 
 def missing(name: str, row: dict, reading: Reading) -> str:

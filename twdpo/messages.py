@@ -14,6 +14,7 @@ HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start
                     r"|<start_of_turn>\w+\n|<\|(?:system|user|assistant)\|>\n?|\[/?INST\] ?"
                     r"|<\uff5c(?:User|Assistant)\uff5c>|### (?:Instruction|Response):\n")
 OF_OTHERS = re.compile(r"[Uu]ser|system|human|tool|ipython|\[INST|Instruction")  # a header of no assistant's turn
+WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)  # messages
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -84,6 +85,8 @@ def parse_content(column: str, content: object) -> str:
     texts = []
     for part in content if isinstance(content, list) else [None]:
         kind = str(part.get("type")) if isinstance(part, dict) else ""
+        if isinstance(part, dict):
+            refuse_media(f"a part of a message of {column}", part)
         if kind.removeprefix("input_").startswith(("image", "audio", "video")):
             raise ValueError(f"a message of {column} holds an {kind}: only text can be trained on here")
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):

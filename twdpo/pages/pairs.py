@@ -81,7 +81,7 @@ def describe_pair(chat: Chat, example: Example, weights: tuple[np.ndarray | None
         pieces = list(split_response(tokenizer, prompt_ids[-1:], response, weights_N))
         num_cut = len(getattr(whole, side).ids) - len(response.ids)
         answers.append(ShownAnswer(side, pieces, response.ids.tolist(),
-                                   describe_end(response, pieces, getattr(pair, side), num_cut)))
+                                   describe_end(response, pieces, getattr(pair, side), num_cut, chat.templated)))
     return ShownPair(pair.where, decode(tokenizer, prompt_ids), prompt_ids,
                      len(whole.prompt_ids) - len(prompt_ids), remarks, answers)
 
@@ -139,8 +139,9 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def describe_end(response: Response, pieces: list[Piece], text: str, num_cut: int) -> list[str]:
-    """In words how an answer ends, and what of its text is not trained."""
+def describe_end(response: Response, pieces: list[Piece], text: str, num_cut: int, templated: bool) -> list[str]:
+    """In words how an answer ends, and what of its text is not trained. templated: whether the text holds the end of
+    the turn itself, and maybe the header, which is of the prompt."""
     spans_N2 = response.spans_N2[response.content_N]
     covered = spans_N2[spans_N2[:, 1] > spans_N2[:, 0]]
     first, last = (int(covered[:, 0].min()), int(covered[:, 1].max())) if len(covered) else (0, 0)
@@ -151,7 +152,10 @@ def describe_end(response: Response, pieces: list[Piece], text: str, num_cut: in
     ids = " ".join(str(id) for piece in end for id in piece.ids)
     remarks = [f"the turn ends with {''.join(visible(piece.text) for piece in end)} (id {ids})" if end
                else "nothing ends the turn"]
-    if left := first + len(text) - last:
+    ending = "".join(piece.text for piece in end)
+    if templated and (left := len(text[last:].removeprefix(ending).strip())):
+        remarks.append(f"{left} characters after it are not trained")
+    elif not templated and (left := first + len(text) - last):
         remarks.append(f"{left} of {len(text)} characters are not printed by the template")
     return remarks
 
