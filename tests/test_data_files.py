@@ -24,7 +24,7 @@ from twdpo.data_files import (
 )
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
-from twdpo.forms import AS_NAMED, parse_row
+from twdpo.forms import AS_NAMED, read_pairs
 
 REVISION = "c" * 40
 
@@ -265,7 +265,7 @@ def test_saved_data_sets_have_the_splits_of_the_hub(tmp_path):
         "numpy", columns=["score"]).save_to_disk(tmp_path / "formatted")
     assert [row for _, row in read(f"{tmp_path}/formatted")] == [row | {"score": 1.5} for row in rows_of(2)]
     (tmp_path / "single/state.json").write_text("{")
-    with pytest.raises(InputError, match="the saved data set can't be read"):
+    with pytest.raises(InputError, match="it can't be read, save it again"):
         read(f"{tmp_path}/single")
 
 
@@ -302,3 +302,15 @@ def test_hub_ids_are_loaded_by_their_parts(monkeypatch):
         read("org/script")
     with pytest.raises(InputError, match="none of the splits test_prefs is there; it has train_sft, train, test. Name"):
         read("org/pairs", ("test_prefs",))
+
+
+def test_images_of_a_saved_data_set_are_refused_by_name(tmp_path):
+    """Also where the package that decodes them is missing."""
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    features = datasets.Features({name: datasets.Value("string") for name in ("prompt", "chosen", "rejected")}
+                                 | {"image": datasets.Image()})
+    columns = {name: ["x"] for name in ("prompt", "chosen", "rejected")} | {"image": [{"bytes": b"x", "path": None}]}
+    table = arrow.table(columns).select(list(features)).cast(features.arrow_schema)
+    datasets.Dataset(table, info=datasets.DatasetInfo(features=features)).save_to_disk(str(tmp_path / "saved"))
+    pairs, (bad,), _ = read_pairs(read_rows(parse_sources(str(tmp_path / "saved")), TRAIN_SPLITS), AS_NAMED)
+    assert not pairs and "image" in bad.reason

@@ -350,3 +350,23 @@ def test_a_named_column_that_no_row_has_is_an_error(tmp_path):
     dataset = load_dataset(str(path), str(other), reading=Reading(columns={"prompt": "ask"}))
     assert dataset.train[0].key == dataset.held_out[0].key  # one of the files has it
     assert dataset.report.lines()[0] == "1 row: prompt, chosen, rejected; 1: ask, chosen, rejected"
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: so", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+    {"prompt": "\n\nHuman: hi", "chosen": " so", "rejected": "no"}])
+def test_hh_texts_beside_a_prompt_and_without_the_last_header(row):
+    pair = parse_row("x:1", row)
+    assert (pair.messages, pair.chosen, pair.rejected) == ((("user", "hi"),), "so", "no")
+
+
+def test_a_label_that_says_which_answer_is_better_is_named():
+    with pytest.raises(ValueError, match="no column chosen: better_response_id says which answer is better"):
+        parse_row("x:1", {"prompt": "hi", "response_0": "a", "response_1": "b", "better_response_id": 1})
+
+
+@pytest.mark.parametrize("weight, shown", [(1e39, "1e.39"), ("1e31", "'1e31'"), (None, "null")])
+def test_weights_that_fp32_does_not_hold(weight, shown):
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b", "w": weight}
+    with pytest.raises(ValueError, match=f"w, the weight, is {shown}: it must be a finite number"):
+        parse_row("x:1", row, Reading(columns={"weight": "w"}))

@@ -6,6 +6,7 @@ A source is FILE, FOLDER, ID[@REVISION][:[CONFIG][/SPLIT]] or toy, and at its ve
 import csv
 import gzip
 import importlib
+import itertools
 import json
 import os
 import random
@@ -24,8 +25,8 @@ from twdpo.toy.grammar import toy_rows
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test")
 # What the name of a file in a folder may begin with, and the split that it then is of.
-SPLIT_NAMES = {name: name for name in TRAIN_SPLITS + TEST_SPLITS} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval"), "validation")
+SPLIT_NAMES = {name: name for name in TRAIN_SPLITS + TEST_SPLITS}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
 OTHER_KINDS = (".gz", ".zst", ".zip", ".txt", ".tsv", ".arrow", ".xlsx")  # names of files that are not read, not of ids
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 PARQUET_ROWS = 1024  # read at once
@@ -223,7 +224,7 @@ def numbered(label: object, rows: Iterable[object]) -> Iterator[Row]:
 def of_arrow(label: object, rows: Iterable[dict[str, object]]) -> Iterator[Row]:
     """Rows of a table, by their number. There all objects of a column have the keys of any; those that one lacks are
     null, and left out here: a template would print them in tools and arguments of calls."""
-    def without_nulls(value: object) -> object:
+    def without_nulls(value):
         if isinstance(value, dict):
             return {key: without_nulls(each) for key, each in value.items() if each is not None}
         return list(map(without_nulls, value)) if isinstance(value, list) else value
@@ -266,10 +267,9 @@ def load_saved(source: Source):
     """Rows by split, or of a single Dataset its rows; read from disk when they are asked for."""
     datasets = import_extra("datasets", f"{source.flag} {source}", "a folder of save_to_disk")
     try:
-        return datasets.load_from_disk(source.name).with_format(None)  # rows as they are, whatever they were for
+        return undecoded(datasets.load_from_disk(source.name).with_format(None))  # whatever they were for
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source.flag} {source}: the saved data set can't be read ({error}); save it "
-                         "again") from error
+        raise InputError(f"{source.flag} {source}: it can't be read, save it again ({error})") from error
 
 
 def load_hub(source: Source):
@@ -277,13 +277,23 @@ def load_hub(source: Source):
     paper = " (what the paper trains on; name your own pairs with --data FILE)" * (source.name in PAPER_DATA.values())
     datasets = import_extra("datasets", f"{source.flag} {source}{paper} is no file or folder here",
                             "a data set of the hub")
-    options = {"name": source.config, "revision": source.revision}
+    options = {name: value for name, value in (("name", source.config), ("revision", source.revision)) if value}
     try:
-        return datasets.load_dataset(source.name, **{name: value for name, value in options.items() if value})
+        return undecoded(datasets.load_dataset(source.name, **options))
     except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source.flag} {source}: no file or folder here, and it can't be loaded from the hub "
                          f"({error}). Is there a network, is HF_HUB_OFFLINE unset, have you access? Or name pairs of "
                          "your own with --data FILE") from error
+
+
+def undecoded(loaded):
+    """A loaded data set whose images and audio stay bytes: to decode them takes packages that no text needs."""
+    if isinstance(loaded, dict):
+        return type(loaded)({name: undecoded(rows) for name, rows in loaded.items()})
+    for name, feature in (getattr(loaded, "features", None) or {}).items():
+        if type(feature).__name__ in ("Image", "Audio", "Video"):
+            loaded = loaded.cast_column(name, type(feature)(decode=False))
+    return loaded
 
 
 def loaded_revision(source: Source) -> str:
@@ -299,9 +309,7 @@ def loaded_revision(source: Source) -> str:
 # Files to rows
 
 def read_files(paths: list[Path]) -> Iterator[Row]:
-    """The rows of files, one file after the other."""
-    for path in paths:
-        yield from read_file(path)
+    return itertools.chain.from_iterable(map(read_file, paths))
 
 
 def read_file(path: Path) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from twdpo.data_files import BadRow
 from twdpo.flags import InputError
 from twdpo.messages import (
     HEADER,
+    HH_START,
     OF_OTHERS,
     WRITTEN,
     Turn,
@@ -35,6 +36,9 @@ LOOKALIKES = {  # what an error proposes for a column that is not there
     "prompt": ("question", "query", "instruction", "input", "text", "user", "ask", "messages", "conversation"),
     "chosen": ("good", "better", "preferred", "accepted", "positive", "chosen_response"),
     "rejected": ("bad", "worse", "dispreferred", "refused", "negative", "rejected_response")}
+
+LARGEST = 1e30  # of weights and margins, which losses multiply in fp32
+BY_LABEL = ("labels", "better_response_id", "safer_response_id", "winner", "preference", "answers", "ranking")
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,8 @@ def read_answers(row: dict, reading: Reading, sides: tuple[str, str], values: tu
         talks, how = [[Turn("assistant", value, {})] for value in values], ""
         prompt = row.get(reading.column("prompt", row))
         is_hh = isinstance(prompt, str) and hh_prompt(prompt) is not None
-        if (is_hh or prompt is None) and all(map(hh_turns, values)):
+        is_whole = is_hh or prompt is None or all(value.startswith(HH_START) for value in values)
+        if is_whole and all(map(hh_turns, values)):
             talks, how = [hh_turns(value) for value in values], " as Human: and Assistant: texts"
         elif is_hh:
             talks = [[Turn("assistant", value.strip(), {})] for value in values]
@@ -299,6 +304,8 @@ def missing(name: str, row: dict, reading: Reading) -> str:
         column = next((column for column in columns if column in row), "")
         if column and reading.column(other, row) not in row:
             found[other] = column
+    if label := next((column for column in BY_LABEL if column in row), ""):
+        return f"no column {name}: {label} says which answer is better: make columns chosen and rejected by it first"
     if name in found:
         flags = ",".join(f"{each}={column}" for each, column in (reading.columns | found).items())
         return f"no column {name}; `{found[name]}` looks like one: --columns {flags}"
@@ -354,6 +361,7 @@ def read_number(row: dict, name: str, reading: Reading, default: float) -> float
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{column}, the {name}, is {value!r:.80}: it must be a finite number >= 0")
+    if not 0 <= number <= LARGEST:
+        shown = "null" if value is None else f"{value!r:.80}"
+        raise ValueError(f"{column}, the {name}, is {shown}: it must be a finite number >= 0 (to {LARGEST:g})")
     return number

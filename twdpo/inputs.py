@@ -20,7 +20,7 @@ from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless, leave_out, leave_out_massless, reads_reference
 from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
-from twdpo.models.source import Model, check_length, load_tokenizer, open_model
+from twdpo.models.source import Model, check_length, check_vocabulary, load_tokenizer, open_model
 from twdpo.objective import Objective
 from twdpo.plugins import name_of, options_of, split_paths
 from twdpo.postprocess import alignment_shares
@@ -109,10 +109,9 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     train, held_out_sets, took = leave_out(config, train, held_out_sets, process)
     inputs = Inputs(model, train, held_out_sets, dataset.data, dataset.eval_data, dataset.fingerprint)
     for need in needs if train else ():
-        more = need.check(config, inputs)
-        unfit = {row.where for row in more}
+        unfit = {row.where: row for row in need.check(config, inputs)}
         inputs = inputs.without(example.pair.key for example in inputs.examples if example.pair.where in unfit)
-        bad = bad + more
+        bad += unfit.values()
     process.on_main(lambda: settle_bad_rows(dataset.bad_rows + bad, config.skip_bad_rows, run_dir, total_rows))
     inputs.refuse_empty(config, took)
     longest = max(example.longest for example in inputs.examples)
@@ -124,16 +123,6 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     return inputs
 
 
-def check_vocabulary(examples: list[Example], model: Model) -> None:
-    """Raise InputError when the tokenizer makes ids that the model has no embedding for."""
-    largest = max(int(ids.max()) for example in examples
-                  for ids in (example.prompt_ids, example.chosen.ids, example.rejected.ids) if len(ids))
-    vocabulary = model.config.get_text_config().vocab_size
-    if largest >= vocabulary:
-        raise InputError(f"{model.folder}: its tokenizer gives id {largest}, its model has {vocabulary} embeddings; "
-                         "they don't belong together")
-
-
 def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process: Process):
     """(training examples, held-out examples by set, bad rows): the held-out split, then tokens."""
     train_pairs, held_out_sets = dataset.train, dataset.held_out_sets
@@ -143,8 +132,9 @@ def prepare_examples(config: TrainConfig, dataset: Dataset, chat: Chat, process:
     if line := check_templated(chat, dataset.train + dataset.held_out):
         process.print(line)
     results, all_bad = [], []
-    for name, pairs in (("tokenise", train_pairs), *((f"tokenise held-out {name}".strip(), pairs)
-                                                      for name, pairs in held_out_sets.items())):
+    parts = [("tokenise", train_pairs)] + [(f"tokenise held-out {name}".strip(), pairs)
+                                           for name, pairs in held_out_sets.items()]
+    for name, pairs in parts:
         examples, bad, counts = tokenize_all(chat, pairs, config.max_length, config.max_prompt_length, process, name)
         for what, count in counts.items():  # what was cut or done apart
             process.print(f"{what}: {count}") if count else None

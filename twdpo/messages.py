@@ -15,6 +15,7 @@ HEADER = re.compile(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s*|<\|im_start
                     r"|<\uff5c(?:User|Assistant)\uff5c>|### (?:Instruction|Response):\n")
 OF_OTHERS = re.compile(r"[Uu]ser|system|human|tool|ipython|\[INST|Instruction")  # a header of no assistant's turn
 WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)  # messages
+HH_START = "\n\nHuman:"  # a text that only begins with "Human:" may be of another kind
 HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -142,9 +143,12 @@ def hh_turns(text: str) -> list[Turn]:
 
 
 def hh_prompt(text: str) -> list[Turn] | None:
-    """The turns of a text in that form that ends where the answer begins; None for other texts."""
+    """The turns of a text in that form that ends where the answer begins, or with the user's turn; None for other
+    texts."""
     turns = hh_turns(text)
-    return turns[:-1] if turns and turns[-1] == Turn("assistant", "", {}) else None
+    if turns and turns[-1] == Turn("assistant", "", {}):
+        return turns[:-1]
+    return turns if turns and turns[-1].role == "user" and text.startswith(HH_START) else None
 
 
 def parse_history(value: object) -> list[Turn]:

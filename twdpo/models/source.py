@@ -12,6 +12,7 @@ from twdpo.chat import Chat, set_chat_template
 from twdpo.dist import Process
 from twdpo.files import hash_file, hash_json
 from twdpo.flags import InputError
+from twdpo.tokens import Example
 
 TOY_MODEL = Path(__file__).parent.parent / "toy" / "model"  # made by twdpo.toy.train
 
@@ -164,3 +165,13 @@ def check_length(name: str, length: int, model_config) -> str:
     if not is_rotary(model_config):
         raise InputError(f"{name} reaches {length} tokens, the model has {context} positions: lower it")
     return f"warning: {name} reaches {length} tokens, the model was made for {context}"
+
+
+def check_vocabulary(examples: list[Example], model: Model) -> None:
+    """Raise InputError when the tokenizer makes ids that the model has no embedding for."""
+    largest = max(int(ids.max()) for example in examples
+                  for ids in (example.prompt_ids, example.chosen.ids, example.rejected.ids) if len(ids))
+    vocabulary = model.config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise InputError(f"{model.folder}: its tokenizer gives id {largest}, its model has {vocabulary} embeddings; "
+                         "they don't belong together")
