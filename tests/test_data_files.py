@@ -24,7 +24,7 @@ from twdpo.data_files import (
 )
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
-from twdpo.forms import AS_NAMED, read_pairs
+from twdpo.forms import AS_NAMED, parse_row, read_pairs
 
 REVISION = "c" * 40
 

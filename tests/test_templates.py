@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from templates_of_tests import TEMPLATES, byte_tokenizer
+from tokenizers import processors
 from tokenizers_of_tests import sentencepiece_like
 
 from twdpo.align import align
@@ -307,6 +308,16 @@ def test_texts_that_are_templated_already(prompt, before, after):
     assert rows[0].chosen[start:stop].strip() == "yes" and (~example.chosen.content_N).sum() == 1
     header = chat.tokenizer.convert_tokens_to_ids("<|start_header_id|>")
     assert (example.prompt_ids == header).sum() == prompt.count("<|start_header_id|>") + bool(before.strip())
+
+
+def test_templated_texts_without_the_tokenizer_s_bos_are_said():
+    chat = Chat(byte_tokenizer(TEMPLATES["chatml"], True), templated=True)
+    given = pair("yes<|im_end|>", "no<|im_end|>", ("user", "<|im_start|>user\nWhat?<|im_end|>\n"))
+    assert not print_pair(chat, given).notes
+    add_bos = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    chat.tokenizer.backend_tokenizer.post_processor = add_bos
+    assert Chat(chat.tokenizer, True).opens_with_bos
+    assert "do not begin with '<|bos|>'" in print_pair(Chat(chat.tokenizer, True), given).notes[0]
 
 
 def test_ordinary_texts_are_not_taken_for_templated():

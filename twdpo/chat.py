@@ -43,6 +43,12 @@ class Chat:
         return re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
 
     @cached_property
+    def opens_with_bos(self) -> bool:
+        """Whether the tokenizer puts its BOS before a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
+
+    @cached_property
     def endings(self) -> dict[str, str]:
         """What was found to end a turn, by the text that the template prints after an answer."""
         return {}

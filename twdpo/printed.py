@@ -311,6 +311,8 @@ def print_templated(chat: Chat, pair: Pair) -> Printed:
                          + ("another's turn" if OF_OTHERS.search(header) else "which the prompt ends with already"))
     end = ends[0] or ends[1]
     notes = () if end else ("rows without an end of the turn, which is added",)
+    if chat.opens_with_bos and not prompt.startswith(chat.tokenizer.bos_token):
+        notes += (f"rows that do not begin with {chat.tokenizer.bos_token!r}, as the tokenizer's own texts do",)
     end = end or plain_end(chat)
     chat.endings[f"{end} of templated texts"] = end
     return Printed(prompt + headers[0], tuple(answers), end, notes)
