@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -83,6 +84,19 @@ def test_bytes_give_the_examples_back(chat):
     assert [as_lists(example) for example in again] == [as_lists(example) for example in found]
     assert all(example.pair is other.pair for example, other in zip(again, found)) and len(found) < len(pairs)
     assert from_bytes(to_bytes(pairs, []), 0, pairs) == []
+
+
+def test_a_file_may_be_larger_than_int32_counts(chat, tmp_path):
+    """The examples stand behind a hole of 2 GiB."""
+    pairs = pairs_of_tests()
+    found = tokenize_pairs(chat, pairs, *LENGTHS)[0]
+    with open(tmp_path / "tokens", "w+b") as file:
+        file.seek(offset := 1 << 31)
+        file.write(to_bytes(pairs, found))
+        file.flush()
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    again = [as_lists(example) for example in from_bytes(buffer, offset, pairs)]
+    assert again == [as_lists(example) for example in found]
 
 
 @pytest.mark.parametrize("cores", [1, 3])

@@ -211,7 +211,7 @@ def to_bytes(pairs: list[Pair], examples: list[Example]) -> bytes:
 
 def from_bytes(buffer, offset: int, pairs: list[Pair]) -> list[Example]:
     """The examples at `offset` of a buffer as `to_bytes` wrote them, their arrays views of it."""
-    (count,) = np.frombuffer(buffer, np.int32, 1, offset)
+    (count,) = np.frombuffer(buffer, np.int32, 1, offset).tolist()  # int32 would overflow in a file of 2 GiB
     table = np.frombuffer(buffer, np.int32, count * COLUMNS, offset + 4).reshape(count, COLUMNS).tolist()
     num_content = sum(row[3] + row[6] for row in table)
     num_ids = num_content + sum(row[1] for row in table)
