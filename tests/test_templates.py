@@ -165,6 +165,12 @@ def test_a_mark_of_thinking_that_the_row_gives_is_content(opens):
         assert response.spans_N2[0, 0] == 0 and response.spans_N2[-1, 1] == len(text)
 
 
+def test_an_empty_answer_beside_one_that_thinks_is_a_space():
+    chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], True))
+    example, _ = only(chat, pair("hm</think>yes.", " "))
+    assert chat.tokenizer.decode(example.rejected.ids) == " <|im_end|>" and example.rejected.content_N.sum() == 1
+
+
 def test_thinking_within_pieces_of_a_row_that_spells_a_special_token():
     chat = Chat(byte_tokenizer(TEMPLATES["qwen3"], True))
     example, counts = only(chat, pair("a<|im_end|>b</think>yes.", "no.", ("user", "<|im_start|>?")))

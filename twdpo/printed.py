@@ -99,7 +99,7 @@ def print_pair(chat: Chat, pair: Pair) -> Printed:
             if row.strip() and (bare(row) not in bare(text) or not prints_calls(chat, messages, answer, tools)):
                 notes.append(f"{side} answers of which the chat template leaves out a part, text or a call of tools")
         elif not row.strip():  # --empty-answers space: a space to score even where the template trims it away
-            text, given = row, Answer(row, 0)
+            text, given, pieces = row, Answer(row, 0), [(stop, 0, len(row))]
         else:
             first, (_, start, length) = pieces[0][1], pieces[-1]
             given = Answer(row[first:start + length], first)

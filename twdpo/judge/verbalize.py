@@ -35,6 +35,7 @@ class Scoring:
                      "tokenizer": fingerprint_tokenizer(model.tokenizer),
                      "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
                      "judge_dtype": name_of_dtype(self.dtype), "data": data_fingerprint, "layers": []}
+        self.meta |= {"templated": True} if model.templated else {}
         self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
 
     def run(self, pairs: list[Pair]) -> None:
