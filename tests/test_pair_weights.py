@@ -50,15 +50,20 @@ def gradient(run, examples, packs: bool = True) -> tuple[torch.Tensor, dict[str,
     return torch.cat([grad.flatten() for grad in grads if grad is not None]), totals
 
 
+def assert_same_gradient(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for rounding, which of one element may be large beside it, and is small beside the whole."""
+    assert (ours - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "plain"])
 def test_a_weight_of_two_is_the_pair_twice(run, packs):
     """Divided by the pairs that are there: two of them, or three."""
     twice, _ = gradient(run, [EXAMPLES[0], EXAMPLES[0], EXAMPLES[1]], packs)
     weighed, totals = gradient(run, [worth(0, 2.0), EXAMPLES[1]], packs)
-    torch.testing.assert_close(2 * weighed, 3 * twice, rtol=1e-4, atol=1e-5)
+    assert_same_gradient(2 * weighed, 3 * twice)
     alone, _ = gradient(run, [EXAMPLES[1]], packs)
     without, _ = gradient(run, [worth(0, 0.0), EXAMPLES[1]], packs)
-    torch.testing.assert_close(2 * without, alone, rtol=1e-4, atol=1e-5)
+    assert_same_gradient(2 * without, alone)
     assert (weighed - without).norm() > 0.1 * weighed.norm()
 
 
