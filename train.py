@@ -21,7 +21,7 @@ from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import TrainConfig, parse_config
 from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
 from twdpo.flags import to_json
-from twdpo.inputs import Need, check_inputs, check_pair_numbers, open_context, open_needs, run_identity, settle_massless
+from twdpo.inputs import Need, check_inputs, check_pair_numbers, run_identity, settle_massless
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
 from twdpo.metrics import (
@@ -41,6 +41,7 @@ from twdpo.models.generate import sample_answers
 from twdpo.models.memory import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
 from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.models.source import Model
+from twdpo.needs import open_context, open_needs
 from twdpo.objective import TOKEN_STATS, Objective, find_objective, forward, list_objectives, settings_of_loss
 from twdpo.pages.run import write_curves
 from twdpo.pages.show import show, write_run_pairs

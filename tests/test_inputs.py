@@ -8,7 +8,7 @@ import torch
 
 import extract
 import train
-from twdpo import inputs
+from twdpo import needs
 from twdpo.config import TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.models import policy, source
@@ -58,13 +58,13 @@ def test_needs_are_checked_before_weights_are_loaded(flags, message, tmp_path, r
 def test_needs_of_loss_and_source_are_united_in_the_order_they_are_made(process):
     def open_names(loss: str, name: str) -> list[type]:
         objective = bind_objective(LOSSES[loss], WEIGHTS[name], name)
-        return [type(need) for need in inputs.open_needs(TrainConfig(aux_model="x" if name == "tis" else ""), objective,
+        return [type(need) for need in needs.open_needs(TrainConfig(aux_model="x" if name == "tis" else ""), objective,
                                                          process)]
-    assert open_names("twdpo", "attention") == [inputs.Attention, inputs.Reference]
+    assert open_names("twdpo", "attention") == [needs.Attention, needs.Reference]
     assert open_names("simpo", "uniform") == []
-    assert open_names("simpo", "attention_surprise") == [inputs.Attention, inputs.Reference]
-    assert open_names("dpo", "tis") == [inputs.Auxiliary, inputs.Reference]
-    assert open_names("simpo", "verbalized") == [inputs.Scores]
+    assert open_names("simpo", "attention_surprise") == [needs.Attention, needs.Reference]
+    assert open_names("dpo", "tis") == [needs.Auxiliary, needs.Reference]
+    assert open_names("simpo", "verbalized") == [needs.Scores]
 
 
 @pytest.mark.slow

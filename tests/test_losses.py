@@ -8,7 +8,8 @@ import torch
 
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
-from twdpo.losses import LOSSES, dpo, loss_needs
+from twdpo.loss_parts import loss_needs
+from twdpo.losses import LOSSES, dpo
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, to_host, token_metrics
 from twdpo.plugins import bind_options, describe, options_of
 from twdpo.weights import WEIGHTS, normalize, source_needs

@@ -13,7 +13,7 @@ from runs_of_tests import assert_close_rows, read_rows
 from transformers import AutoModelForCausalLM
 
 import train
-from twdpo import inputs
+from twdpo import needs
 from twdpo.config import TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.weights import WEIGHTS, WeightContext, normalize
@@ -108,12 +108,12 @@ def test_positive_and_negative_models_are_not_swapped(tmp_path, run_arguments, t
         parameter.data *= 0.5
     shutil.copytree(toy_model, tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    seen, original = [], inputs.auxiliary_logps
+    seen, original = [], needs.auxiliary_logps
 
     def record(config, names, models, examples, *rest):
         seen.append((examples[0], original(config, names, models, examples, *rest)))
         return seen[-1][1]
-    monkeypatch.setattr(inputs, "auxiliary_logps", record)
+    monkeypatch.setattr(needs, "auxiliary_logps", record)
     train.main(run_arguments(tmp_path / "run", aux_model=f"{tmp_path / 'other'},{toy_model}", loss="dpo",
                              weights="tis", max_steps=1))
     (example, aux), = seen
@@ -173,12 +173,12 @@ def test_the_contrast_is_the_softmax_of_both_models_logits(tmp_path, run_argumen
         parameter.data += 0.02 * torch.randn_like(parameter)
     shutil.copytree(toy_model, tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    seen, original = [], inputs.auxiliary_logps
+    seen, original = [], needs.auxiliary_logps
 
     def record(config, names, models, examples, *rest):
         seen.append((examples, original(config, names, models, examples, *rest)))
         return seen[-1][1]
-    monkeypatch.setattr(inputs, "auxiliary_logps", record)
+    monkeypatch.setattr(needs, "auxiliary_logps", record)
     flags = {"loss": "dpo", "weights": "cdpo", "max_steps": 1, "cache_dir": tmp_path / "cache"}
     for name in ("first", "again"):
         train.main(run_arguments(tmp_path / name, aux_model=f"{tmp_path / 'other'},{toy_model}", **flags))

@@ -20,10 +20,10 @@ PAGES += (ROOT / "docs").glob("*.md")
 IMPORT_ORDER = """
     flags config files dist plugins toy/grammar data_files messages pairs forms dataset chat printed tokens examples
     rows weights_file align postprocess judge/verbalized weights authors_columns batch kernels/tile_kernels
-    kernels/weighted_logratio logratio losses objective leave_out metrics models/source models/varlen models/attention
-    models/build models/shards
+    kernels/weighted_logratio logratio loss_parts vocabulary_losses losses objective leave_out metrics models/source
+    models/varlen models/attention models/build models/shards
     models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
+    inputs needs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
     toy/planted toy/train
 """.split()
 
@@ -168,7 +168,8 @@ def test_counts_of_losses_and_sources():
 
 
 def test_tables_of_losses_and_sources_are_their_docstrings():
-    from twdpo.losses import LOSSES, loss_needs
+    from twdpo.loss_parts import loss_needs
+    from twdpo.losses import LOSSES
     from twdpo.plugins import describe
     from twdpo.weights import WEIGHTS, source_needs
     for rows in (describe(LOSSES, loss_needs), describe(WEIGHTS, source_needs)):

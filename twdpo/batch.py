@@ -17,6 +17,22 @@ from twdpo.tokens import Example
 from twdpo.weights import Logps
 
 
+class RefStates(NamedTuple):
+    """What the reference's distributions at the response tokens are made of, frozen, in the compute dtype."""
+
+    hidden_ND: torch.Tensor  # what predicts the response tokens
+    head_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+
+
+class Anchor(NamedTuple):
+    """An answer a pair that the policy wrote as it is, and its log-probs. M tokens of all of them, end to end."""
+
+    logps_M: torch.Tensor  # under the policy, with gradient
+    ref_logps_M: torch.Tensor
+    seq_lens_P: torch.Tensor  # int64 on the CPU
+
+
 @dataclass
 class PairBatch:
     """One micro-batch. Tensors live on the compute device, but for seq_lens_S, which stays on the CPU so that splitting
@@ -43,6 +59,11 @@ class PairBatch:
     means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [N] each, for losses that have `terms`
     hidden_ND: torch.Tensor | None = None  # what predicts the response tokens; of a source without gradient
+    logps_N: torch.Tensor | None = None  # of the policy as it is, without gradient, for sources
+    # Of each sequence, [prompt and response tokens] fp32: |d target / d embedding|_1 (twdpo.models.attribution).
+    input_gradients: tuple[torch.Tensor, ...] | None = None
+    ref_states: RefStates | None = None  # for terms that compare distributions; while the policy's forward runs
+    anchor: Anchor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -5,30 +5,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twdpo.authors_columns import WeightsColumns
 from twdpo.chat import Chat, describe_end
 from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dataset import Dataset, load_dataset, settle_bad_rows, split_by_prompt
-from twdpo.dist import Process, pick_dtype
+from twdpo.dist import Process
 from twdpo.examples import tokenize_all
-from twdpo.files import cache_directory, hash_file, hash_json
+from twdpo.files import hash_file, hash_json
 from twdpo.flags import InputError
 from twdpo.forms import Reading
-from twdpo.judge.extraction import Extraction
-from twdpo.judge.verbalize import Scoring
-from twdpo.judge.verbalized import ScoresFile, describe_left_out
-from twdpo.leave_out import check_massless, leave_out, leave_out_massless, reads_reference
-from twdpo.logps import auxiliary_logps, example_key, logps_directory, open_aux_models, response_logps
-from twdpo.models.source import Model, check_length, check_vocabulary, load_tokenizer, open_model
+from twdpo.leave_out import leave_out, leave_out_massless, reads_reference
+from twdpo.logps import example_key
+from twdpo.models.source import Model, check_length, check_vocabulary, open_model
 from twdpo.objective import Objective
 from twdpo.plugins import name_of, options_of, split_paths
-from twdpo.postprocess import alignment_shares
 from twdpo.printed import check_templated
-from twdpo.rows import RowOptions, evaluation_batches, global_batch, num_steps
+from twdpo.rows import RowOptions, global_batch, num_steps
 from twdpo.tokens import Example
-from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
-from twdpo.weights_file import WeightsFile, parse_layer
+from twdpo.weights import WeightContext
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
@@ -208,157 +202,6 @@ class Need:
         return {}
 
 
-class Scores(Need):
-    """Verbalised scores, of the folder that --weights names or written first."""
-
-    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
-        path = stored_weights(config)
-        self.scores = ScoresFile(Path(path)) if path else None
-        return []
-
-    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        pairs = [example.pair for example in inputs.examples]
-        if self.scores is None:  # of all pairs: which can be used is not known before
-            scoring = Scoring(config, inputs.model, inputs.data_fingerprint, None, self.process)
-            scoring.run(pairs)
-            self.scores = scoring.open()
-        self.process.print(describe_left_out(self.scores, [pair.key for pair in pairs]))
-        inputs = inputs.without(self.scores.left_out)
-        if not inputs.train:
-            raise InputError("no pair is left to train on: the model's scores cover too little of every answer; use "
-                             "those of another model (extract.py --verbalized, then --weights)")
-        check_covered(self.scores, inputs.used(config))
-        return inputs
-
-    def provide(self) -> dict[str, object]:
-        return {"scores": self.scores}
-
-    def identity(self) -> dict[str, str]:
-        return {"the token weights": hash_json(self.scores.meta)}
-
-
-class Attention(Need):
-    """The judge's attention, of the file that --weights names or extracted first."""
-
-    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
-        path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
-        self.extraction = None
-        if not path:
-            self.extraction = Extraction(config, inputs.model, config.layer, inputs.data_fingerprint, None,
-                                         self.process)
-            return self.extraction.check(pairs)
-        self.file = open_weights(config, path, inputs.model.tokenizer)
-        if not config.skip_bad_rows:
-            return []
-        return [BadRow(pair.where, f"no attention in {path}", pair.to_row()) for pair in pairs
-                if pair.key not in self.file]
-
-    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        used = inputs.used(config)
-        if self.extraction:
-            self.extraction.run([example.pair for example in used])
-            self.file = self.extraction.open(config.layer)
-        self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
-        check_covered(self.file, used)
-        if figures := self.file.verdict_statistics([example.pair.key for example in used]):
-            self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        if config.align == "characters":
-            sample = used[:ALIGNMENT_SAMPLE]
-            shares = alignment_shares(sample, self.file, config.judge_rounds)
-            self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
-                               + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
-        return inputs
-
-    def provide(self) -> dict[str, object]:
-        return {"attention": self.file}
-
-    def settings(self) -> dict[str, object]:
-        if self.extraction:
-            return {"layer": self.layer, "judge_dtype": self.extraction.meta["judge_dtype"],
-                    "judge_max_length": self.extraction.meta["max_judge_length"]}
-        return {"layer": self.layer}
-
-    def identity(self) -> dict[str, str]:
-        return {"the token weights": hash_json(self.file.meta)}
-
-
-class Auxiliary(Need):
-    """Log-probs under both models of --aux-model."""
-
-    names: tuple[str, ...] = ("positive", "negative")
-
-    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
-        self.models = open_aux_models(config, inputs.model, inputs.examples, self.process)
-        return []
-
-    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        self.logps = auxiliary_logps(config, self.names, self.models, inputs.used(config), self.process)
-        return inputs
-
-    def provide(self) -> dict[str, object]:
-        return {"logps": self.logps}
-
-    def identity(self) -> dict[str, str]:
-        return {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
-
-
-class Contrasted(Auxiliary):
-    """Log-probs under the contrast of the models of --aux-model."""
-
-    names = ("contrast",)
-
-
-class Reference(Need):
-    """Log-probs under the policy as it starts."""
-
-    def __init__(self, process: Process):
-        super().__init__(process)
-        self.logps: dict[int, Logps] = {}  # empty until the policy is there
-
-    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
-        device = self.process.device
-        folder = logps_directory(cache_directory(config), inputs.model.fingerprint, pick_dtype(config.dtype, device),
-                                 device, rows.packs, config.compile)
-        parts = [(part, evaluation_batches(len(part), config.batch_size)) for part in inputs.held_out_sets.values()]
-        for examples, batches in ((inputs.train, inputs.first_epoch(config)), *parts):
-            self.logps |= response_logps(policy, self.process, examples, batches, rows, folder)
-
-    def provide(self) -> dict[str, object]:
-        return {"logps": {"reference": self.logps}}
-
-
-# In the order in which they are made. A new need is one entry.
-NEEDS: dict[str, type[Need]] = {
-    "scores": Scores,
-    "attention": Attention,
-    "aux": Auxiliary,
-    "contrast": Contrasted,
-    "hidden": Need,
-    "ref": Reference,
-}
-
-
-def open_needs(config: TrainConfig, objective: Objective, process: Process) -> list[Need]:
-    """What the objective needs, nothing of it made. Raises InputError for what nobody knows."""
-    if unknown := objective.needs - NEEDS.keys():
-        raise InputError(f"{name_of(objective.source)}.needs is {source_needs(objective.source)!r}: {min(unknown)!r} is"
-                         f" none of {', '.join(NEEDS)}")
-    check_massless(config, objective, process)
-    kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
-    if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
-        raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
-    return [kind(process) for kind in kinds]
-
-
-def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
-    """What weight sources may read, of needs that are made."""
-    fields: dict[str, object] = {"logps": {}}
-    for need in needs:
-        provided = need.provide()
-        fields |= provided | {"logps": fields["logps"] | provided.get("logps", {})}
-    return WeightContext(config, **fields)
-
-
 def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need], process: Process) -> dict[str, str]:
     """Fingerprints of what the settings only name: a resumed run must be made from the same. All ranks."""
     of_needs = [need.identity() for need in needs]
@@ -377,16 +220,3 @@ def run_identity(config: TrainConfig, inputs: Inputs, needs: list[Need], process
     for each in of_needs:
         identity |= each
     return identity
-
-
-def stored_weights(config: TrainConfig) -> str:
-    """The folder or file that --weights names; "" when it names a source."""
-    return "" if config.weights in WEIGHTS else config.weights
-
-
-def open_weights(config: TrainConfig, path: str, tokenizer) -> WeightsFile | WeightsColumns:
-    """What --weights names, as a folder or as exported columns. Raises InputError."""
-    if Path(path).is_dir():
-        return WeightsFile(path, config.layer)
-    other = load_tokenizer(Path(config.weights_tokenizer), config.chat_template) if config.weights_tokenizer else None
-    return WeightsColumns(path, config.layer, other or tokenizer, Reading.of(config))

@@ -20,9 +20,11 @@ CHUNK_BYTES = 16 * 2**20
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
 
-# What the op gives beside log-probs where it is asked to: the entropy (nats) of the policy's distribution at a response
-# token, and whether no token is likelier than the target (bool, without gradient).
-TERMS = ("entropy", "top1")
+# What the op gives beside log-probs where it is asked to, of the policy's distribution p and the reference's q at a
+# response token, in nats: the entropy of p; whether no token is likelier than the target (bool, without gradient);
+# KL(q || p); KL(p || q); log of the sum of p^2. What is of q needs `ref_states`, and has no gradient there.
+TERMS = ("entropy", "top1", "kl", "reverse_kl", "collision")
+OF_REFERENCE = ("kl", "reverse_kl")
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -85,9 +87,9 @@ def combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> torch.Tenso
 
 def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
                            bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
-                           head_cache_gib: float = 0.0):
+                           head_cache_gib: float = 0.0, ref_states=None):
     """The specification, in plain autograd: see `weighted_logratio`. head_cache_gib has no effect."""
-    terms = check_terms(terms)
+    terms = check_terms(terms, ref_states)
     logits_NV = logits_of(hidden_ND, head_VD, bias_V, options or HeadOptions())
     logps_NV = logits_NV.log_softmax(dim=-1)
     logps_N = logps_NV.gather(-1, targets_N[:, None])[:, 0]
@@ -98,23 +100,43 @@ def weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N
             values[name] = -(logps_NV.exp() * finite_NV).sum(dim=-1)
         elif name == "top1":
             values[name] = logits_NV.gather(-1, targets_N[:, None])[:, 0] >= logits_NV.amax(dim=-1)
+        elif name == "collision":
+            values[name] = (2 * logps_NV).logsumexp(dim=-1)
+        elif name in OF_REFERENCE:
+            ref_hidden_ND, ref_head_VD, ref_bias_V = (None if each is None else each.detach() for each in ref_states)
+            ref_logits_NV = logits_of(ref_hidden_ND, ref_head_VD, ref_bias_V, options or HeadOptions())
+            pair = logps_NV, ref_logits_NV.log_softmax(dim=-1)
+            values[name] = divergence(*(pair if name == "reverse_kl" else pair[::-1]))
     return combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S), logps_N, values
+
+
+def divergence(logps_NV: torch.Tensor, other_NV: torch.Tensor) -> torch.Tensor:
+    """KL of two distributions, the first from the second, [N]; what the first rules out counts 0."""
+    possible_NV = logps_NV > float("-inf")
+    difference_NV = torch.where(possible_NV, logps_NV, 0) - torch.where(possible_NV, other_NV, 0)
+    return (logps_NV.exp() * difference_NV).sum(dim=-1)
 
 
 def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
                       bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
-                      head_cache_gib: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+                      head_cache_gib: float = 0.0, ref_states=None
+                      ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(ratio_S, logps_N, {name: [N]} of `terms`), differentiable together with any upstream gradients.
 
     hidden_ND, head_VD, bias_V: bf16, fp16, fp32 or fp64, of one dtype. targets_N: int64 in [0, V). ref_logps_N,
     weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. terms: of TERMS. head_cache_gib:
-    most that the forward pass keeps for the backward pass on CUDA, GiB, so that it makes fewer logits again. Outputs
+    most that the forward pass keeps for the backward pass on CUDA, GiB, so that it makes fewer logits again.
+    ref_states: for `kl` and `reverse_kl` (hidden_NE, head_VE, bias_V or None) of the reference, which does to its
+    logits what the policy does; E, its hidden size, may be another; no gradient goes there. Outputs
     fp32 (fp64 for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't
     fit, for a DTensor, for an unknown term, and for a cache below 0 or of capped logits.
     """
     check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
-    options, terms = options or HeadOptions(), check_terms(terms)
+    options, terms = options or HeadOptions(), check_terms(terms, ref_states)
     check_head_cache(head_cache_gib, options)
+    if set(terms) & {"collision", *OF_REFERENCE}:
+        return weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+                                      bias_V, options, terms, head_cache_gib, ref_states)
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
         from twdpo.kernels.weighted_logratio import weighted_logratio_triton  # Triton exists where CUDA does
         return weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
@@ -123,11 +145,13 @@ def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq
                                      bias_V, options, terms)
 
 
-def check_terms(terms: tuple[str, ...]) -> tuple[str, ...]:
-    """The terms, each once. Raises ValueError for an unknown one."""
+def check_terms(terms: tuple[str, ...], ref_states=None) -> tuple[str, ...]:
+    """The terms, each once. Raises ValueError for an unknown one, and for one of a reference that is not there."""
     for name in terms:
         if name not in TERMS:
             raise ValueError(f"unknown term {name!r}: it must be of {', '.join(TERMS)}")
+        if name in OF_REFERENCE and ref_states is None:
+            raise ValueError(f"the term {name!r} compares with the reference: give ref_states")
     return tuple(dict.fromkeys(terms))
 
 

@@ -24,55 +24,20 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from twdpo.logratio import log_one_minus_exp, segment_sum
+from twdpo.logratio import log_one_minus_exp
+from twdpo.loss_parts import (
+    LengthBy,
+    Loss,
+    answer_lengths,
+    average_metrics,
+    pair_averages,
+    pair_lengths,
+    refuse_unread,
+    smoothed,
+)
+from twdpo.vocabulary_losses import VOCABULARY_LOSSES
 
-LengthBy = Literal["tokens", "mass"]
-Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 MOST_AVERAGE = -1e-6  # log-probs a token are kept below it where log(1 - p) is taken: p = 1 would give infinity
-
-
-def pair_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
-    """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
-    if batch.averaged:
-        refuse_unread(length_by == "mass", "length_by=mass", "the weights make means of the ratios already")
-        return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
-    return answer_lengths(batch, length_by)
-
-
-def refuse_unread(is_set: bool, option: str, why: str) -> None:
-    """Raise ValueError for an option that is set where nothing reads it."""
-    if is_set:
-        raise ValueError(f"{option} is not read: {why}")
-
-
-def answer_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
-    """n of both sides [P], fp32, whatever the weights make of ratios."""
-    if length_by == "mass":
-        length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
-    else:
-        length_S = batch.seq_lens_S.to(batch.scale_S, non_blocking=True)
-    return length_S[0::2].clamp(min=1e-6), length_S[1::2].clamp(min=1e-6)
-
-
-def pair_averages(ratio_S: torch.Tensor, batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
-    """R / n of both sides [P]; without a reference the mean log-prob of a token."""
-    chosen_P, rejected_P = pair_lengths(batch, length_by)
-    return ratio_S[0::2] / chosen_P, ratio_S[1::2] / rejected_P
-
-
-def average_metrics(chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a loss on averages is right about; rewards are sums."""
-    return {"average_margin": (chosen_P - rejected_P).detach(),
-            "average_accuracy": (chosen_P - rejected_P).detach().sign().add(1).div(2)}
-
-
-def smoothed(margin_P: torch.Tensor, label_smoothing: float, unbiased: bool = False) -> torch.Tensor:
-    """-log sigmoid of a margin whose label is flipped with probability `label_smoothing`; unbiased: of one that was,
-    such that the mean over flips is the loss without them. Raises ValueError outside [0, 0.5)."""
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: it must be in [0, 0.5)")
-    kept, flipped = (1 - label_smoothing) * F.logsigmoid(margin_P), label_smoothing * F.logsigmoid(-margin_P)
-    return (flipped - kept) / (1 - 2 * label_smoothing) if unbiased else -kept - flipped
 
 
 def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
@@ -391,10 +356,5 @@ LOSSES = {
     "twdpo": twdpo, "dpo": dpo, "ipo": ipo, "kto_pair": kto_pair, "simpo": simpo, "rdpo": rdpo, "cpo": cpo,
     "orpo": orpo, "slic_hf": slic_hf, "rrhf": rrhf, "sigmoid_norm": sigmoid_norm, "hinge": hinge, "robust": robust,
     "exo_pair": exo_pair, "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero,
-    "apo_down": apo_down, "discopop": discopop,
+    "apo_down": apo_down, "discopop": discopop, **VOCABULARY_LOSSES,
 }
-
-
-def loss_needs(loss) -> tuple[str, ...]:
-    """What a loss needs beside the policy's log-probs."""
-    return getattr(loss, "needs", ("ref",))

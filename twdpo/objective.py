@@ -11,13 +11,23 @@ from typing import get_type_hints
 
 import torch
 
-from twdpo.batch import Outputs, PairBatch
+from twdpo.batch import Anchor, Outputs, PairBatch
 from twdpo.config import TrainConfig
 from twdpo.dist import Process, send
 from twdpo.flags import InputError, choices_of
-from twdpo.logratio import TERMS
-from twdpo.losses import LOSSES, loss_needs
-from twdpo.plugins import SWITCHES, bind_options, describe, import_files, inherit_attributes, merge_options, name_of
+from twdpo.logratio import TERMS, combine
+from twdpo.loss_parts import loss_needs
+from twdpo.losses import LOSSES
+from twdpo.plugins import (
+    SWITCHES,
+    bind_options,
+    describe,
+    import_files,
+    inherit_attributes,
+    merge_options,
+    name_of,
+    stated,
+)
 from twdpo.weights import (
     NORMS,
     ONLINE_NEEDS,
@@ -30,14 +40,14 @@ from twdpo.weights import (
 )
 
 TOKEN_STATS = ("entropy", "top1")  # terms of --token-stats
-LOSS_NEEDS = ("ref", "hidden")  # of twdpo.inputs.NEEDS; the others are for sources
+LOSS_NEEDS = ("ref", "hidden", "ref_states", "anchor")  # of twdpo.needs.NEEDS; the others are for sources
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is optimised.
 
-    needs: what loss and source read beside the policy (twdpo.inputs.NEEDS). norm: of the weights (twdpo.weights).
+    needs: what loss and source read beside the policy (twdpo.needs.NEEDS). norm: of the weights (twdpo.weights).
     terms: of the fused op, which the loss reads as batch.terms. statistics: the loss's, or None. weighs_reasoning:
     whether a reasoning model's thinking has weight.
     """
@@ -107,12 +117,30 @@ class Objective:
 def forward(policy, batch: PairBatch, objective: Objective, context: WeightContext, config: TrainConfig) -> Outputs:
     """The policy on a micro-batch, with all that the objective asks of it: training and evaluation call it here alone.
 
-    The outputs' batch holds the weights that were used, and the terms and hidden states that the loss needs. All ranks.
+    The outputs' batch holds the weights that were used, and what the loss needs. All ranks.
     """
+    run = partial(run_policy, policy, objective, context, config)
+    for make in reversed(context.passes):
+        run = partial(make, policy, run)
+    return run(batch)
+
+
+def run_policy(policy, objective: Objective, context: WeightContext, config: TrainConfig, batch: PairBatch) -> Outputs:
+    """`forward` of a batch that holds what was made around it. All ranks."""
+    needs, of_source = loss_needs(objective.loss), source_needs(objective.source)
     weigh = partial(objective.weigh, context=context) if objective.is_online else None
-    wanted = objective.terms + TOKEN_STATS * config.token_stats
-    outputs = policy(batch, weigh, tuple(dict.fromkeys(wanted)), "hidden" in loss_needs(objective.loss))
-    return outputs._replace(batch=replace(outputs.batch, terms=outputs.terms, hidden_ND=outputs.hidden_ND))
+    terms = tuple(dict.fromkeys(objective.terms + TOKEN_STATS * config.token_stats))
+    if "logps" not in of_source:
+        outputs = policy(batch, weigh, terms, "hidden" in needs)
+    else:  # weights follow the log-probs that they multiply
+        outputs = policy(batch, None, terms, "hidden" in {*needs, *of_source})
+        hidden_ND = outputs.hidden_ND.detach() if "hidden" in of_source else None
+        batch = replace(weigh(replace(outputs.batch, logps_N=outputs.logps_N.detach(), hidden_ND=hidden_ND)),
+                        hidden_ND=None)
+        ratio_S = combine(outputs.logps_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S, batch.scale_S)
+        outputs = outputs._replace(batch=batch, ratio_S=ratio_S)
+    hidden_ND = outputs.hidden_ND if "hidden" in needs else None
+    return outputs._replace(batch=replace(outputs.batch, terms=outputs.terms, hidden_ND=hidden_ND))
 
 
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
@@ -175,7 +203,7 @@ def rest_tokens(batch: PairBatch) -> torch.Tensor:
 
 def bind_objective(loss: Callable, source: Callable, source_name: str) -> Objective:
     """The objective of a loss and a source whose options are bound. Raises InputError for what they say of themselves
-    (that a source's needs are known, twdpo.inputs.open_needs checks)."""
+    (that a source's needs are known, twdpo.needs.open_needs checks)."""
     for what, needs in ((loss, loss_needs(loss)), (source, source_needs(source))):
         if not isinstance(needs, (tuple, list)):
             raise InputError(f"{name_of(what)}.needs is {needs!r}: it must be a tuple of names")
@@ -184,7 +212,7 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
     if not set(loss_needs(loss)) <= set(LOSS_NEEDS):
         raise InputError(f"{name_of(loss)}.needs is {loss_needs(loss)!r}: a loss can need {', '.join(LOSS_NEEDS)} "
                          f"(what the op can give beside log-probs it names in `terms`, of {', '.join(TERMS)})")
-    terms = getattr(loss, "terms", ())
+    terms = stated(loss, "terms", ())
     if not isinstance(terms, (tuple, list)) or not set(terms) <= set(TERMS):
         raise InputError(f"{name_of(loss)}.terms is {terms!r}: it must be a tuple of {', '.join(TERMS)}")
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
@@ -202,7 +230,8 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
                             averaged=config.length_normalize or objective.norm == "selected_mean",
                             means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
                             terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32)
-                                   for name in objective.terms}, hidden_ND=torch.ones(4, 8))
+                                   for name in objective.terms}, hidden_ND=torch.ones(4, 8),
+                            anchor=Anchor(numbers[:2], torch.zeros(2), torch.ones(2, dtype=torch.long)))
     try:
         result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:

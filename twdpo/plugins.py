@@ -25,6 +25,13 @@ def options_of(function: Callable) -> dict[str, object]:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def stated(function: Callable, name: str, default: object) -> object:
+    """What a loss or source says of itself in this attribute; where that is a function of its options, for those that
+    are set."""
+    value = getattr(function, name, default)
+    return value(**options_of(function) | getattr(function, "keywords", {})) if callable(value) else value
+
+
 def merge_options(*texts: str) -> str:
     """Options of several texts as one, each once; the last one that sets it counts."""
     merged = {}

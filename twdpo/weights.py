@@ -9,13 +9,15 @@ Keyword-only parameters are its options (--weights-options NAME=VALUE). Attribut
            --aux-model), "contrast" (context.logps["contrast"]: under the contrast of the two), "ref"
            (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
            the response tokens, without gradient and not to be written to; the source is then called inside each
-           forward, on the policy's device); () is the default
+           forward, on the policy's device), "logps" (batch.logps_N: the policy's log-probs, likewise, known after its
+           forward), "input_gradient" (batch.input_gradients, of a pass of its own, doubles a step's cost); () is the
+           default, and a function of the options is one that gives it
     A source must be a function of the pair: how pairs share a micro-batch is free.
 
 Legend: N response tokens, S sequences (2i chosen, 2i+1 rejected).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,12 +28,13 @@ import torch
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
 from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
+from twdpo.plugins import stated
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.tokens import Example
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
-ONLINE_NEEDS = {"hidden"}  # what there is inside the policy's forward alone: sources that need it are called there
+ONLINE_NEEDS = {"hidden", "logps", "input_gradient"}  # what there is while the policy runs alone
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
 
@@ -44,6 +47,8 @@ class WeightContext:
     scores: ScoresFile | None = None
     # Of frozen models ("reference", "positive", "negative", "contrast"): log-probs of responses, by the pair's key.
     logps: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
+    # What runs around the policy's forward, outermost first: make(policy, run, batch) -> run(batch with what it made).
+    passes: tuple[Callable, ...] = ()
 
 
 def uniform(batch, context: WeightContext) -> torch.Tensor:
@@ -228,7 +233,7 @@ WEIGHTS = {
 
 def source_needs(source) -> tuple[str, ...]:
     """What a source needs beside the pairs."""
-    return getattr(source, "needs", ())
+    return stated(source, "needs", ())
 
 
 def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, ...]]:

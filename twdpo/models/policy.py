@@ -42,7 +42,8 @@ class Policy(torch.nn.Module):
         """Log-probs and weighted log-ratios of a batch. Only response tokens reach the head.
 
         weigh: gives the batch the weights of an online source, which reads batch.hidden_ND. terms: of the fused op
-        (twdpo.logratio.TERMS). with_hidden: the outputs hold the hidden states too.
+        (twdpo.logratio.TERMS), some of which compare with batch.ref_states. with_hidden: the outputs hold the hidden
+        states too.
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
         hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
@@ -50,8 +51,8 @@ class Policy(torch.nn.Module):
             batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
         ratio_S, logps_N, found = weighted_logratio(
             hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
-            batch.scale_S, getattr(head, "bias", None), self.options, terms, self.head_cache_gib)
-        return Outputs(ratio_S, logps_N, batch, found, hidden_ND if with_hidden else None)
+            batch.scale_S, getattr(head, "bias", None), self.options, terms, self.head_cache_gib, batch.ref_states)
+        return Outputs(ratio_S, logps_N, replace(batch, ref_states=None), found, hidden_ND if with_hidden else None)
 
     def _states(self, batch: PairBatch) -> torch.Tensor:
         """Hidden states that predict the response tokens [N, D]."""

@@ -14,8 +14,9 @@ from twdpo.config import TrainConfig
 from twdpo.dataset import settle_bad_rows
 from twdpo.dist import Process, pick_dtype
 from twdpo.files import check_directory
-from twdpo.inputs import NEEDS, Inputs, Need, check_inputs, open_context, open_needs
+from twdpo.inputs import Inputs, Need, check_inputs
 from twdpo.models.memory import settle_memory
+from twdpo.needs import NEEDS, open_context, open_needs
 from twdpo.objective import Objective, find_objective
 from twdpo.pages.pairs import ShownPair, describe_pair, format_pairs, write_page
 from twdpo.rows import MicroBatch
