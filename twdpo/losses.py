@@ -58,6 +58,7 @@ def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     """
     refuse_unread(margin and over == "positions", "margin=on", "a pair's margin is one of sums, not of positions")
     refuse_unread(f != "reverse_kl" and over == "positions", f"f={f}", "it is of sums, not of positions")
+    refuse_unread(alpha != 0.5 and f != "alpha", f"alpha={alpha:g}", "it is of f=alpha")
     if over == "sums":
         margin_P = config.beta * (f_reward(ratio_S[0::2], f, alpha) - f_reward(ratio_S[1::2], f, alpha))
         loss_P = smoothed(margin_P - batch.margins_P if margin else margin_P, label_smoothing)
