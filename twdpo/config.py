@@ -112,7 +112,7 @@ class TrainConfig(SharedConfig):
 
     leave_out: str = flag("", "data", "pairs that can't teach: equal,empty,cut,duplicate,leak,massless; empty: none")
 
-    loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
+    loss: str = flag("twdpo", "objective", "a name in LOSSES (--help-losses), or a sum: dpo+0.2*sft")
     loss_options: str = flag("", "objective", "of the loss: NAME=VALUE separated by commas; empty: its defaults")
     weights: str = flag("", "objective", "name in WEIGHTS, folder of extract.py, its --export; empty: the loss's own")
     weights_options: str = flag("", "objective", "of the source: NAME=VALUE separated by commas; empty: its defaults")

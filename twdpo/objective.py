@@ -231,16 +231,8 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
 
 def try_loss(objective: Objective, config: TrainConfig, process: Process) -> None:
     """Raise InputError for a loss that gives something else than losses, or with these options no finite ones."""
-    loss = objective.loss
-    numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
-    pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
-                            scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                            pair_weights_P=torch.ones(2), margins_P=torch.zeros(2), chosen_tokens=2,
-                            averaged=config.length_normalize or objective.norm == "selected_mean",
-                            means={},
-                            terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32)
-                                   for name in objective.terms}, hidden_ND=torch.ones(4, 8),
-                            anchor=Anchor(numbers[:2], torch.zeros(2), torch.ones(2, dtype=torch.long)))
+    loss, numbers = objective.loss, torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)
+    pairs = made_up_batch(objective.terms, config.length_normalize or objective.norm == "selected_mean")
     try:
         if objective.statistics:
             pairs.means = {name: torch.zeros(()) for name in objective.statistics(numbers, numbers, pairs)}
@@ -257,6 +249,16 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
         raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
     if config.loss_options and not result[0].isfinite().all():
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
+
+
+def made_up_batch(terms: tuple[str, ...] = (), averaged: bool = False) -> SimpleNamespace:
+    """What losses read of a batch, of two pairs of one-token answers."""
+    return SimpleNamespace(
+        seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), scale_S=torch.ones(4), averaged=averaged,
+        ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(), pair_weights_P=torch.ones(2),
+        margins_P=torch.zeros(2), pair_count=2, chosen_tokens=2, means={}, hidden_ND=torch.ones(4, 8),
+        terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32) for name in terms},
+        anchor=Anchor(-torch.ones(2), torch.zeros(2), torch.ones(2, dtype=torch.long)))
 
 
 def import_objectives(paths: str) -> None:
