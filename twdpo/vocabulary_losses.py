@@ -90,7 +90,7 @@ wpo.settings = {"": {"beta": 0.01}}
 
 
 def triplet(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, margin: float = 1e-3) -> Loss:
-    """The triplet term of TI-DPO alone (Yang et al. 2025, ICLR 2026), for sums of losses (tdpo2+0.001*triplet).
+    """The triplet term of TI-DPO alone (Yang et al. 2025, arXiv 2505.19653), for sums of losses (tdpo2+0.001*triplet).
 
     relu(sum of (a_t - w_t)^2 - sum of (a_t - l_t)^2 + margin): a_t, w_t, l_t are the log-ratios at position t of an
     answer that the policy writes from the prompt, of the chosen and of the rejected one, without weights, each sum over
@@ -116,7 +116,7 @@ def square_distance(first_T: torch.Tensor, second_T: torch.Tensor) -> torch.Tens
 
 def tidpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, base: Literal["dpo", "tdpo2"] = "dpo",
           gamma: float = 0.1, margin: float = 1e-3, alpha: float = ALPHA) -> Loss:
-    """Token-importance guided DPO (TI-DPO, Yang et al. 2025, ICLR 2026).
+    """Token-importance guided DPO (TI-DPO, Yang et al. 2025, arXiv 2505.19653).
 
     -log sigmoid(beta u), u with the weights of the source `tidpo`, plus gamma times `triplet` with this margin. Its
     code differs: base=tdpo2 (on weighted log-ratios, with unweighted K), gamma=0.001, --beta 0.2; and see the source.
