@@ -6,6 +6,7 @@ A new need is one class and one entry of NEEDS.
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
+from twdpo.aux_prompts import prompted_examples, read_aux_prompts
 from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dist import Process, pick_dtype
@@ -17,8 +18,8 @@ from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
-from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, response_logps
-from twdpo.models.source import load_tokenizer
+from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, prompted_logps, response_logps
+from twdpo.models.source import check_length, load_tokenizer
 from twdpo.objective import Objective
 from twdpo.plugins import name_of
 from twdpo.postprocess import alignment_shares
@@ -104,29 +105,51 @@ class Attention(Need):
 
 
 class Auxiliary(Need):
-    """Log-probs under both models of --aux-model."""
+    """Log-probs under both models of --aux-model, or under one behind both prompts of --aux-prompts."""
 
     names: tuple[str, ...] = ("positive", "negative")
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        self.prompts = read_aux_prompts(config.aux_prompts, inputs.model.chat) if config.aux_prompts else []
         self.models = open_aux_models(config, inputs.model, inputs.examples, self.process)
-        return []
+        self.prompted, bad = {}, []
+        for name, text in zip(self.names, self.prompts):
+            self.prompted[name], unfit = prompted_examples(inputs.model.chat, inputs.examples, text, config.fold_system,
+                                                           self.process, f"tokenise {name}")
+            bad += unfit
+        for model in self.models if self.prompts else []:
+            longest = max((each.longest for of in self.prompted.values() for each in of.values()), default=0)
+            warning = check_length("the longest sequence behind --aux-prompts (--max-length, and the text)", longest,
+                                   model.config)
+            self.process.print(warning) if warning else None
+        return bad
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        self.logps = auxiliary_logps(config, self.names, self.models, inputs.used(config), self.process)
+        used = inputs.used(config)
+        if self.prompts:
+            self.logps = prompted_logps(config, self.models[0], used, self.prompted, self.process)
+        else:
+            self.logps = auxiliary_logps(config, self.names, self.models, used, self.process)
         return inputs
 
     def provide(self) -> dict[str, object]:
         return {"logps": self.logps}
 
     def identity(self) -> dict[str, str]:
-        return {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        identity = {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        return identity | ({"the texts of --aux-prompts": hash_json(self.prompts)} if self.prompts else {})
 
 
 class Contrasted(Auxiliary):
     """Log-probs under the contrast of the models of --aux-model."""
 
     names = ("contrast",)
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        if config.aux_prompts:
+            raise InputError(f"--aux-prompts {config.aux_prompts}: the weight source contrasts whole distributions of "
+                             "two models: name them with --aux-model")
+        return super().check(config, inputs)
 
 
 class Reference(Need):
@@ -167,8 +190,9 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
                          f" none of {', '.join(NEEDS)}")
     check_massless(config, objective, process)
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
-    if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
-        raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
+    for flag, value in (("--aux-model", config.aux_model), ("--aux-prompts", config.aux_prompts)):
+        if value and not any(issubclass(kind, Auxiliary) for kind in kinds):
+            raise InputError(f"{flag} {value} is given, but the weight source reads no such model")
     return [kind(process) for kind in kinds]
 
 
