@@ -3,6 +3,7 @@
 A new need is one class and one entry of NEEDS.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
@@ -21,7 +22,7 @@ from twdpo.leave_out import check_massless
 from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, prompted_logps, response_logps
 from twdpo.models.source import check_length, load_tokenizer
 from twdpo.objective import Objective
-from twdpo.plugins import name_of
+from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
@@ -62,6 +63,8 @@ class Scores(Need):
 class Attention(Need):
     """The judge's attention, of the file that --weights names or extracted first."""
 
+    judge = "judge"  # in what is said
+
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
         self.extraction = None
@@ -83,11 +86,11 @@ class Attention(Need):
         self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
         check_covered(self.file, used)
         if figures := self.file.verdict_statistics([example.pair.key for example in used]):
-            self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            self.process.print(f"{self.judge}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
             shares = alignment_shares(sample, self.file, config.judge_rounds)
-            self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+            self.process.print(f"{self.judge} tokens to training tokens ({len(sample)} pairs): "
                                + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
         return inputs
 
@@ -102,6 +105,36 @@ class Attention(Need):
 
     def identity(self) -> dict[str, str]:
         return {"the token weights": hash_json(self.file.meta)}
+
+
+class AttentionAgainst(Attention):
+    """The attention that the source's option `against` names: of another judge prompt, or a stored one."""
+
+    judge = "judge of against="
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        source = self.objective.source
+        against = bound_options(source).get("against")
+        if not against:
+            raise InputError(f"{name_of(source)} needs --weights-options against=VALUE: a judge prompt or a folder")
+        stored = Path(against).is_dir() or against.endswith(".jsonl")
+        self.config = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
+        try:
+            return super().check(replace(config, **self.config), inputs)
+        except InputError as error:
+            raise InputError(f"--weights-options against={against}: {error}") from error
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        return super().prepare(replace(config, **self.config), inputs)
+
+    def provide(self) -> dict[str, object]:
+        return {"attention_against": self.file}
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def identity(self) -> dict[str, str]:
+        return {"the attention of against=": hash_json(self.file.meta)}
 
 
 class Auxiliary(Need):
@@ -175,6 +208,7 @@ class Reference(Need):
 NEEDS: dict[str, type[Need]] = {
     "scores": Scores,
     "attention": Attention,
+    "attention_against": AttentionAgainst,
     "aux": Auxiliary,
     "contrast": Contrasted,
     "hidden": Need,
@@ -193,7 +227,10 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     for flag, value in (("--aux-model", config.aux_model), ("--aux-prompts", config.aux_prompts)):
         if value and not any(issubclass(kind, Auxiliary) for kind in kinds):
             raise InputError(f"{flag} {value} is given, but the weight source reads no such model")
-    return [kind(process) for kind in kinds]
+    needs = [kind(process) for kind in kinds]
+    for need in needs:
+        need.objective = objective
+    return needs
 
 
 def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
