@@ -175,7 +175,12 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
 # What losses and sources need
 
 class Need:
-    """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself."""
+    """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself.
+
+    objective: whose need it is.
+    """
+
+    objective: Objective | None = None
 
     def __init__(self, process: Process):
         self.process = process

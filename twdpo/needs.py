@@ -3,9 +3,11 @@
 A new need is one class and one entry of NEEDS.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
+from twdpo.aux_prompts import prompted_examples, read_aux_prompts
 from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dist import Process, pick_dtype
@@ -17,10 +19,10 @@ from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
-from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, response_logps
-from twdpo.models.source import load_tokenizer
+from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, prompted_logps, response_logps
+from twdpo.models.source import check_length, load_tokenizer
 from twdpo.objective import Objective
-from twdpo.plugins import name_of
+from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
@@ -61,6 +63,8 @@ class Scores(Need):
 class Attention(Need):
     """The judge's attention, of the file that --weights names or extracted first."""
 
+    judge = "judge"  # in what is said
+
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
         self.extraction = None
@@ -82,11 +86,11 @@ class Attention(Need):
         self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
         check_covered(self.file, used)
         if figures := self.file.verdict_statistics([example.pair.key for example in used]):
-            self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            self.process.print(f"{self.judge}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
             shares = alignment_shares(sample, self.file, config.judge_rounds)
-            self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+            self.process.print(f"{self.judge} tokens to training tokens ({len(sample)} pairs): "
                                + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
         return inputs
 
@@ -103,30 +107,82 @@ class Attention(Need):
         return {"the token weights": hash_json(self.file.meta)}
 
 
+class AttentionAgainst(Attention):
+    """The attention that the source's option `against` names: of another judge prompt, or a stored one."""
+
+    judge = "judge of against="
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        source = self.objective.source
+        against = bound_options(source).get("against")
+        if not against:
+            raise InputError(f"{name_of(source)} needs --weights-options against=VALUE: a judge prompt or a folder")
+        stored = Path(against).is_dir() or against.endswith(".jsonl")
+        self.config = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
+        try:
+            return super().check(replace(config, **self.config), inputs)
+        except InputError as error:
+            raise InputError(f"--weights-options against={against}: {error}") from error
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        return super().prepare(replace(config, **self.config), inputs)
+
+    def provide(self) -> dict[str, object]:
+        return {"attention_against": self.file}
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def identity(self) -> dict[str, str]:
+        return {"the attention of against=": hash_json(self.file.meta)}
+
+
 class Auxiliary(Need):
-    """Log-probs under both models of --aux-model."""
+    """Log-probs under both models of --aux-model, or under one behind both prompts of --aux-prompts."""
 
     names: tuple[str, ...] = ("positive", "negative")
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        self.prompts = read_aux_prompts(config.aux_prompts, inputs.model.chat) if config.aux_prompts else []
         self.models = open_aux_models(config, inputs.model, inputs.examples, self.process)
-        return []
+        self.prompted, bad = {}, []
+        for name, text in zip(self.names, self.prompts):
+            self.prompted[name], unfit = prompted_examples(inputs.model.chat, inputs.examples, text, config.fold_system,
+                                                           self.process, f"tokenise {name}")
+            bad += unfit
+        for model in self.models if self.prompts else []:
+            longest = max((each.longest for of in self.prompted.values() for each in of.values()), default=0)
+            warning = check_length("the longest sequence behind --aux-prompts (--max-length, and the text)", longest,
+                                   model.config)
+            self.process.print(warning) if warning else None
+        return bad
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        self.logps = auxiliary_logps(config, self.names, self.models, inputs.used(config), self.process)
+        used = inputs.used(config)
+        if self.prompts:
+            self.logps = prompted_logps(config, self.models[0], used, self.prompted, self.process)
+        else:
+            self.logps = auxiliary_logps(config, self.names, self.models, used, self.process)
         return inputs
 
     def provide(self) -> dict[str, object]:
         return {"logps": self.logps}
 
     def identity(self) -> dict[str, str]:
-        return {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        identity = {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        return identity | ({"the texts of --aux-prompts": hash_json(self.prompts)} if self.prompts else {})
 
 
 class Contrasted(Auxiliary):
     """Log-probs under the contrast of the models of --aux-model."""
 
     names = ("contrast",)
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        if config.aux_prompts:
+            raise InputError(f"--aux-prompts {config.aux_prompts}: the weight source contrasts whole distributions of "
+                             "two models: name them with --aux-model")
+        return super().check(config, inputs)
 
 
 class Reference(Need):
@@ -152,6 +208,7 @@ class Reference(Need):
 NEEDS: dict[str, type[Need]] = {
     "scores": Scores,
     "attention": Attention,
+    "attention_against": AttentionAgainst,
     "aux": Auxiliary,
     "contrast": Contrasted,
     "hidden": Need,
@@ -167,9 +224,13 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
                          f" none of {', '.join(NEEDS)}")
     check_massless(config, objective, process)
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
-    if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
-        raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
-    return [kind(process) for kind in kinds]
+    for flag, value in (("--aux-model", config.aux_model), ("--aux-prompts", config.aux_prompts)):
+        if value and not any(issubclass(kind, Auxiliary) for kind in kinds):
+            raise InputError(f"{flag} {value} is given, but the weight source reads no such model")
+    needs = [kind(process) for kind in kinds]
+    for need in needs:
+        need.objective = objective
+    return needs
 
 
 def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
