@@ -56,7 +56,7 @@ def response_logps_of(reference: Reference, batch: PairBatch) -> torch.Tensor:
 
 def load_reference(directory: Path, compute_dtype: torch.dtype, process: Process, replicate: int = 1,
                    compile: bool = False) -> Reference:
-    """The reference, in shards as the policy's but in the dtype that it computes in; one process holds it plainly.
+    """The reference, in shards as the policy's but in the dtype that it computes in; fp32 in one process is whole.
 
     All ranks. Raises InputError as `load_policy` does.
     """
@@ -66,15 +66,16 @@ def load_reference(directory: Path, compute_dtype: torch.dtype, process: Process
     if compile:
         compile_layers(layers)
     reference = Reference(model)
-    shard_frozen(reference, layers, process, replicate)
+    shard_frozen(reference, layers, compute_dtype, process, replicate)
     load_shards(reference, directory, process.device)
     assert all(parameter.dtype == compute_dtype for parameter in reference.parameters())
     return reference.eval()
 
 
-def shard_frozen(root: torch.nn.Module, layers: list[torch.nn.Module], process: Process, replicate: int) -> None:
-    """FSDP2 shards of what has no gradient, gathered as they are."""
-    shard_module(root, layers, None, process.device, replicate)
+def shard_frozen(root: torch.nn.Module, layers: list[torch.nn.Module], compute_dtype: torch.dtype, process: Process,
+                 replicate: int) -> None:
+    """FSDP2 shards of what has no gradient. Layers cast their inputs as the policy's do (OLMo-2's cosines are fp32)."""
+    shard_module(root, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
     if isinstance(root, FSDPModule):
         # Only the root is needed in the backward pass; by default it would gather the last layer ahead, for nothing.
         root.set_modules_to_backward_prefetch([root])
