@@ -18,6 +18,7 @@ from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
 from twdpo.logps import Part, auxiliary_logps, logps_directory, open_aux_models, response_logps, store_states
+from twdpo.loss_parts import loss_needs
 from twdpo.models.reference import Reference as ModelReference
 from twdpo.models.reference import StoredReference, keep_head, load_reference
 from twdpo.models.source import load_tokenizer
@@ -200,11 +201,12 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
     if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
         raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
-    if config.ref_states == "disk" and "ref_states" not in objective.needs:
+    read = {*objective.needs, *loss_needs(objective.loss)}  # --show asks for the needs of the source alone
+    if config.ref_states == "disk" and "anchor" in read:
+        raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
+    if config.ref_states == "disk" and "ref_states" not in read:
         raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
                          "reference's: leave it out")
-    if config.ref_states == "disk" and "anchor" in objective.needs:
-        raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
     return [kind(process) for kind in kinds]
 
 
