@@ -22,7 +22,8 @@ IMPORT_ORDER = """
     aux_prompts rows weights_file align postprocess judge/verbalized weights authors_columns batch kernels/tile_kernels
     kernels/weighted_logratio logratio loss_parts vocabulary_losses losses loss_sum objective leave_out metrics
     models/source models/varlen models/attention models/build models/shards
-    models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
+    models/policy models/reference models/generate models/memory
+    judge/prompt judge/judge judge/extraction judge/verbalize logps
     inputs needs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
     toy/planted toy/train
 """.split()
