@@ -175,15 +175,10 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
 # What losses and sources need
 
 class Need:
-    """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself.
+    """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself."""
 
-    objective: whose need it is.
-    """
-
-    objective: Objective | None = None
-
-    def __init__(self, process: Process):
-        self.process = process
+    def __init__(self, process: Process, objective: Objective):
+        self.process, self.objective = process, objective
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         """Rows that it can't be had for. Raises InputError. Before any weights are loaded. All ranks."""

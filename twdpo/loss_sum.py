@@ -12,7 +12,7 @@ import torch
 from twdpo.flags import InputError
 from twdpo.logratio import combine
 from twdpo.loss_parts import loss_needs
-from twdpo.plugins import bind_options, name_of, options_of, stated
+from twdpo.plugins import bind_options, bound_options, name_of, options_of, stated
 
 Part = tuple[float, str]
 
@@ -132,5 +132,5 @@ def prefix_options(name: str, options: str) -> str:
 
 def options_bound(loss: Callable, option: str) -> list[object]:
     """What this option is set to in the losses of a sum, or in the one loss, that have it."""
-    return [(options_of(part) | getattr(part, "keywords", {}))[option] for part in getattr(loss, "parts", [loss])
-            if option in options_of(part)]
+    options = [bound_options(part) for part in getattr(loss, "parts", [loss])]
+    return [each[option] for each in options if option in each]

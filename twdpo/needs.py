@@ -199,8 +199,8 @@ class Contrasted(Auxiliary):
 class Reference(Need):
     """Log-probs under the policy as it starts."""
 
-    def __init__(self, process: Process):
-        super().__init__(process)
+    def __init__(self, process: Process, objective: Objective):
+        super().__init__(process, objective)
         self.logps: dict[int, Logps] = {}  # empty until the policy is there
 
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
@@ -273,10 +273,7 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     if config.ref_states == "disk" and "ref_states" not in read:
         raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
                          "reference's: leave it out")
-    needs = [kind(process) for kind in kinds]
-    for need in needs:
-        need.objective = objective
-    return needs
+    return [kind(process, objective) for kind in kinds]
 
 
 def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
