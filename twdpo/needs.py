@@ -18,6 +18,7 @@ from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
 from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, response_logps
+from twdpo.models.attribution import with_input_gradients
 from twdpo.models.source import load_tokenizer
 from twdpo.objective import Objective
 from twdpo.plugins import name_of
@@ -148,6 +149,13 @@ class Reference(Need):
         return {"logps": {"reference": self.logps}}
 
 
+class InputGradients(Need):
+    """How much each token's embedding moves the policy's largest logit at the end."""
+
+    def provide(self) -> dict[str, object]:
+        return {"passes": (with_input_gradients,)}
+
+
 # In the order in which they are made.
 NEEDS: dict[str, type[Need]] = {
     "scores": Scores,
@@ -156,6 +164,7 @@ NEEDS: dict[str, type[Need]] = {
     "contrast": Contrasted,
     "hidden": Need,
     "logps": Need,
+    "input_gradient": InputGradients,
     "ref": Reference,
 }
 
