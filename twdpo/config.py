@@ -147,6 +147,9 @@ class TrainConfig(SharedConfig):
         "auto", "hardware", "activations computed again: every second layer's, all but attention's, or all; auto: none "
         "on CPU, on CUDA what fits by the plan: none, selective or full", free=True)
     head_cache_gib: float = flag(0.0, "hardware", "GiB kept on CUDA to make fewer logits twice; 0: none", free=True)
+    ref_states: Literal["memory", "disk"] = flag(
+        "memory", "hardware", "where losses on whole distributions have the reference: a second model, or its hidden "
+        "states in --cache-dir", free=True)
     replicate: int = flag(1, "hardware", "copies of the sharded parameters; number of nodes: one on each", free=True)
     compile: bool = flag(False, "hardware", "torch.compile each layer, not its attention (a minute); off: eager")
     no_sync: bool = flag(False, "hardware", "reduce gradients at the last micro-batch alone; off: at all", free=True)

@@ -17,8 +17,10 @@ from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
-from twdpo.logps import auxiliary_logps, logps_directory, open_aux_models, response_logps
+from twdpo.logps import Part, auxiliary_logps, logps_directory, open_aux_models, response_logps, store_states
 from twdpo.models.attribution import with_input_gradients
+from twdpo.models.reference import Reference as ModelReference
+from twdpo.models.reference import StoredReference, keep_head, load_reference
 from twdpo.models.source import load_tokenizer
 from twdpo.objective import Objective
 from twdpo.plugins import name_of
@@ -138,11 +140,8 @@ class Reference(Need):
         self.logps: dict[int, Logps] = {}  # empty until the policy is there
 
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
-        device = self.process.device
-        folder = logps_directory(cache_directory(config), inputs.model.fingerprint, pick_dtype(config.dtype, device),
-                                 device, rows.packs, config.compile)
-        parts = [(part, evaluation_batches(len(part), config.batch_size)) for part in inputs.held_out_sets.values()]
-        for examples, batches in ((inputs.train, inputs.first_epoch(config)), *parts):
+        folder = reference_folder(config, inputs, rows, self.process)
+        for examples, batches in reference_parts(config, inputs):
             self.logps |= response_logps(policy, self.process, examples, batches, rows, folder)
 
     def provide(self) -> dict[str, object]:
@@ -156,6 +155,37 @@ class InputGradients(Need):
         return {"passes": (with_input_gradients,)}
 
 
+class ReferenceStates(Need):
+    """What the distributions of the policy as it starts are made of: a frozen second policy, or with --ref-states disk
+    its hidden states on disk and its head. (The run's identity names the model that it starts as.)"""
+
+    reference: ModelReference | StoredReference | None = None  # until the policy is there
+
+    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        dtype = pick_dtype(config.dtype, self.process.device)
+        if config.ref_states == "memory":
+            self.reference = load_reference(inputs.model.folder, dtype, self.process, config.replicate, config.compile)
+            return
+        states = store_states(policy, self.process, reference_parts(config, inputs), rows,
+                              reference_folder(config, inputs, rows, self.process), dtype)
+        self.reference = keep_head(policy, states, dtype, self.process, config.replicate)
+
+    def provide(self) -> dict[str, object]:
+        return {"passes": (lambda policy, run, batch: self.reference(batch, run),)}
+
+
+def reference_parts(config: TrainConfig, inputs: Inputs) -> list[Part]:
+    """Of training and held-out pairs those that the run uses, in the rows in which it uses them first."""
+    return [(inputs.train, inputs.first_epoch(config)),
+            *((part, evaluation_batches(len(part), config.batch_size)) for part in inputs.held_out_sets.values())]
+
+
+def reference_folder(config: TrainConfig, inputs: Inputs, rows: RowOptions, process: Process) -> Path:
+    """The cache folder of what the policy as it starts gives pairs."""
+    return logps_directory(cache_directory(config), inputs.model.fingerprint, pick_dtype(config.dtype, process.device),
+                           process.device, rows.packs, config.compile)
+
+
 # In the order in which they are made.
 NEEDS: dict[str, type[Need]] = {
     "scores": Scores,
@@ -166,6 +196,7 @@ NEEDS: dict[str, type[Need]] = {
     "logps": Need,
     "input_gradient": InputGradients,
     "ref": Reference,
+    "ref_states": ReferenceStates,
 }
 
 
@@ -178,6 +209,11 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
     if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
         raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
+    if config.ref_states == "disk" and "ref_states" not in objective.needs:
+        raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
+                         "reference's: leave it out")
+    if config.ref_states == "disk" and "anchor" in objective.needs:
+        raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
     return [kind(process) for kind in kinds]
 
 
