@@ -3,6 +3,7 @@
 A new need is one class and one entry of NEEDS.
 """
 
+from functools import partial
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
@@ -18,10 +19,11 @@ from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
 from twdpo.logps import Part, auxiliary_logps, logps_directory, open_aux_models, response_logps, store_states
+from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
 from twdpo.models.attribution import with_input_gradients
 from twdpo.models.reference import Reference as ModelReference
-from twdpo.models.reference import StoredReference, keep_head, load_reference
-from twdpo.models.source import load_tokenizer
+from twdpo.models.reference import StoredReference, keep_head, load_reference, response_logps_of
+from twdpo.models.source import context_length, load_tokenizer
 from twdpo.objective import Objective
 from twdpo.plugins import name_of
 from twdpo.postprocess import alignment_shares
@@ -162,6 +164,8 @@ class ReferenceStates(Need):
     reference: ModelReference | StoredReference | None = None  # until the policy is there
 
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        if self.reference is not None:
+            return  # anchors needed it first
         dtype = pick_dtype(config.dtype, self.process.device)
         if config.ref_states == "memory":
             self.reference = load_reference(inputs.model.folder, dtype, self.process, config.replicate, config.compile)
@@ -172,6 +176,40 @@ class ReferenceStates(Need):
 
     def provide(self) -> dict[str, object]:
         return {"passes": (lambda policy, run, batch: self.reference(batch, run),)}
+
+
+class Anchors(Need):
+    """An answer a pair that the policy writes as it is, and its log-probs."""
+
+    states: ReferenceStates  # whose reference gives log-probs, shared with what needs its states
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        context = context_length(inputs.model.config)
+        return [BadRow(example.pair.where, f"its prompt of {len(example.prompt_ids)} tokens leaves no room for an "
+                       f"anchor in the model's context of {context} tokens", example.pair.to_row())
+                for example in inputs.examples if len(example.prompt_ids) >= context]
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        longest = max(inputs.examples, key=lambda example: len(example.prompt_ids))
+        room = context_length(inputs.model.config) - len(longest.prompt_ids)
+        # One number for all pairs: a batch's own would make anchors depend on how pairs share batches.
+        self.max_new_tokens = min(ANCHOR_TOKENS, room)
+        if room < ANCHOR_TOKENS:
+            self.process.print(f"anchors have up to {room} tokens, not {ANCHOR_TOKENS}: the longest prompt "
+                               f"({longest.pair.where}) leaves no more of the model's context (--max-prompt-length)")
+        self.chat, self.seed = inputs.model.chat, config.seed
+        return inputs
+
+    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        self.states.prepare_with_policy(config, inputs, policy, rows)
+
+    def provide(self) -> dict[str, object]:
+        return {"passes": (self.run_with_anchor,)}
+
+    def run_with_anchor(self, policy, run, batch):
+        """A pass of twdpo.objective.forward. All ranks."""
+        write = partial(write_anchors, chat=self.chat, seed=self.seed, max_new_tokens=self.max_new_tokens)
+        return with_anchor(policy, run, batch, write, partial(response_logps_of, self.states.reference))
 
 
 def reference_parts(config: TrainConfig, inputs: Inputs) -> list[Part]:
@@ -196,6 +234,7 @@ NEEDS: dict[str, type[Need]] = {
     "logps": Need,
     "input_gradient": InputGradients,
     "ref": Reference,
+    "anchor": Anchors,  # outside of the pass of the next, which is within the reference's forward
     "ref_states": ReferenceStates,
 }
 
@@ -214,7 +253,11 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
                          "reference's: leave it out")
     if config.ref_states == "disk" and "anchor" in objective.needs:
         raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
-    return [kind(process) for kind in kinds]
+    needs = [kind(process) for kind in kinds]
+    for need in needs:
+        if isinstance(need, Anchors):
+            need.states = next((each for each in needs if isinstance(each, ReferenceStates)), ReferenceStates(process))
+    return needs
 
 
 def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:
