@@ -4,6 +4,7 @@ A new need is one class and one entry of NEEDS.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
@@ -29,9 +30,11 @@ from twdpo.logps import (
     store_states,
 )
 from twdpo.loss_parts import loss_needs
+from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
+from twdpo.models.attribution import with_input_gradients
 from twdpo.models.reference import Reference as ModelReference
-from twdpo.models.reference import StoredReference, keep_head, load_reference
-from twdpo.models.source import check_length, load_tokenizer
+from twdpo.models.reference import StoredReference, keep_head, load_reference, response_logps_of
+from twdpo.models.source import check_length, context_length, load_tokenizer
 from twdpo.objective import Objective
 from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
@@ -212,6 +215,13 @@ class Reference(Need):
         return {"logps": {"reference": self.logps}}
 
 
+class InputGradients(Need):
+    """How much each token's embedding moves the policy's largest logit at the end."""
+
+    def provide(self) -> dict[str, object]:
+        return {"passes": (with_input_gradients,)}
+
+
 class ReferenceStates(Need):
     """What the distributions of the policy as it starts are made of: a frozen second policy, or with --ref-states disk
     its hidden states on disk and its head. (The run's identity names the model that it starts as.)"""
@@ -219,6 +229,8 @@ class ReferenceStates(Need):
     reference: ModelReference | StoredReference | None = None  # until the policy is there
 
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        if self.reference is not None:
+            return  # anchors needed it first
         dtype = pick_dtype(config.dtype, self.process.device)
         if config.ref_states == "memory":
             self.reference = load_reference(inputs.model.folder, dtype, self.process, config.replicate, config.compile)
@@ -229,6 +241,40 @@ class ReferenceStates(Need):
 
     def provide(self) -> dict[str, object]:
         return {"passes": (lambda policy, run, batch: self.reference(batch, run),)}
+
+
+class Anchors(Need):
+    """An answer a pair that the policy writes as it is, and its log-probs."""
+
+    states: ReferenceStates  # whose reference gives log-probs, shared with what needs its states
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        context = context_length(inputs.model.config)
+        return [BadRow(example.pair.where, f"its prompt of {len(example.prompt_ids)} tokens leaves no room for an "
+                       f"anchor in the model's context of {context} tokens", example.pair.to_row())
+                for example in inputs.examples if len(example.prompt_ids) >= context]
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        longest = max(inputs.examples, key=lambda example: len(example.prompt_ids))
+        room = context_length(inputs.model.config) - len(longest.prompt_ids)
+        # One number for all pairs: a batch's own would make anchors depend on how pairs share batches.
+        self.max_new_tokens = min(ANCHOR_TOKENS, room)
+        if room < ANCHOR_TOKENS:
+            self.process.print(f"anchors have up to {room} tokens, not {ANCHOR_TOKENS}: the longest prompt "
+                               f"({longest.pair.where}) leaves no more of the model's context (--max-prompt-length)")
+        self.chat, self.seed = inputs.model.chat, config.seed
+        return inputs
+
+    def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
+        self.states.prepare_with_policy(config, inputs, policy, rows)
+
+    def provide(self) -> dict[str, object]:
+        return {"passes": (self.run_with_anchor,)}
+
+    def run_with_anchor(self, policy, run, batch):
+        """A pass of twdpo.objective.forward. All ranks."""
+        write = partial(write_anchors, chat=self.chat, seed=self.seed, max_new_tokens=self.max_new_tokens)
+        return with_anchor(policy, run, batch, write, partial(response_logps_of, self.states.reference))
 
 
 def reference_parts(config: TrainConfig, inputs: Inputs) -> list[Part]:
@@ -252,7 +298,9 @@ NEEDS: dict[str, type[Need]] = {
     "contrast": Contrasted,
     "hidden": Need,
     "logps": Need,
+    "input_gradient": InputGradients,
     "ref": Reference,
+    "anchor": Anchors,  # outside of the pass of the next, which is within the reference's forward
     "ref_states": ReferenceStates,
 }
 
@@ -273,7 +321,12 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     if config.ref_states == "disk" and "ref_states" not in read:
         raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
                          "reference's: leave it out")
-    return [kind(process, objective) for kind in kinds]
+    needs = [kind(process, objective) for kind in kinds]
+    for need in needs:
+        if isinstance(need, Anchors):
+            need.states = next((each for each in needs if isinstance(each, ReferenceStates)),
+                               ReferenceStates(process, objective))
+    return needs
 
 
 def open_context(config: TrainConfig, needs: list[Need]) -> WeightContext:

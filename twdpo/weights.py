@@ -28,6 +28,7 @@ import torch
 
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
+from twdpo.importance import tidpo
 from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.plugins import stated
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
@@ -258,6 +259,7 @@ WEIGHTS = {
     "tis": tis,
     "sepo": sepo,
     "cdpo": cdpo,
+    "tidpo": tidpo,
 }
 
 
