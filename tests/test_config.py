@@ -110,9 +110,9 @@ FLAGS = {TrainConfig: SHARED + """
 --align --aux-model --batch-size --beta --checkpointing --compile --dtype --epochs --eval-every --eval-fraction
 --head-cache-gib --help-losses --import --keep-last --layer --leave-out --length-normalize --loss --loss-options --lr
 --max-grad-norm --max-length --max-prompt-length --max-steps --micro-batch-tokens --multiplier --no-sync --output-dir
---overwrite --packing --plan --profile --ref-states --renormalize --replicate --resume --sample --save-dtype --save-every
---seed --show --sink-k --sink-k-min --sink-on --token-stats --unseen --wandb --warmup-ratio --weight-decay --weights
---weights-options --weights-tokenizer""",
+--overwrite --packing --plan --profile --ref-states --renormalize --replicate --resume --sample --save-dtype
+--save-every --seed --show --sink-k --sink-k-min --sink-on --token-stats --unseen --wandb --warmup-ratio --weight-decay
+--weights --weights-options --weights-tokenizer""",
          ExtractConfig: SHARED + """
 --export --layers --out --report --report-min-count --report-pairs --rollout --verbalized"""}
 
