@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
 from models_of_tests import build
 from test_packing import EXAMPLES
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import train
 from twdpo import dist
@@ -16,7 +18,7 @@ from twdpo.config import TrainConfig
 from twdpo.dist import DTYPES, Process
 from twdpo.inputs import Inputs
 from twdpo.log import StageClock
-from twdpo.logratio import segment_sum
+from twdpo.logratio import segment_sum, weighted_logratio_spec
 from twdpo.losses import LOSSES, dpo
 from twdpo.models.policy import load_policy
 from twdpo.needs import ReferenceStates, open_context
@@ -68,8 +70,19 @@ def in_bfloat16(run: train.Run) -> train.Run:
     return run
 
 
+def made_twice(*operands):
+    """The op with all of its logits, both models', made again in the backward pass from what it was given, whatever
+    their size: the kernels do so, small logits are kept elsewhere."""
+    return checkpoint(weighted_logratio_spec, *operands, use_reentrant=False, preserve_rng_state=False)
+
+
 def gradients(run: train.Run) -> dict[str, torch.Tensor]:
     """Of a global batch of all examples, whole; after an evaluation of it. All ranks."""
+    with patch("twdpo.models.policy.weighted_logratio", made_twice):
+        return _gradients(run)
+
+
+def _gradients(run: train.Run) -> dict[str, torch.Tensor]:
     batches = train.with_means(run, train.micro_batches(run, EXAMPLES, list(range(len(EXAMPLES)))))
     with torch.no_grad():
         for batch in batches:
