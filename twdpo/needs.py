@@ -240,7 +240,11 @@ class ReferenceStates(Need):
         self.reference = keep_head(policy, states, dtype, self.process, config.replicate)
 
     def provide(self) -> dict[str, object]:
-        return {"passes": (lambda policy, run, batch: self.reference(batch, run),)}
+        return {"passes": (self.around,)}
+
+    def around(self, policy, run, batch):
+        """The policy's forward with batch.ref_states. All ranks."""
+        return self.reference(batch, run)
 
 
 class Anchors(Need):
