@@ -19,7 +19,8 @@ PAGES += (ROOT / "docs").glob("*.md")
 # A file imports only from files before it. README's order, but that folders stand last there.
 IMPORT_ORDER = """
     flags config files dist plugins toy/grammar data_files messages pairs forms dataset chat printed tokens examples
-    rows weights_file align postprocess judge/verbalized weights authors_columns batch kernels/tile_kernels
+    rows weights_file align postprocess judge/verbalized transport
+    weights authors_columns batch kernels/tile_kernels
     kernels/weighted_logratio logratio loss_parts vocabulary_losses losses objective leave_out metrics models/source
     models/varlen models/attention models/build models/shards
     models/policy models/generate models/memory judge/prompt judge/judge judge/extraction judge/verbalize logps
