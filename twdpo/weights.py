@@ -33,9 +33,11 @@ from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.plugins import stated
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.tokens import Example
+from twdpo.transport import otpo
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
+SAME_RATIO = 1e-4  # nats: log-ratios that differ by less are equal, as how rows are packed must change no selection
 ONLINE_NEEDS = {"hidden", "logps", "input_gradient"}  # what there is while the policy runs alone
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
@@ -248,6 +250,47 @@ def cdpo(batch, context: WeightContext) -> torch.Tensor:
 cdpo.norm = "none"
 cdpo.needs = ("contrast",)
 
+
+def tgdpo(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
+    """Guidance by rewards of tokens (TGDPO, Zhu et al. 2025, arXiv 2506.14574): 1 + alpha r, rejected 1 - alpha r.
+
+    r is beta, the run's own, times the log-ratio of the positive model (one that was trained with DPO, say) to the
+    negative one (its reference, by default the policy as it starts), as in their code; weights below 0, which it does
+    not prevent, are 0. Needs one auxiliary model, or two, one forward each, once.
+    """
+    weights = []
+    for positive, negative in aux_logps(batch, context, "positive", "negative"):
+        for sign, guide, reference in zip((1.0, -1.0), positive, negative):
+            weights.append(1 + sign * alpha * context.config.beta * torch.from_numpy(guide - reference))
+    return torch.cat(weights).clamp(min=0)
+
+
+tgdpo.norm = "none"
+tgdpo.needs = ("aux",)
+
+
+def selective(batch, context: WeightContext, *, k: float = 0.4,
+              direction: Literal["lag", "ratio"] = "lag") -> torch.Tensor:
+    """Tokens that the policy has yet to move (Selective-DPO, Dong 2025, arXiv 2507.07725): 1 for the share k, else 0.
+
+    By log(pi / pi_ref) of the policy as it is: the smallest of a chosen and the largest of a rejected answer (`lag`:
+    their code), or the largest of both (`ratio`). What ties with the last one is selected too: while all log-ratios are
+    0 every token, so that the first step is DPO's. Needs reference log-probs, whatever the loss.
+    """
+    if not 0 < k <= 1:
+        raise InputError(f"--weights-options k={k}: the share of selected tokens must be in (0, 1]")
+    weights = []
+    for place, ratio_N in enumerate((batch.logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())):
+        score_N = -ratio_N if direction == "lag" and place % 2 == 0 else ratio_N
+        count = int(k * (len(ratio_N) - 1) + 1e-9) + 1  # those at or above their quantile 1 - k
+        weights.append((score_N >= score_N.topk(count).values[-1] - SAME_RATIO).float())
+    return torch.cat(weights)
+
+
+selective.norm = "none"
+selective.needs = ("logps", "ref")
+
+
 WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
@@ -260,6 +303,9 @@ WEIGHTS = {
     "sepo": sepo,
     "cdpo": cdpo,
     "tidpo": tidpo,
+    "tgdpo": tgdpo,
+    "selective": selective,
+    "otpo": otpo,
 }
 
 
