@@ -10,6 +10,7 @@ from test_plan import COST, GPUS, example
 import train
 from twdpo.batch import collate
 from twdpo.config import TrainConfig
+from twdpo.flags import InputError
 from twdpo.losses import LOSSES
 from twdpo.models import memory
 from twdpo.models.memory import flops, most_tokens, plan_memory
@@ -52,6 +53,9 @@ def test_a_run_plans_with_it(monkeypatch, toy_model, capsys):
         printed.append("frozen reference" in capsys.readouterr().out)
     assert tokens[0] > tokens[1] > tokens[2] == most_tokens(large, 2, 44.0, "none", reference="memory") > 0
     assert printed == [False, True, True]
+    gpu.total_memory = 30 * 2**30
+    with pytest.raises(InputError, match="to try, or --ref-states disk, without a second model"):
+        memory.settle_memory(config, None, torch.bfloat16, GPUS, "memory")
 
 
 def test_operations_by_hand():
