@@ -16,6 +16,7 @@ from runs_of_tests import assert_close_rows, read_rows
 from safetensors.torch import load_file
 from test_model import plain_logps
 from test_packing import EXAMPLES
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -136,6 +137,20 @@ def test_one_process_in_bfloat16_has_the_gradients_of_one_that_shards_nothing(pl
     if place == "memory":  # the head alone is whole in one process
         assert all(isinstance(parameter, DTensor) for parameter in reference.parameters())
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_a_backward_pass_gathers_its_head_and_none_of_its_layers(tmp_path, process, monkeypatch):
+    run = made_run(save_model(tmp_path / "model"), process, TrainConfig(**flags(tmp_path, dtype="bfloat16")))
+    layers = set(run.context.passes[0].__self__.reference.model.model.layers)
+    gathered, original = [], FSDPParamGroup.unshard
+
+    def unshard(group, *args, **options):
+        in_backward = torch._C._current_graph_task_id() != -1
+        gathered.append((in_backward, group.modules[0] in layers))
+        return original(group, *args, **options)
+    monkeypatch.setattr(FSDPParamGroup, "unshard", unshard)
+    gradients(run)
+    assert (False, True) in gathered and (True, False) in gathered and (True, True) not in gathered
 
 
 @pytest.mark.slow
