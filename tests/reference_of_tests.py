@@ -18,7 +18,7 @@ from twdpo.config import TrainConfig
 from twdpo.dist import DTYPES, Process
 from twdpo.inputs import Inputs
 from twdpo.log import StageClock
-from twdpo.logratio import segment_sum, weighted_logratio_spec
+from twdpo.logratio import segment_sum, weighted_logratio, weighted_logratio_spec
 from twdpo.losses import LOSSES, dpo
 from twdpo.models.policy import load_policy
 from twdpo.needs import ReferenceStates, open_context
@@ -76,9 +76,9 @@ def made_twice(*operands):
     return checkpoint(weighted_logratio_spec, *operands, use_reentrant=False, preserve_rng_state=False)
 
 
-def gradients(run: train.Run) -> dict[str, torch.Tensor]:
-    """Of a global batch of all examples, whole; after an evaluation of it. All ranks."""
-    with patch("twdpo.models.policy.weighted_logratio", made_twice):
+def gradients(run: train.Run, remake: bool = True) -> dict[str, torch.Tensor]:
+    """Of a global batch of all examples, whole; after an evaluation of it. remake: with `made_twice`. All ranks."""
+    with patch("twdpo.models.policy.weighted_logratio", made_twice if remake else weighted_logratio):
         return _gradients(run)
 
 
