@@ -1,4 +1,4 @@
-"""docs/methods.md on focal heads: the report's correlation of the rounds finds the toy's head that looks at what decides."""
+"""docs/methods.md on focal heads: the correlation of the rounds finds the head of the toy that sees what decides."""
 
 import json
 
