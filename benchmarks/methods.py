@@ -19,8 +19,9 @@ Figures, on pairs that no arm trains on, but for the lift:
     seconds       median time of a step
 Two sources here are controls: `oracle` weighs the planted words alone, `shuffled` permutes the judge's attention within
 each answer. tis, sepo and cdpo compare the toy's model after a few steps on chosen answers with it after as many on
-rejected ones, of other pairs. `verbalized` is left out: the toy can't write scores. --out holds the finished cells, and
-of the last call methods.json, methods.md and the plot methods.svg. The last line is JSON.
+rejected ones, of other pairs; attention_contrast takes off the attention on the pair without a question. `verbalized`
+is left out: the toy can't write scores. --out holds the finished cells, and of the last call methods.json, methods.md
+and the plot methods.svg. The last line is JSON.
 """
 import argparse
 import atexit

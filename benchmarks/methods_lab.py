@@ -49,6 +49,14 @@ NEUTRAL = 128  # answers without filler
 DRAWN = 1024  # training pairs of a seed, of which an arm takes the first
 AUXILIARY = 512  # pairs that the auxiliary models are trained on
 ROWS = RowOptions(False, 4096)
+JUDGE_PROMPT = PRESETS["toy"]["judge_prompt"]
+OTHER_PROMPT = """\
+Question: {question}
+
+Answer A: {answer_a}
+
+Answer B: {answer_b}"""
+SOURCE_OPTIONS = {"attention_contrast": "against=the pair alone"}  # which Lab.context gives
 
 
 def oracle(batch, context: WeightContext) -> torch.Tensor:
@@ -137,10 +145,13 @@ class Lab:
         return self.pool(prompts, seed)
 
     @functools.cache  # noqa: B019
-    def attention(self, seed: int) -> WeightsFile:
-        """The judge's attention on a seed's training pairs."""
-        folder = self.folder / f"attention-{seed}"
-        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=PRESETS["toy"]["judge_prompt"])
+    def attention(self, seed: int, is_other: bool = False) -> WeightsFile:
+        """The judge's attention on a seed's training pairs; under the other prompt if asked for."""
+        folder, prompt = self.folder / f"attention-{seed}{'-other' * is_other}", JUDGE_PROMPT
+        if is_other:
+            (self.folder / "other.txt").write_text(OTHER_PROMPT)
+            prompt = str(self.folder / "other.txt")
+        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=prompt)
         extraction = Extraction(config, self.model, "last", str(seed), folder, self.process)
         extraction.run([example.pair for example in self.training(seed).examples])
         return extraction.open()
@@ -178,7 +189,9 @@ class Lab:
         logps = {name: self.auxiliary_logps(seed, name) for name in names}
         if "ref" in needs:
             logps["reference"] = self.training(seed).logps
-        return WeightContext(config, self.attention(seed) if "attention" in needs else None, logps=logps)
+        files = {name: self.attention(seed, is_other) for name, is_other in
+                 (("attention", False), ("attention_against", True)) if name in needs}
+        return WeightContext(config, **files, logps=logps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +213,8 @@ def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: 
               ) -> dict[str, float]:
     """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
     config = replace(arm_config(loss_name, factor), seed=seed, max_steps=STEPS)
-    objective = bind_objective(arm_loss(loss_name, config), WEIGHTS[source_name], source_name)
+    source = bind_options(WEIGHTS[source_name], SOURCE_OPTIONS.get(source_name, ""), "--weights-options")
+    objective = bind_objective(arm_loss(loss_name, config), source, source_name)
     pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
