@@ -61,6 +61,8 @@ def test_tis_by_hand():
     assert ranks == pytest.approx([1.3, 0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 0.9, 1.1, 0.7])
     scaled = weights("tis", {"transform": "scale"}, positive=SCORES, negative=ZEROS)
     assert scaled == pytest.approx([1.2, 0.8, 1.1, 0.8, 0.7, 1.02, 1.3, 0.96, 1.02, 0.7])
+    soft = weights("tis", {"transform": "sigmoid"}, positive=SCORES, negative=ZEROS)
+    assert soft[:4] == pytest.approx([2 / (1 + e(-1)), 2 / (1 + e(1)), 2 / (1 + e(-0.5)), 2 / (1 + e(1))])
     half = weights("tis", {"transform": "binary", "top": 0.5}, positive=SCORES, negative=ZEROS)
     assert half == [1, 0, 0, 1, 0, 1, 1, 0, 1, 0]
     assert set(weights("tis", {"transform": "binary"}, positive=SCORES, negative=ZEROS)) == {1}
