@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
 
-from train import Run, train_step
+from train import Run, micro_batches, train_step
 from twdpo import dist
 from twdpo.batch import PairBatch, collate, plan_micro_batches
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
@@ -31,15 +31,17 @@ from twdpo.log import StageClock
 from twdpo.logps import Contrast, response_logps
 from twdpo.losses import LOSSES
 from twdpo.metrics import pair_metrics
+from twdpo.models.attribution import with_input_gradients
 from twdpo.models.policy import Policy, load_policy
+from twdpo.models.reference import Reference, load_reference
 from twdpo.models.source import open_model
-from twdpo.objective import bind_objective
+from twdpo.objective import bind_objective, forward
 from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import KINDS, all_prompts, draw_row
-from twdpo.toy.planted import content_tokens, filler_drift, overlaps_planted, planted_tokens, source_lift
+from twdpo.toy.planted import content_tokens, filler_drift, overlaps_planted, planted_lift, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, Logps, WeightContext, attention, attention_pins
 from twdpo.weights_file import WeightsFile
 
@@ -178,7 +180,19 @@ class Lab:
         logps = {name: self.auxiliary_logps(seed, name) for name in names}
         if "ref" in needs:
             logps["reference"] = self.training(seed).logps
-        return WeightContext(config, self.attention(seed) if "attention" in needs else None, logps=logps)
+        passes = self.passes(config)
+        return WeightContext(config, self.attention(seed) if "attention" in needs else None, logps=logps,
+                             passes=tuple(passes[need] for need in passes if need in needs))
+
+    def passes(self, config: TrainConfig) -> dict[str, Callable]:
+        """What runs around the policy's forward, by the need that asks for it."""
+        return {"input_gradient": with_input_gradients,
+                "ref_states": lambda policy, run, batch: self.reference(batch, run)}
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The toy's model, frozen."""
+        return load_reference(self.model.folder, torch.float32, self.process)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,10 +225,22 @@ def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: 
         started = time.perf_counter()
         train_step(run)
         seconds.append(time.perf_counter() - started)
-    lift, _ = source_lift(objective.source, run.train, context)
+    lift = online_lift(run) if objective.is_online else source_lift(objective.source, run.train, context)[0]
     return evaluate(lab, lab.test) | {
         "key_margin": key_margin(lab), "planted_lift": lift, "seconds": statistics.median(seconds),
         "validation_accuracy": evaluate(lab, lab.validation)["accuracy"], "beta": config.beta}
+
+
+@torch.no_grad()
+def online_lift(run: Run) -> float:
+    """The lift of an online source, whose weights are of the policy as it is, over the training answers."""
+    lifts = []
+    for pairs in evaluation_batches(len(run.train), 64):
+        for batch in micro_batches(run, run.train, pairs):
+            outputs = forward(run.policy, batch, run.objective, run.context, run.config)
+            lifts.append(planted_lift(outputs.batch.weights_N, batch)[0])
+    lift_S = torch.cat(lifts)
+    return float(lift_S[~lift_S.isnan()].mean())
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_a_loss_without_a_reference_is_measured_against_it_all_the_same(tiny):
 def test_what_is_chosen():
     every = methods.choose_arms("", "")
     assert {loss for loss, _ in every} == set(LOSSES) and len(every) == len(set(every))
-    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized"}
+    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized", "attention_difference"}
     assert methods.choose_arms("dpo, ipo", "decay,ld") == [(loss, source) for loss in ("dpo", "ipo")
                                                            for source in ("decay", "ld")]
 

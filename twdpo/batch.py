@@ -34,11 +34,10 @@ class Anchor(NamedTuple):
 
 
 @dataclass
-class PairBatch:
-    """One micro-batch. Tensors live on the compute device, but for seq_lens_S, which stays on the CPU so that splitting
-    by sequence never waits for the device."""
+class SequenceBatch:
+    """Sequences in rows, as a model reads them. Tensors live on the compute device, but for seq_lens_S, which stays on
+    the CPU so that splitting by sequence never waits for the device."""
 
-    examples: list[Example]
     input_ids_RT: torch.Tensor  # int64; plain rows are padded on the right
     positions_RT: torch.Tensor  # int64, of each token in its own sequence
     ranges: Ranges  # of each sequence in R*T, prompt and response: see twdpo.rows.PackedRow
@@ -49,6 +48,21 @@ class PairBatch:
     weights_N: torch.Tensor  # fp32, as the op receives them
     scale_S: torch.Tensor  # fp32
     seq_lens_S: torch.Tensor  # int64 on the CPU, n = |y|
+    # For terms that compare distributions; while the policy's forward runs.
+    ref_states: RefStates | None = field(default=None, kw_only=True)
+
+    def to(self, device: torch.device) -> "SequenceBatch":
+        """A copy on `device`."""
+        moved = {item.name: send(getattr(self, item.name), device) for item in fields(self)
+                 if isinstance(getattr(self, item.name), torch.Tensor) and item.name != "seq_lens_S"}
+        return replace(self, **moved)
+
+
+@dataclass
+class PairBatch(SequenceBatch):
+    """One micro-batch: both sequences of each pair, and what is of pairs."""
+
+    examples: list[Example]
     pair_weights_P: torch.Tensor  # fp32, of the data: what each pair's loss is multiplied with
     margins_P: torch.Tensor  # fp32, of the data, for losses that read them
     coefficient_P: torch.Tensor  # fp32, 1, or 0 in a copy
@@ -62,7 +76,6 @@ class PairBatch:
     logps_N: torch.Tensor | None = None  # of the policy as it is, without gradient, for sources
     # Of each sequence, [prompt and response tokens] fp32: |d target / d embedding|_1 (twdpo.models.attribution).
     input_gradients: tuple[torch.Tensor, ...] | None = None
-    ref_states: RefStates | None = None  # for terms that compare distributions; while the policy's forward runs
     anchor: Anchor | None = None
 
     @property
@@ -70,12 +83,6 @@ class PairBatch:
         """Tokens that count towards throughput: no padding, no copies."""
         prompts = sum(2 * len(example.prompt_ids) for example in self.examples)
         return 0 if self.is_copy else sum(self.seq_lens_S.tolist()) + prompts
-
-    def to(self, device: torch.device) -> "PairBatch":
-        """A copy on `device`."""
-        moved = {item.name: send(getattr(self, item.name), device) for item in fields(self)
-                 if isinstance(getattr(self, item.name), torch.Tensor) and item.name != "seq_lens_S"}
-        return replace(self, **moved)
 
 
 class Outputs(NamedTuple):
@@ -105,11 +112,27 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
     instead of plain rows.
     """
     selected = [examples[pair] for pair in micro_batch.pairs]
-    sequences = [(example.prompt_ids, response.ids) for example in selected
-                 for response in (example.chosen, example.rejected)]
+    laid = lay_out([(example.prompt_ids, response.ids) for example in selected
+                    for response in (example.chosen, example.rejected)], packs, 2)
+    if ref_logps is not None:
+        laid.ref_logps_N = torch.from_numpy(np.concatenate([side for example in selected
+                                                            for side in ref_logps[example.pair.key]])).float()
+    return PairBatch(
+        **{item.name: getattr(laid, item.name) for item in fields(laid)}, examples=selected,
+        pair_weights_P=torch.tensor([example.pair.weight for example in selected], dtype=torch.float32),
+        margins_P=torch.tensor([example.pair.margin for example in selected], dtype=torch.float32),
+        coefficient_P=torch.full((len(selected),), float(micro_batch.real)), is_copy=not micro_batch.real,
+        pair_count=len(pairs), chosen_tokens=sum(len(examples[pair].chosen.ids) for pair in pairs))
+
+
+def lay_out(sequences: list[tuple[np.ndarray, np.ndarray]], packs: bool, group: int) -> SequenceBatch:
+    """(prompt, response) token ids as rows on the CPU: no reference, weights uniform. No response is empty.
+
+    group: so many neighbours share their common beginning in a packed row.
+    """
     rows = [np.concatenate(sequence) for sequence in sequences]
     if packs:
-        row = pack([rows[place:place + 2] for place in range(0, len(rows), 2)])
+        row = pack([rows[place:place + group] for place in range(0, len(rows), group)])
         input_ids_RT = torch.from_numpy(row.input_ids_T).long()[None]
         positions_RT = torch.from_numpy(row.positions_T).long()[None]
         ranges = row.ranges
@@ -119,20 +142,15 @@ def collate(micro_batch: MicroBatch, examples: list[Example], pairs: list[int],
         positions_RT = torch.arange(input_ids_RT.shape[1]).expand(input_ids_RT.shape)
         starts = range(0, input_ids_RT.numel(), input_ids_RT.shape[1])
         ranges = tuple(((start, start + len(each)),) for start, each in zip(starts, rows))
-    places = [np.concatenate([np.arange(*piece) for piece in pieces]) for pieces in ranges]
     # The label shift: the token at position t is predicted by the output at position t - 1.
-    predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)]
-                                                 for place, (prompt, response) in zip(places, sequences)]))
+    predict_N = torch.from_numpy(np.concatenate([place[len(prompt) - 1:len(prompt) - 1 + len(response)] for place,
+                                                 (prompt, response) in zip(places_of(ranges), sequences)]))
     targets_N = torch.from_numpy(np.concatenate([response for _, response in sequences])).long()  # some are read-only
-    if ref_logps is None:
-        ref_logps_N = torch.zeros(len(targets_N))
-    else:
-        ref_logps_N = torch.from_numpy(np.concatenate([side for example in selected
-                                                       for side in ref_logps[example.pair.key]]))
-    seq_lens_S = torch.tensor([len(response) for _, response in sequences])
-    return PairBatch(selected, input_ids_RT, positions_RT, ranges, packs, predict_N, targets_N, ref_logps_N.float(),
-                     torch.ones(len(targets_N)), torch.ones(len(sequences)), seq_lens_S,
-                     torch.tensor([example.pair.weight for example in selected], dtype=torch.float32),
-                     torch.tensor([example.pair.margin for example in selected], dtype=torch.float32),
-                     torch.full((len(selected),), float(micro_batch.real)), not micro_batch.real, len(pairs),
-                     sum(len(examples[pair].chosen.ids) for pair in pairs))
+    return SequenceBatch(input_ids_RT, positions_RT, ranges, packs, predict_N, targets_N, torch.zeros(len(targets_N)),
+                         torch.ones(len(targets_N)), torch.ones(len(sequences)),
+                         torch.tensor([len(response) for _, response in sequences]))
+
+
+def places_of(ranges: Ranges) -> list[np.ndarray]:
+    """Of each sequence, the places of its tokens in R*T, int64."""
+    return [np.concatenate([np.arange(*piece) for piece in pieces]) for pieces in ranges]

@@ -1,4 +1,4 @@
-"""Cached log-probs of frozen models: the reference, auxiliary models, and the contrast of two.
+"""Cached log-probs of frozen models: the reference, auxiliary models, and the contrast of two; hidden states likewise.
 
 One pass of each before step 1. The reference is the policy as it starts: same module, same kernel and the row plan of
 the first epoch, so that the margin at step 0 is exactly zero and no second model is ever resident. A cache folder is
@@ -6,17 +6,19 @@ named by what log-probs depend on; a pair in it by its tokens.
 """
 
 import gc
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import safetensors.numpy
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.config import TrainConfig
-from twdpo.dist import Process, pick_dtype
+from twdpo.dist import Process, pick_dtype, send
 from twdpo.files import cache_directory, hash_json, hash_to_int64, write_atomic
 from twdpo.flags import InputError
 from twdpo.logratio import LOGPS_VERSION, HeadOptions, weighted_logratio
@@ -27,7 +29,23 @@ from twdpo.tokens import Example
 from twdpo.weights import Logps
 
 FLUSH_BATCHES = 16  # global batches between writes to the cache
+STATES_FLUSH_BATCHES = 4  # of hidden states, which are thousands of times as large
 CONTRAST = 1.0  # cDPO's b: softmax((1 + b) z_positive - b z_negative)
+
+# What a cache folder holds of every pair, end to end; the first word names the files.
+LOGPS, STATES = "logps_N", "states_ND"
+
+Sides = dict[int, tuple[torch.Tensor, torch.Tensor]]  # of both answers, by the key of their tokens
+Part = tuple[list[Example], list[list[int]]]  # examples, and the global batches of them that are run
+
+
+class Place(NamedTuple):
+    """Rows of a file of the cache: the chosen answer's, first .. middle, then the rejected one's, .. last."""
+
+    path: Path
+    first: int
+    middle: int
+    last: int
 
 
 def logps_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device, packs: bool,
@@ -56,18 +74,29 @@ def response_logps(model: Callable[[PairBatch], Outputs], process: Process, exam
     """
     keys = {pair: example_key(examples[pair]) for batch in batches for pair in batch}
     # One process reads, so that all agree on what is left to do even when they don't share a disk.
-    stored: dict[int, Logps] = process.broadcast(read_cache(folder, set(keys.values())) if process.is_main else None)
+    stored: dict[int, Logps] = process.broadcast(read_logps(folder, set(keys.values())) if process.is_main else None)
     missing = sum(key not in stored for key in keys.values())
     process.print(f"{what} log-probs: {len(keys) - missing} of {len(keys)} pairs cached in {folder}")
+
+    def write(new: Sides) -> set[int]:
+        own = {key: tuple(side.numpy() for side in sides) for key, sides in new.items()}
+        found = {key: sides for part in process.gather(own) for key, sides in part.items()}  # all ranks
+        if process.is_main and found:
+            write_cache(folder, LOGPS, {key: tuple(map(torch.from_numpy, sides)) for key, sides in found.items()})
+        stored.update(found)
+        return set(found)
     if missing:
-        stored = _run_missing(model, process, examples, batches, rows, folder, what, keys, stored)
+        run_missing(process, examples, batches, rows, keys, set(stored), what,
+                    lambda batch: model(batch).logps_N.float().cpu(), write)  # sync
     return {examples[pair].pair.key: stored[key] for pair, key in keys.items()}
 
 
-def _run_missing(model, process: Process, examples: list[Example], batches: list[list[int]], rows: RowOptions,
-                 folder: Path, what: str, keys: dict[int, int], stored: dict[int, Logps]) -> dict[int, Logps]:
-    """`stored` with what it lacks. All ranks."""
-    new: dict[int, Logps] = {}
+def run_missing(process: Process, examples: list[Example], batches: list[list[int]], rows: RowOptions,
+                keys: dict[int, int], stored: set[int], what: str, run: Callable[[PairBatch], torch.Tensor],
+                write: Callable[[Sides], set[int]], flush_batches: int = FLUSH_BATCHES) -> None:
+    """run(batch) -> [N, ...] on the CPU, over all pairs whose keys are not stored; what it gives goes to `write` every
+    few global batches, which returns the keys that all processes have written. All ranks."""
+    new: Sides = {}
     with process.progress(total=len(keys), desc=what, unit="pair") as bar:
         for number, pairs in enumerate(batches, 1):
             plan = plan_micro_batches(pairs, examples, process.world_size, rows)
@@ -76,54 +105,123 @@ def _run_missing(model, process: Process, examples: list[Example], batches: list
                 if all(keys[pair] in stored for pair in everyone):
                     continue
                 batch = collate(micro_batch, examples, pairs, packs=rows.packs).to(process.device)
-                logps_N = model(batch).logps_N  # all ranks
-                parts = [part.numpy() for part in logps_N.float().cpu().split(batch.seq_lens_S.tolist())]  # sync
-                new |= {keys[pair]: tuple(parts[2 * row:2 * row + 2]) for row, pair in enumerate(micro_batch.pairs)
-                        if keys[pair] not in stored}
-            if number % FLUSH_BATCHES == 0 or number == len(batches):
-                for part in process.gather(new):  # all ranks
-                    new = part | new
-                if process.is_main and new:
-                    write_cache(folder, new)
-                stored, new = stored | new, {}
+                parts = run(batch).split(batch.seq_lens_S.tolist())  # all ranks
+                new |= {keys[pair]: parts[2 * row:2 * row + 2] for row, pair in enumerate(micro_batch.pairs)
+                        if micro_batch.real and keys[pair] not in stored}
+            if number % flush_batches == 0 or number == len(batches):
+                stored, new = stored | write(new), {}  # all ranks
             bar.update(len(pairs))
-    return stored
 
 
 def cached_logps(process: Process, examples: list[Example], folder: Path) -> list[Logps] | None:
     """Log-probs of all examples from the cache, None unless it holds every one. All ranks."""
     keys = [example_key(example) for example in examples]
-    stored = process.broadcast(read_cache(folder, set(keys)) if process.is_main else None)
+    stored = process.broadcast(read_logps(folder, set(keys)) if process.is_main else None)
     return [stored[key] for key in keys] if all(key in stored for key in keys) else None
 
 
-def write_cache(folder: Path, logps: dict[int, Logps]) -> None:
+def read_logps(folder: Path, wanted: set[int]) -> dict[int, Logps]:
+    """Cached log-probs of the wanted keys."""
+    places = {key: place for key, place in read_places(folder, LOGPS).items() if key in wanted}
+    return {key: (chosen.numpy(), rejected.numpy())
+            for key, (chosen, rejected) in zip(places, read_sides(places.values(), LOGPS))}
+
+
+def write_cache(folder: Path, kind: str, values: Sides) -> None:
     """One file of the cache, written atomically; its name holds a hash of its keys."""
-    keys = sorted(logps)
-    arrays = {
-        "key_E": np.array(keys, dtype=np.int64),
-        "length_E2": np.array([[len(side) for side in logps[key]] for key in keys], dtype=np.int64),
-        "logps_N": np.concatenate([side for key in keys for side in logps[key]]),
+    keys = sorted(values)
+    tensors = {
+        "key_E": torch.tensor(keys, dtype=torch.int64),
+        "length_E2": torch.tensor([[len(side) for side in values[key]] for key in keys], dtype=torch.int64),
+        kind: torch.cat([side for key in keys for side in values[key]]),
     }
-    path = folder / f"logps-{hash_json(keys)[:16]}.safetensors"
-    write_atomic(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary))
+    path = folder / f"{kind.split('_')[0]}-{hash_json(keys)[:16]}.safetensors"
+    write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
 
 
-def read_cache(folder: Path, wanted: set[int]) -> dict[int, Logps]:
-    """Cached log-probs of the wanted keys. A file that can't be read is removed, with a word."""
-    found: dict[int, Logps] = {}
-    for path in sorted(folder.glob("logps-*.safetensors")):
+def read_places(folder: Path, kind: str) -> dict[int, Place]:
+    """Where the cache has what, by key. A file that can't be read is removed, with a word."""
+    found: dict[int, Place] = {}
+    for path in sorted(folder.glob(f"{kind.split('_')[0]}-*.safetensors")):
         try:
-            arrays = safetensors.numpy.load_file(path)
+            with safe_open(path, "pt") as file:  # which looks at the size too
+                keys, lengths = file.get_tensor("key_E"), file.get_tensor("length_E2")
         except SafetensorError as error:
-            print(f"warning: {path} is damaged ({error}): removed, its log-probs are computed again")
-            path.unlink()
+            print(f"warning: {path} is damaged ({error}): removed, what it held is computed again")
+            path.unlink(missing_ok=True)  # another process may have been faster
             continue
-        ends = np.cumsum(arrays["length_E2"].reshape(-1))[:-1]
-        parts = np.split(arrays["logps_N"], ends)
-        found |= {key: (parts[2 * place], parts[2 * place + 1]) for place, key in enumerate(arrays["key_E"].tolist())
-                  if key in wanted}
+        ends = lengths.flatten().cumsum(0).view(-1, 2)
+        found |= {key: Place(path, *row) for key, row in
+                  zip(keys.tolist(), torch.cat([ends[:, :1] - lengths[:, :1], ends], dim=1).tolist())}
     return found
+
+
+def read_sides(places: Iterable[Place], kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both answers' values of each place, in this order; of the files only these are read."""
+    with ExitStack() as stack:
+        files: dict[Path, object] = {}
+        for path, first, middle, last in places:
+            if path not in files:
+                files[path] = stack.enter_context(safe_open(path, "pt")).get_slice(kind)
+            yield files[path][first:middle], files[path][middle:last]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hidden states on disk
+
+class StoredStates:
+    """Hidden states that predict the response tokens, read from the cache when a batch asks for them."""
+
+    def __init__(self, places: dict[int, Place]):
+        """places: by the pair's key."""
+        self.places = places
+
+    def __call__(self, batch: PairBatch) -> torch.Tensor:
+        """[N, D] in the compute dtype, on the batch's device. The host does not wait for it."""
+        places = [self.places[example.pair.key] for example in batch.examples]
+        return send(torch.cat([side for sides in read_sides(places, STATES) for side in sides]),
+                    batch.targets_N.device)
+
+
+@torch.no_grad()
+def store_states(policy: Policy, process: Process, parts: list[Part], rows: RowOptions, folder: Path,
+                 dtype: torch.dtype) -> StoredStates:
+    """Hidden states of the policy as it is now, for all pairs of all parts, written where they are not yet. All ranks.
+
+    Raises InputError when the disk has no room for them, before the first is computed.
+    """
+    examples = {example_key(examples[pair]): examples[pair] for examples, batches in parts for batch in batches
+                for pair in batch}
+    stored = process.broadcast(set(read_places(folder, STATES)) if process.is_main else None)
+    token_bytes = policy.model.get_output_embeddings().weight.shape[1] * dtype.itemsize
+    sizes = {key: token_bytes * (len(each.chosen.ids) + len(each.rejected.ids)) for key, each in examples.items()}
+    missing = sum(size for key, size in sizes.items() if key not in stored)
+    process.print(f"hidden states of the reference: {sum(sizes.values()) / 2**30:.3g} GiB for {len(sizes)} pairs, "
+                  f"{token_bytes} bytes a response token; {missing / 2**30:.3g} GiB are not yet in {folder}")
+    process.on_main(lambda: check_room(folder, missing))
+
+    def write(new: Sides) -> set[int]:
+        if new:
+            write_cache(folder, STATES, new)
+        return set().union(*process.gather(set(new)))  # all ranks
+    if missing:
+        for part, batches in parts:
+            keys = {pair: example_key(part[pair]) for batch in batches for pair in batch}
+            run_missing(process, part, batches, rows, keys, stored, "hidden states",
+                        lambda batch: policy(batch, with_hidden=True).hidden_ND.cpu(), write, STATES_FLUSH_BATCHES)
+    places = read_places(folder, STATES)
+    if absent := examples.keys() - places.keys():
+        raise InputError(f"--ref-states disk: {len(absent)} of {len(examples)} pairs that other processes have written "
+                         f"are not in {folder} here: --cache-dir must be one folder for all of them")
+    return StoredStates({example.pair.key: places[key] for key, example in examples.items()})
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise InputError when the disk of a folder that may not be there yet has fewer free bytes."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise InputError(f"--ref-states disk: {needed / 2**30:.3g} GiB of hidden states are to be written to {folder}, "
+                         f"where {free / 2**30:.3g} GiB are free: name another --cache-dir, or use --ref-states memory")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,14 +229,17 @@ def read_cache(folder: Path, wanted: set[int]) -> dict[int, Logps]:
 
 def open_aux_models(config: TrainConfig, policy_model: Model, examples: list[Example], process: Process
                     ) -> list[Model]:
-    """The positive and the negative model of --aux-model. Raises InputError. All ranks.
+    """The positive and the negative model of --aux-model; with --aux-prompts one. Raises InputError. All ranks.
 
-    The negative one is the policy's starting weights unless it is named.
+    The negative one, and the one of --aux-prompts, is the policy's starting weights unless it is named.
     """
     names = [name.strip() for name in config.aux_model.split(",") if name.strip()]
-    if not 1 <= len(names) <= 2:
+    if config.aux_prompts and len(names) > 1:
+        raise InputError(f"--aux-prompts compares two prompts of one model, and --aux-model {config.aux_model} names "
+                         f"{len(names)}: give one, or none for the policy's starting weights")
+    if not config.aux_prompts and not 1 <= len(names) <= 2:
         raise InputError(f"--aux-model is {config.aux_model!r}: this weight source needs one model or two, POSITIVE or "
-                         "POSITIVE,NEGATIVE (without the second: the policy's starting weights)")
+                         "POSITIVE,NEGATIVE (without the second: the policy's starting weights), or --aux-prompts")
     opened = {policy_model.name: policy_model, config.model: policy_model}
     for name in names:
         if name not in opened:
@@ -151,7 +252,7 @@ def open_aux_models(config: TrainConfig, policy_model: Model, examples: list[Exa
         if model.tokenizer.get_vocab() != policy_model.tokenizer.get_vocab():
             raise InputError(f"--aux-model {model.folder}: its tokenizer is not the policy's, so their log-probs are "
                              "of other tokens")
-    return models if len(models) == 2 else [*models, policy_model]
+    return (models + [policy_model])[:1 if config.aux_prompts else 2]
 
 
 def auxiliary_logps(config: TrainConfig, names: tuple[str, ...], models: list[Model], examples: list[Example],
@@ -168,6 +269,20 @@ def auxiliary_logps(config: TrainConfig, names: tuple[str, ...], models: list[Mo
         logps[name] = frozen_logps(config, name, which, fingerprint, examples, process)
         gc.collect()  # FSDP2's modules refer to themselves in circles
     return logps
+
+
+def prompted_logps(config: TrainConfig, model: Model, examples: list[Example],
+                   prompted: Mapping[str, Mapping[int, Example]], process: Process) -> dict[str, dict[int, Logps]]:
+    """Log-probs of all `examples` under one model behind different prompts, by the prompt's name and the pair's key.
+
+    prompted: by name the examples behind that prompt, by the key of the pair that each is of. All ranks.
+    """
+    behind = {name: {example.pair.key: of[example.pair.key] for example in examples} for name, of in prompted.items()}
+    every = [example for of in behind.values() for example in of.values()]
+    process.print(f"model behind --aux-prompts: {model.folder}")
+    logps = frozen_logps(config, "prompted", [model], model.fingerprint, every, process)
+    gc.collect()  # FSDP2's modules refer to themselves in circles
+    return {name: {key: logps[example.pair.key] for key, example in of.items()} for name, of in behind.items()}
 
 
 def frozen_logps(config: TrainConfig, name: str, models: list[Model], fingerprint: str, examples: list[Example],

@@ -4,9 +4,10 @@ A source is `WEIGHTS[name](batch, context) -> raw_N`: fp32 over the response tok
 without gradient. To add one, write the function and its line in WEIGHTS (or do both in a file given to --import).
 Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
     norm   how raw weights are normalised: "mean1" (the default), "selected_mean", "pair_min" or "none" (`normalize`)
-    needs  what it reads beside the pairs: "attention" (context.attention: a weights file), "scores" (context.scores:
-           verbalised ones), "aux" (context.logps["positive"] and ["negative"]: log-probs under the models of
-           --aux-model), "contrast" (context.logps["contrast"]: under the contrast of the two), "ref"
+    needs  what it reads beside the pairs: "attention" (context.attention: a weights file), "attention_against" (the
+           same: what its option `against` names), "scores" (context.scores: verbalised ones), "aux"
+           (context.logps["positive"] and ["negative"]: log-probs under the models of --aux-model, or behind the texts
+           of --aux-prompts), "contrast" (context.logps["contrast"]: under the contrast of two models), "ref"
            (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
            the response tokens, without gradient and not to be written to; the source is then called inside each
            forward, on the policy's device), "logps" (batch.logps_N: the policy's log-probs, likewise, known after its
@@ -27,11 +28,12 @@ import torch
 
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
+from twdpo.importance import tidpo
 from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.plugins import stated
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.tokens import Example
-from twdpo.transport import Cost, CostScale, count_iterations, transport_shares
+from twdpo.transport import otpo
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
@@ -46,6 +48,7 @@ class WeightContext:
 
     config: TrainConfig
     attention: WeightsFile | None = None
+    attention_against: WeightsFile | None = None
     scores: ScoresFile | None = None
     # Of frozen models ("reference", "positive", "negative", "contrast"): log-probs of responses, by the pair's key.
     logps: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
@@ -91,6 +94,29 @@ def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
 
 
 attention_surprise.needs = ("attention", "ref")
+
+
+def attention_difference(batch, context: WeightContext, *, against: str) -> torch.Tensor:
+    """What the judge looks at for its question and not for another one: max(0, a - b), b its attention of `against`.
+
+    Salience that any question has is taken off (this project; no paper). against: another judge prompt, as
+    --judge-prompt takes it, or a folder of extract.py. Each is normalised first, over tokens that neither pins; these
+    keep 1/n. Needs two weights files, of two judge forwards a pair each, once.
+    """
+    weights = []
+    for example in batch.examples:
+        both = zip(context.attention[example.pair.key], context.attention_against[example.pair.key])
+        for response, judged in zip((example.chosen, example.rejected), both):
+            pinned_N = np.any([pinned_tokens(response, each, context.config) for each in judged], axis=0)
+            free_2N = [np.where(pinned_N, 0, attention_weights(response, each, context.config)) for each in judged]
+            mass_N, other_N = (free_N / (free_N.sum() or 1) for free_N in free_2N)
+            raw_N = (mass_N - other_N).clip(min=0)
+            # Without a positive difference the answer has no weight, which is counted and said.
+            weights.append(pin_and_share(raw_N, pinned_N) if raw_N.any() or pinned_N.all() else raw_N)
+    return torch.from_numpy(np.concatenate(weights)).float()
+
+
+attention_difference.needs = ("attention", "attention_against")
 
 
 def verbalized(batch, context: WeightContext) -> torch.Tensor:
@@ -139,7 +165,7 @@ def ld(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
 ld.norm = "none"
 
 
-def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "scale", "binary"] = "exp",
+def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "scale", "binary", "sigmoid"] = "exp",
         low: float = -0.5, high: float = 1.5, mu: float = 1.0, k: float = 1.0, top: float = 1.0) -> torch.Tensor:
     """Token-level importance (TIS-DPO, Liu et al. 2024, arXiv 2410.04350).
 
@@ -147,7 +173,9 @@ def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "sca
     `exp` (the paper): k exp(mu clamp(d, low, high)), clamped before it is negated. Of its code: `rank`, the rank of d
     in its answer, from 0.7 to 1.3 (its README); `scale`, d from -1.5 to 1.5 as 0.7 to 1.3; `binary`, 1 for the share
     `top` of the largest d, else 0 (its settings file: top=1, so that all are 1). (Its `origin` and `threshold` give
-    weights below 0, which are refused here.) Needs two auxiliary models, one forward each, once.
+    weights below 0, which are refused here.) `sigmoid`: 2 sigma(d), which is 1 + 2r with r the token reward that T-REG
+    (Zhou et al. 2024, arXiv 2412.02685) has of two prompts, there a regulariser and no weight. Needs two auxiliary
+    models, or two texts before one (--aux-prompts), one forward each, once.
     """
     if not low < high:
         raise InputError(f"--weights-options low={low},high={high}: low must be less than high")
@@ -159,6 +187,8 @@ def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "sca
             score_N = torch.from_numpy(higher - lower)
             if transform == "exp":
                 weights.append(k * torch.exp(sign * mu * score_N.clamp(low, high)))
+            elif transform == "sigmoid":
+                weights.append(2 * torch.sigmoid(sign * score_N))
             elif transform == "scale":
                 weights.append(1 + 0.2 * (sign * score_N).clamp(-1.5, 1.5))
             elif transform == "binary":
@@ -261,38 +291,18 @@ selective.norm = "none"
 selective.needs = ("logps", "ref")
 
 
-def otpo(batch, context: WeightContext, *, reg: float = 1.0, reg_m: float = 0.2, cost: Cost = "euclidean",
-         cost_scale: CostScale = "block_max") -> torch.Tensor:
-    """Optimal transport between the hidden states of the two answers (OTPO, Li et al. 2025, arXiv 2505.18720).
-
-    What a token weighs is its row's or column's sum of the unbalanced plan (twdpo/transport.py), reg and reg_m being
-    the paper's epsilon_1 and epsilon_2; an answer's weights sum to the shorter answer's length. cost: `cosine` is an
-    ablation of the paper (`uniform` is another). cost_scale: what divides the costs where it is more than 1, their
-    largest (`block_max`), or that or the longest hidden state (`padded_max`: their code, where padding counts). Reads
-    the policy's hidden states, with no further forward. Theirs: --loss dpo, beta 0.01 (8B; 3B: 0.1, and reg=0.1).
-    """
-    return transport_shares(batch.hidden_ND, batch.seq_lens_S.tolist(), reg=reg, reg_m=reg_m, cost=cost,
-                            cost_scale=cost_scale)
-
-
-def otpo_needs(*, reg: float, reg_m: float, **_) -> tuple[str, ...]:
-    count_iterations(reg, reg_m)  # settings out of reach are refused before any weights are loaded
-    return ("hidden",)
-
-
-otpo.norm = "pair_min"
-otpo.needs = otpo_needs
-
 WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
     "attention_surprise": attention_surprise,
+    "attention_difference": attention_difference,
     "verbalized": verbalized,
     "decay": decay,
     "ld": ld,
     "tis": tis,
     "sepo": sepo,
     "cdpo": cdpo,
+    "tidpo": tidpo,
     "tgdpo": tgdpo,
     "selective": selective,
     "otpo": otpo,

@@ -79,12 +79,12 @@ class Layout:
 
 
 def run_decoder(decoder, input_ids_RT: torch.Tensor, positions_RT: torch.Tensor, layout: Layout,
-                num_layers: int | None = None) -> torch.Tensor:
-    """Hidden states of the last layer, [R, T, D]. Raises InputError unless each of the first `num_layers` layers (None:
-    of all) attended once: one that does not go through transformers' AttentionInterface would get no mask, and look
-    ahead without a word."""
-    hidden_RTD = decoder(input_ids=input_ids_RT, position_ids=positions_RT, use_cache=False, layout=layout
-                         ).last_hidden_state
+                num_layers: int | None = None, embeddings_RTD: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states of the last layer, [R, T, D], of tokens, or of `embeddings_RTD` in their place. Raises InputError
+    unless each of the first `num_layers` layers (None: of all) attended once: one that does not go through
+    transformers' AttentionInterface would get no mask, and look ahead without a word."""
+    given = {"input_ids": input_ids_RT} if embeddings_RTD is None else {"inputs_embeds": embeddings_RTD}
+    hidden_RTD = decoder(**given, position_ids=positions_RT, use_cache=False, layout=layout).last_hidden_state
     config, attended = decoder.config, layout.attended
     expected = range(config.get_text_config().num_hidden_layers if num_layers is None else num_layers)
     if sorted(attended) != list(expected):

@@ -56,10 +56,22 @@ def generate(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, g
 
     generate: what to call instead of the model's own `generate`.
     """
-    device, longest = next(model.parameters()).device, max(map(len, prompts))
-    room = context_length(model.config) - longest
+    room = context_length(model.config) - max(map(len, prompts))
     if room < 1:
         return [""] * len(prompts)  # nothing is matched: the pair is left out and counted
+    ends, end = turn_ends(chat)
+    rows = continuations(model, chat, prompts, min(max_new_tokens, room), generate, **options)
+    answers = [list(itertools.takewhile(lambda id: id not in ends, ids)) for ids in rows]
+    texts = chat.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.partition(end)[0] for text in texts] if end else texts
+
+
+@torch.no_grad()
+def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, generate=None, **options
+                  ) -> list[list[int]]:
+    """The likeliest next tokens of prompts, as `options` (of transformers' generate) leave them. One that ends before
+    the longest of its batch is padded after its end, with what may be a word. Inside `writing`."""
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):  # padded on the left, so that all go on from the same place
@@ -67,13 +79,19 @@ def generate(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, g
         mask[row, longest - len(ids):] = 1
     # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
     ends, end = turn_ends(chat)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=min(max_new_tokens, room), pad_token_id=0,
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0,
                                 eos_token_id=ends, stop_strings=[end] if end else None)
     model.generation_config = settings
     options |= {"tokenizer": chat.tokenizer} if end else {}
     output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
                                           generation_config=settings, **options)
-    # An answer that ends before the longest of its batch is padded after its end, with what may be a word.
-    answers = [list(itertools.takewhile(lambda id: id not in ends, ids)) for ids in output[:, longest:].tolist()]
-    texts = chat.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.partition(end)[0] for text in texts] if end else texts
+    return output[:, longest:].tolist()
+
+
+def with_end(chat: Chat, ids: list[int]) -> list[int]:
+    """A row of `continuations` up to its end of the turn and with it; all of one that has none."""
+    ends, end = turn_ends(chat)
+    for place, id in enumerate(ids, 1):
+        if id in ends or end and end in chat.tokenizer.decode(ids[:place]):
+            return ids[:place]
+    return ids

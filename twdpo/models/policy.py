@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from twdpo.batch import Outputs, PairBatch, collate
+from twdpo.batch import Outputs, PairBatch, SequenceBatch, collate
 from twdpo.dist import Process, shard_module
 from twdpo.flags import InputError
-from twdpo.logratio import weighted_logratio
+from twdpo.logratio import logits_of, weighted_logratio
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import (
     build_on_meta,
@@ -46,19 +46,13 @@ class Policy(torch.nn.Module):
         states too.
         """
         # No mask: rows are causal, and padded on the right only or packed (twdpo/rows.py).
-        hidden_ND, head = self._states(batch), self.model.get_output_embeddings()
+        hidden_ND, head = response_states(self.model, batch), self.model.get_output_embeddings()
         if weigh is not None:
             batch = replace(weigh(replace(batch, hidden_ND=hidden_ND.detach())), hidden_ND=None)
         ratio_S, logps_N, found = weighted_logratio(
             hidden_ND, head.weight, batch.targets_N, batch.ref_logps_N, batch.weights_N, batch.seq_lens_S,
             batch.scale_S, getattr(head, "bias", None), self.options, terms, self.head_cache_gib, batch.ref_states)
         return Outputs(ratio_S, logps_N, replace(batch, ref_states=None), found, hidden_ND if with_hidden else None)
-
-    def _states(self, batch: PairBatch) -> torch.Tensor:
-        """Hidden states that predict the response tokens [N, D]."""
-        layout = Layout(batch.ranges, batch.packs)
-        hidden_RTD = run_decoder(self.model.get_decoder(), batch.input_ids_RT, batch.positions_RT, layout)
-        return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
 
     def states_and_head(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(hidden_ND, head_VD, bias_V) for what `forward` does not do; copies of the head, which outlive its shards.
@@ -67,7 +61,17 @@ class Policy(torch.nn.Module):
         """
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        return self._states(batch), head.weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return (response_states(self.model, batch), head.weight.detach().clone(),
+                None if bias is None else bias.detach().clone())
+
+    def largest_logits(self, batch: SequenceBatch, delta_RTD: torch.Tensor) -> torch.Tensor:
+        """The largest logit at each position of batch.predict_N, [N] fp32, where `delta_RTD` is added to the embeddings
+        of the tokens. (What FSDP2 has to know of must be an argument of its own.) Under FSDP2 all ranks."""
+        embeddings_RTD = self.model.get_input_embeddings()(batch.input_ids_RT).detach()
+        hidden_ND = response_states(self.model, batch, embeddings_RTD + delta_RTD.to(embeddings_RTD.dtype))
+        head = self.model.get_output_embeddings()
+        logits_NV = logits_of(hidden_ND, head.weight, getattr(head, "bias", None), self.options)
+        return logits_NV.max(dim=-1).values
 
     def set_requires_gradient_sync(self, on: bool) -> None:
         """FSDP2 replaces this; one process that holds everything has nothing to reduce."""
@@ -75,6 +79,14 @@ class Policy(torch.nn.Module):
     def generate(self, **arguments) -> torch.Tensor:
         """transformers' `generate` of the model. Under FSDP2 all ranks."""
         return self.model.generate(**arguments)
+
+
+def response_states(model, batch: SequenceBatch, embeddings_RTD: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states of a causal LM that predict the response tokens [N, D]; of its tokens, or of these embeddings."""
+    layout = Layout(batch.ranges, batch.packs)
+    hidden_RTD = run_decoder(model.get_decoder(), batch.input_ids_RT, batch.positions_RT, layout,
+                             embeddings_RTD=embeddings_RTD)
+    return hidden_RTD.flatten(0, 1).index_select(0, batch.predict_N)
 
 
 @torch.no_grad()
@@ -126,6 +138,6 @@ def build_policy(model_config, compute_dtype: torch.dtype, process: Process, che
     enable_checkpointing(layers, checkpointing)
     policy = Policy(model, head_cache_gib)
     shard_module(policy, layers, None if compute_dtype == torch.float32 else compute_dtype, process.device, replicate)
-    for name in ("generate", "states_and_head"):
+    for name in ("generate", "states_and_head", "largest_logits"):
         register_fsdp_forward_method(policy, name)
     return policy.train()
