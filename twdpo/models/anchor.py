@@ -42,8 +42,8 @@ def with_anchor(policy: Policy, run: Callable[[PairBatch], Outputs], batch: Pair
                        for example, ids in zip(batch.examples, write(policy, batch.examples))],  # all ranks
                       batch.packs, 1).to(batch.input_ids_RT.device)
     ref_logps_M = reference_logps(anchors)  # all ranks
-    # After the pairs' forward, and never inside the batch that goes into it: FSDP2 looks for gradients among what a
-    # root is given, and would take the anchor's for the end of the backward pass.
+    # Not inside the batch that goes into the pairs' forward: since torch 2.13 FSDP2 looks for gradients in dataclasses
+    # too, and would hang the end of the root's backward pass on the anchors'.
     outputs = run(batch)
     logps_M = policy(anchors).logps_N  # all ranks
     return outputs._replace(batch=replace(outputs.batch, anchor=Anchor(logps_M, ref_logps_M, anchors.seq_lens_S)))
