@@ -142,7 +142,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     check_pair_numbers(objective, inputs, process)
     model = inputs.model
     check_architecture(model.config, config.head_cache_gib)
-    checkpointing, budget = settle_memory(config, model.config, dtype, process)
+    checkpointing, budget = settle_memory(config, model.config, dtype, process, objective.place_of_reference(config))
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
     config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,
                      checkpointing=checkpointing, micro_batch_tokens=budget, dtype=name_of_dtype(dtype))
@@ -308,7 +308,8 @@ def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: floa
     if process.device.type == "cuda":
         row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
     if cost:
-        done = sum(flops(cost, batch) for batch in batches if not batch.is_copy)
+        done = sum(flops(cost, batch, run.objective.place_of_reference(run.config)) for batch in batches
+                   if not batch.is_copy)
         row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
         if peak_rate := peak_tflops(process.device):
             row["mfu"] = row["tflops"] / peak_rate

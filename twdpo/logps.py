@@ -196,8 +196,8 @@ def store_states(policy: Policy, process: Process, parts: list[Part], rows: RowO
     token_bytes = policy.model.get_output_embeddings().weight.shape[1] * dtype.itemsize
     sizes = {key: token_bytes * (len(each.chosen.ids) + len(each.rejected.ids)) for key, each in examples.items()}
     missing = sum(size for key, size in sizes.items() if key not in stored)
-    process.print(f"hidden states of the reference: {sum(sizes.values()) / 2**30:.3g} GiB for {len(sizes)} pairs "
-                  f"({token_bytes} bytes a response token), {missing / 2**30:.3g} GiB of them to be written to {folder}")
+    process.print(f"hidden states of the reference: {sum(sizes.values()) / 2**30:.3g} GiB for {len(sizes)} pairs, "
+                  f"{token_bytes} bytes a response token; {missing / 2**30:.3g} GiB are not yet in {folder}")
     process.on_main(lambda: check_room(folder, missing))
 
     def write(new: Sides) -> set[int]:
@@ -211,8 +211,8 @@ def store_states(policy: Policy, process: Process, parts: list[Part], rows: RowO
                         lambda batch: policy(batch, with_hidden=True).hidden_ND.cpu(), write, STATES_FLUSH_BATCHES)
     places = read_places(folder, STATES)
     if absent := examples.keys() - places.keys():
-        raise InputError(f"--ref-states disk: {len(absent)} of {len(examples)} pairs that other processes wrote are not "
-                         f"in {folder} here: --cache-dir must be one folder for all of them")
+        raise InputError(f"--ref-states disk: {len(absent)} of {len(examples)} pairs that other processes have written "
+                         f"are not in {folder} here: --cache-dir must be one folder for all of them")
     return StoredStates({example.pair.key: places[key] for key, example in examples.items()})
 
 

@@ -19,6 +19,7 @@ from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
 from twdpo.logps import Part, auxiliary_logps, logps_directory, open_aux_models, response_logps, store_states
+from twdpo.loss_parts import loss_needs
 from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
 from twdpo.models.attribution import with_input_gradients
 from twdpo.models.reference import Reference as ModelReference
@@ -175,7 +176,11 @@ class ReferenceStates(Need):
         self.reference = keep_head(policy, states, dtype, self.process, config.replicate)
 
     def provide(self) -> dict[str, object]:
-        return {"passes": (lambda policy, run, batch: self.reference(batch, run),)}
+        return {"passes": (self.around,)}
+
+    def around(self, policy, run, batch):
+        """The policy's forward with batch.ref_states. All ranks."""
+        return self.reference(batch, run)
 
 
 class Anchors(Need):
@@ -248,11 +253,12 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
     if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
         raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
-    if config.ref_states == "disk" and "ref_states" not in objective.needs:
+    read = {*objective.needs, *loss_needs(objective.loss)}  # --show asks for the needs of the source alone
+    if config.ref_states == "disk" and "anchor" in read:
+        raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
+    if config.ref_states == "disk" and "ref_states" not in read:
         raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
                          "reference's: leave it out")
-    if config.ref_states == "disk" and "anchor" in objective.needs:
-        raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
     needs = [kind(process) for kind in kinds]
     for need in needs:
         if isinstance(need, Anchors):

@@ -66,6 +66,11 @@ class Objective:
         """Whether the loss reads reference log-probs."""
         return "ref" in loss_needs(self.loss)
 
+    def place_of_reference(self, config: TrainConfig) -> str:
+        """Where the reference itself is that the objective needs, `memory` or `disk`; "": it needs no more than its
+        log-probs."""
+        return config.ref_states if {"ref_states", "anchor"} & self.needs else ""
+
     @property
     def is_online(self) -> bool:
         """Whether weights are made inside the policy's forward, from what is there alone."""

@@ -21,6 +21,7 @@ from twdpo.flags import InputError
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
 from twdpo.models.source import load_model_config, locate_model
+from twdpo.objective import find_objective
 from twdpo.rows import pack
 
 GIB = 2**30
@@ -190,10 +191,11 @@ def varlen_scratch_bytes(query_QHD, key_KHD, query_offsets) -> int:
 
 
 def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing: str, no_sync: bool = False,
-                shards: int = 0, head_cache_gib: float = 0.0) -> dict[str, float]:
+                shards: int = 0, head_cache_gib: float = 0.0, reference: str = "") -> dict[str, float]:
     """Bytes of one process at the peak of a training step, by what they are for; "peak" is their sum.
 
-    num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them).
+    num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them). reference:
+    where a loss on whole distributions has it, memory or disk ("": nowhere).
     """
     shards, width = shards or world_size, cost.compute_bytes
     kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2)}.get(checkpointing, 0)
@@ -205,6 +207,7 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     activations += (a_layer if checkpointing != "none" else 0) + cost.working_bytes
     head = OP_BUFFER_BYTES + num_tokens * cost.hidden_size * (4 + 2 * width) + width * cost.head_params
     head += min(head_cache_gib * GIB, num_tokens * width * cost.head_params / cost.hidden_size)
+    head += num_tokens * cost.hidden_size * width if reference else 0  # its hidden states
     # Two layers are gathered at once, one of them has gradients and their fp32 copy that is reduced.
     in_backward = num_tokens * activations + head + (3 * width + 4) * cost.layer_params
     at_its_end = (width + 4) * cost.root_params  # gradients of embedding, norm and head, and their fp32 copy
@@ -218,35 +221,53 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
         "gathered embedding, norm, head": gathered,
         "layers and fused op": max(in_backward, at_its_end),
     }
+    if reference:
+        parts["frozen reference"] = reference_bytes(cost, world_size, shards, reference)
     return parts | {"peak": sum(parts.values())}
 
 
+def reference_bytes(cost: ModelCost, world_size: int, shards: int, reference: str) -> float:
+    """What is resident of a frozen reference while the policy runs: its shards, and gathered what its head is in. (Its
+    layers run, two gathered at once, before the policy's, which take more.)"""
+    params, gathered = cost.params, cost.root_params
+    if reference == "disk":
+        params = gathered = cost.head_params
+    if world_size == 1 and (cost.compute_bytes == 4 or reference == "disk"):  # whole (twdpo.dist.shard_module)
+        gathered = 0
+    return cost.compute_bytes * (params / shards + gathered)
+
+
 def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str, no_sync: bool = False,
-                shards: int = 0, head_cache_gib: float = 0.0) -> int:
+                shards: int = 0, head_cache_gib: float = 0.0, reference: str = "") -> int:
     """The largest micro-batch in tokens, in steps of 1,024, that the plan says fits; 0 when none does."""
     room = (memory_gib - RESERVED_GIB) * GIB
     tokens = 0
     while tokens < 1 << 20 and plan_memory(cost, world_size, tokens + 1024, checkpointing, no_sync, shards,
-                                           head_cache_gib)["peak"] <= room:
+                                           head_cache_gib, reference)["peak"] <= room:
         tokens += 1024
     return tokens
 
 
-def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainConfig) -> tuple[str, int]:
+def choose(cost: ModelCost, world_size: int, memory_gib: float, config: TrainConfig, reference: str = ""
+           ) -> tuple[str, int]:
     """(--checkpointing, --micro-batch-tokens) as they are given, or the least recomputation that lets the wanted tokens
-    fit by the plan; 0 tokens when nothing fits."""
+    fit by the plan; 0 tokens when nothing fits. reference: as of `plan_memory`."""
     wanted = config.micro_batch_tokens or CUDA_TOKENS
     shards = world_size // config.replicate
     for checkpointing in AUTOMATIC if config.checkpointing == "auto" else (config.checkpointing,):
         tokens = min(wanted, most_tokens(cost, world_size, memory_gib, checkpointing, config.no_sync, shards,
-                                         config.head_cache_gib))
+                                         config.head_cache_gib, reference))
         if tokens == wanted:
             break
     return checkpointing, config.micro_batch_tokens or tokens
 
 
-def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype, process: Process) -> tuple[str, int]:
-    """(--checkpointing, --micro-batch-tokens) of a run. Raises InputError when the plan finds no room on a GPU."""
+def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype, process: Process, reference: str = ""
+                  ) -> tuple[str, int]:
+    """(--checkpointing, --micro-batch-tokens) of a run. reference: as of `plan_memory`.
+
+    Raises InputError when the plan finds no room on a GPU.
+    """
     if process.device.type != "cuda":
         if config.head_cache_gib:
             process.print(f"--head-cache-gib {config.head_cache_gib:g} has no effect on a CPU")
@@ -259,18 +280,20 @@ def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype,
     except InputError as error:  # what can't be planned is not refused
         process.print(f"{error}; --checkpointing full")
         return config.checkpointing.replace("auto", "full"), config.micro_batch_tokens or CUDA_TOKENS
-    checkpointing, tokens = choose(cost, process.world_size, memory, config)
+    checkpointing, tokens = choose(cost, process.world_size, memory, config, reference)
     if not tokens:
         raise InputError(f"the model does not fit {process.world_size} device(s) of {memory:.0f} GiB by the memory "
-                         "plan (--plan): use more of them, or set --micro-batch-tokens and --checkpointing to try")
+                         "plan (--plan): use more of them, or set --micro-batch-tokens and --checkpointing to try"
+                         + ", or --ref-states disk, without a second model" * (reference == "memory"))
     return checkpointing, tokens
 
 
-def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], config: TrainConfig) -> str:
+def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], config: TrainConfig, reference: str = ""
+                  ) -> str:
     """The memory plan as text, one column a machine: what a run would take, its parts, and what else fits."""
-    runs = {name: choose(cost, size, memory, config) for name, (size, memory) in machines.items()}
+    runs = {name: choose(cost, size, memory, config, reference) for name, (size, memory) in machines.items()}
     plans = {name: plan_memory(cost, size, runs[name][1], runs[name][0], config.no_sync, size // config.replicate,
-                                config.head_cache_gib) for name, (size, _) in machines.items()}
+                               config.head_cache_gib, reference) for name, (size, _) in machines.items()}
 
     def line(title: str, cells) -> str:
         return f"{title:42}" + "".join(f"{cell:>15}" for cell in cells)
@@ -283,7 +306,7 @@ def describe_plan(cost: ModelCost, machines: dict[str, tuple[int, float]], confi
     lines.append(line("  of the device", (f"{memory:.1f}" for _, memory in machines.values())))
     for checkpointing in CHECKPOINTING:
         cells = (most_tokens(cost, size, memory, checkpointing, config.no_sync, size // config.replicate,
-                             config.head_cache_gib) for size, memory in machines.values())
+                             config.head_cache_gib, reference) for size, memory in machines.values())
         lines.append(line(f"most tokens, --checkpointing {checkpointing}", (f"{cell:,}" for cell in cells)))
     return "\n".join(text.rstrip() for text in lines)
 
@@ -309,7 +332,7 @@ def plan_for(config: TrainConfig, process: Process) -> str:
     except Exception as error:  # noqa: BLE001 - a config may say anything
         raise InputError(f"--plan: no causal language model can be built from the config of {config.model} "
                          f"({type(error).__name__}: {error})") from error
-    return describe_plan(cost, machines, config)
+    return describe_plan(cost, machines, config, find_objective(config, process).place_of_reference(config))
 
 
 def find_model_config(config: TrainConfig):
@@ -325,17 +348,19 @@ def find_model_config(config: TrainConfig):
         raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
 
 
-def flops(cost: ModelCost, batch: PairBatch) -> float:
+def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
     """Operations of a forward and a backward pass over a micro-batch: 6 for each acting parameter and token, the head
-    on response tokens alone, attention on what each token sees. Nothing that is computed again is counted. Dense
-    models; sliding windows are counted as if they were not there."""
+    on response tokens alone, attention on what each token sees; a third of it for a forward of the reference, of whose
+    layers nothing runs when its hidden states are on disk. Nothing that is computed again is counted. Dense models;
+    sliding windows are counted as if they were not there. reference: as of `plan_memory`."""
     lengths = [len(example.prompt_ids) + len(response.ids) for example in batch.examples
                for response in (example.chosen, example.rejected)]
     shared = [pieces[0][1] - pieces[0][0] if len(pieces) > 1 else 0 for pieces in batch.ranges]
     tokens = sum(lengths) - sum(shared)
     seen = sum(length ** 2 - before ** 2 for length, before in zip(lengths, shared)) / 2
-    head = cost.head_params * len(batch.targets_N)
-    return 6.0 * (cost.layers_params * tokens + head) + 12.0 * cost.heads_width * seen
+    layers = 6.0 * cost.layers_params * tokens + 12.0 * cost.heads_width * seen
+    head = 6.0 * cost.head_params * len(batch.targets_N)
+    return layers * (4 / 3 if reference == "memory" else 1) + head * (4 / 3 if reference else 1)
 
 
 def peak_tflops(device: torch.device) -> float | None:
