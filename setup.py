@@ -21,5 +21,6 @@ setup(
         "wandb>=0.19,<0.32",
         "tqdm>=4.66,<4.71",
     ],
-    extras_require={"hub": ["datasets>=4.0,<5.3"], "dev": ["pytest>=8,<9.3", "ruff>=0.9,<0.18", "datasets>=4.0,<5.3"]},
+    extras_require={"hub": ["datasets>=4.0,<5.3"],
+                    "dev": ["pytest>=8,<9.3", "ruff>=0.9,<0.18", "datasets>=4.0,<5.3", "POT>=0.9.5,<0.9.8"]},
 )

@@ -19,8 +19,9 @@ Figures, on pairs that no arm trains on, but for the lift:
     seconds       median time of a step
 Two sources here are controls: `oracle` weighs the planted words alone, `shuffled` permutes the judge's attention within
 each answer. tis, sepo and cdpo compare the toy's model after a few steps on chosen answers with it after as many on
-rejected ones, of other pairs. `verbalized` is left out: the toy can't write scores. --out holds the finished cells, and
-of the last call methods.json, methods.md and the plot methods.svg. The last line is JSON.
+rejected ones, of other pairs; attention_contrast takes off the attention on the pair without a question. `verbalized`
+is left out: the toy can't write scores. --out holds the finished cells, and of the last call methods.json, methods.md
+and the plot methods.svg. The last line is JSON.
 """
 import argparse
 import atexit
@@ -32,7 +33,6 @@ import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -45,6 +45,8 @@ from twdpo.files import hash_json, make_directory, write_atomic, write_json
 from twdpo.flags import to_json
 from twdpo.losses import LOSSES
 from twdpo.models.source import TOY_MODEL, fingerprint_model
+from twdpo.objective import made_up_batch
+from twdpo.plugins import stated
 from twdpo.toy.grammar import all_prompts
 from twdpo.weights import WEIGHTS
 
@@ -100,9 +102,9 @@ def run_group(loss_name: str, source_name: str, num_pairs: int, seeds: int, fact
 
 def reads_beta(loss_name: str) -> bool:
     """Whether a loss depends on beta."""
-    ratio_S = torch.tensor([-1.0, -3.0])
-    batch = SimpleNamespace(seq_lens_S=torch.ones(2), weights_N=torch.ones(2), scale_S=torch.ones(2), averaged=False,
-                            chosen_tokens=1, pair_count=1, means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())))
+    ratio_S = torch.tensor([-1.0, -3.0, -2.0, -3.0])
+    batch = made_up_batch(stated(LOSSES[loss_name], "terms", ()))
+    batch.means = dict.fromkeys(("chosen", "rejected"), torch.zeros(()))
     values = [arm_loss(loss_name, config)(ratio_S, ratio_S, batch, config)[0]
               for config in (arm_config(loss_name, factor) for factor in (1.0, 2.0))]
     return not torch.equal(*values)

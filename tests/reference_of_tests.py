@@ -52,7 +52,7 @@ def made_run(directory: Path, process: Process, config: TrainConfig, packs: bool
     objective = bind_objective(dpo_kl, WEIGHTS["uniform"], "uniform")
     rows = RowOptions(packs, config.micro_batch_tokens)
     policy = load_policy(directory, DTYPES[config.dtype], process, config.checkpointing, config.replicate)
-    need = ReferenceStates(process)
+    need = ReferenceStates(process, None)
     model = SimpleNamespace(folder=directory, fingerprint="made")
     need.prepare_with_policy(config, Inputs(model, EXAMPLES, {}, "", "", ""), policy, rows)
     with torch.no_grad():

@@ -1,6 +1,8 @@
 """Where the host would wait for the device in a training step: tensors on `meta` have no values, so reading one is an
 error, and a copy to them that is not marked non_blocking is noticed. tests/test_gpu.py counts on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models_of_tests import build
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from twdpo import logratio
-from twdpo.batch import collate
+from twdpo.batch import Anchor, RefStates, collate
 from twdpo.config import TrainConfig
 from twdpo.losses import LOSSES
 from twdpo.models.attention import ATTENTION_NAME
@@ -33,13 +35,22 @@ class NoWaits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def stand_ins(policy, run, batch):
+    """Of what is made around the policy's forward, on `meta`: a reference's distributions, an answer a pair."""
+    head_VD = policy.model.get_output_embeddings().weight.detach()
+    states = RefStates(head_VD.new_empty(len(batch.targets_N), head_VD.shape[1]), head_VD, None)
+    lens_P = torch.arange(1, len(batch.examples) + 1)
+    logps_M = torch.empty(int(lens_P.sum()), device=META, requires_grad=True)
+    return run(replace(batch, ref_states=states, anchor=Anchor(logps_M, logps_M.detach(), lens_P)))
+
+
 def made_run(loss: str, **flags) -> train.Run:
     config = TrainConfig(loss=loss, beta=0.1, **flags)
     objective = bind_objective(LOSSES[loss], WEIGHTS["uniform"], "uniform")
     policy = Policy(build("llama", ATTENTION_NAME).to(META, torch.bfloat16))  # with the attention of a GPU
     process = type("Process", (), {"device": META, "world_size": 1, "rank": 0})()
-    return train.Run(config, process, objective, None, EXAMPLES, {}, WeightContext(config), policy, None,
-                     RowOptions(True, 1000), 1, None)
+    return train.Run(config, process, objective, None, EXAMPLES, {}, WeightContext(config, passes=(stand_ins,)),
+                     policy, None, RowOptions(True, 1000), 1, None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from twdpo.loss_parts import loss_needs
 from twdpo.losses import LOSSES, dpo
 from twdpo.metrics import add_totals, largest, means, pair_metrics, standard_errors, to_host, token_metrics
 from twdpo.plugins import bind_options, describe, options_of
+from twdpo.vocabulary_losses import VOCABULARY_LOSSES
 from twdpo.weights import WEIGHTS, normalize, source_needs
 
 
@@ -24,6 +25,7 @@ class Batch:
         self.weights_N, self.scale_S = normalize(torch.ones(6), self.seq_lens_S, norm)
         self.coefficient_P = torch.tensor(coefficient)
         self.pair_count, self.chosen_tokens, self.averaged = 2, 3, False
+        self.terms = {"collision": torch.zeros(6)}
 
     def double(self) -> "Batch":
         for name in ("ref_logps_N", "weights_N", "scale_S"):
@@ -48,6 +50,19 @@ def test_dpo_by_hand():
     (grad_N,) = torch.autograd.grad(loss_P.sum(), logps_N)
     first, second = 0.1 / (1 + math.exp(0.15)), 0.1 / (1 + math.exp(0.05))
     np.testing.assert_allclose(grad_N.tolist(), [-first, -first, first, -second, second, second], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "twdpo"])
+def test_nll_is_a_plain_mean_of_the_chosen_tokens(name):
+    """Log-probs -0.5, -1.5 and -3.0 of the chosen answers, whatever reference and weights say."""
+    loss, batch = bind_options(LOSSES[name], "nll=0.5", "--loss-options"), Batch()
+    batch.weights_N = torch.tensor([0.5, 0.25, 1.0, 1.0, 1.0, 1.0])
+    plain_P, _ = LOSSES[name](batch.ratio(LOGPS), LOGPS, batch, TrainConfig(beta=0.1))
+    logps_N = LOGPS.clone().requires_grad_()
+    loss_P, _ = loss(batch.ratio(LOGPS), logps_N, batch, TrainConfig(beta=0.1))
+    assert (loss_P - plain_P).tolist() == pytest.approx([0.5, 1.5])
+    (grad_N,) = torch.autograd.grad(loss_P.sum(), logps_N)
+    assert grad_N.tolist() == pytest.approx([-0.25, -0.25, 0, -0.5, 0, 0])
 
 
 def test_label_smoothing_by_hand():
@@ -107,6 +122,11 @@ B = 0.3  # beta
 # zc, zr the means of c and r over the batch.
 FORMULAS = {
     "dpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)),
+    "dpo f=forward_kl": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (math.exp(-r) - math.exp(-c))),
+    "dpo f=alpha,alpha=0.25": lambda c, r, n, m, zc, zr:
+        -log_sigmoid(B * (math.exp(-0.25 * r) - math.exp(-0.25 * c)) / 0.25),
+    "dpo f=js": lambda c, r, n, m, zc, zr:
+        -log_sigmoid(B * (c - math.log(1 + math.exp(c)) - r + math.log(1 + math.exp(r)))),
     "twdpo": lambda c, r, n, m, zc, zr: -log_sigmoid(B * (c - r)),
     "ipo": lambda c, r, n, m, zc, zr: (c / n - r / m - 1 / (2 * B)) ** 2,
     "ipo normalize=sum": lambda c, r, n, m, zc, zr: (c - r - 1 / (2 * B)) ** 2,
@@ -137,6 +157,8 @@ FORMULAS = {
     "apo_down": lambda c, r, n, m, zc, zr: sigmoid(B * c) + 1 - sigmoid(B * (c - r)),
     "discopop": lambda c, r, n, m, zc, zr: (-log_sigmoid(B * (c - r)) * (1 - sigmoid(B * (c - r) / 0.05))
                                             + math.exp(-B * (c - r)) * sigmoid(B * (c - r) / 0.05)),
+    "sft": lambda c, r, n, m, zc, zr: -c / n,
+    "sft over=sequence": lambda c, r, n, m, zc, zr: -c,
 }
 
 
@@ -161,7 +183,7 @@ def value(loss, logps_N: torch.Tensor, batch) -> torch.Tensor:
 
 
 def test_every_loss_has_its_formula_here():
-    assert {spelled.split(" ")[0] for spelled in FORMULAS} == set(LOSSES)
+    assert {spelled.split(" ")[0] for spelled in FORMULAS} == LOSSES.keys() - VOCABULARY_LOSSES.keys()
 
 
 @pytest.mark.parametrize("spelled", FORMULAS)
@@ -196,7 +218,7 @@ def test_a_wrong_pair_is_put_right(spelled):
     batch.means = {"chosen": torch.tensor(0.0), "rejected": torch.tensor(0.0)}
     loss_P, _ = loss(ratio_S, LOGPS.double(), batch, TrainConfig(beta=B))
     (grad_S,) = torch.autograd.grad(loss_P.sum(), ratio_S)
-    assert (grad_S[1::2] > 0).all()
+    assert (grad_S[1::2] > 0).all() or spelled.startswith("sft")
     if spelled != "apo_down":  # which lowers both
         assert (grad_S[0::2] < 0).all()
 

@@ -101,7 +101,7 @@ def test_rotary_buffers_are_computed_after_loading_without_memory(toy_model, pro
 def test_the_heads_cache_reaches_the_op(toy_model, process, monkeypatch):
     seen: list[float] = []
     monkeypatch.setattr("twdpo.models.policy.weighted_logratio",
-                        lambda *args: (seen.append(args[-1]), weighted_logratio(*args))[1])
+                        lambda *args: (seen.append(args[-2]), weighted_logratio(*args))[1])
     for given in ({}, {"head_cache_gib": 0.25}):
         policy = load_policy(toy_model, torch.float32, process, **given)
         policy(collate(MicroBatch((0,)), EXAMPLES, [0]))

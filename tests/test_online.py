@@ -181,7 +181,7 @@ def test_runs_of_a_loss_on_hidden_states_are_one_run(tmp_path, run_arguments):
     ("LOSSES['dpo_entropy'] = lambda ratio_S, *_, bonus=1.0: (ratio_S[::2], {'mean': 0.0})",
      "returns something else than"),
     ("WEIGHTS['novelty'].needs = ('gradients',)", "'gradients' is none of scores, attention"),
-    ("LOSSES['dpo_entropy'].terms = ('logits',)", "dpo_entropy.terms is ('logits',): it must be a tuple of entropy, top1"),
+    ("LOSSES['dpo_entropy'].terms = ('logits',)", "dpo_entropy.terms is ('logits',): it must be a tuple of entropy"),
     ("LOSSES['dpo_entropy'].needs = ('attention',)", "dpo_entropy.needs is ('attention',): a loss can need "),
 ])
 def test_what_is_not_there_is_one_message(code, message, tmp_path, run_arguments, flags, capsys):

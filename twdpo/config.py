@@ -112,11 +112,12 @@ class TrainConfig(SharedConfig):
 
     leave_out: str = flag("", "data", "pairs that can't teach: equal,empty,cut,duplicate,leak,massless; empty: none")
 
-    loss: str = flag("twdpo", "objective", "a name in LOSSES (twdpo/losses.py)")
+    loss: str = flag("twdpo", "objective", "a name in LOSSES (--help-losses), or a sum: dpo+0.2*sft")
     loss_options: str = flag("", "objective", "of the loss: NAME=VALUE separated by commas; empty: its defaults")
     weights: str = flag("", "objective", "name in WEIGHTS, folder of extract.py, its --export; empty: the loss's own")
     weights_options: str = flag("", "objective", "of the source: NAME=VALUE separated by commas; empty: its defaults")
     aux_model: str = flag("", "objective", "POSITIVE[,NEGATIVE] that sources compare; second: the start; empty: none")
+    aux_prompts: str = flag("", "objective", "POSITIVE,NEGATIVE: text files; one model behind either; empty: none")
     weights_tokenizer: str = flag("", "objective", "model whose token ids a --weights file holds; empty: --model")
     layer: str = flag("last", "objective", "stored: last, rollout, 8 (1-based); mean: all, 8,16; sum (authors): 8+16",
                       settled=("last", "all"))

@@ -16,9 +16,10 @@ from twdpo.flags import InputError
 from twdpo.forms import Reading
 from twdpo.leave_out import leave_out, leave_out_massless, reads_reference
 from twdpo.logps import example_key
+from twdpo.loss_sum import options_bound
 from twdpo.models.source import Model, check_length, check_vocabulary, open_model
 from twdpo.objective import Objective
-from twdpo.plugins import name_of, options_of, split_paths
+from twdpo.plugins import name_of, split_paths
 from twdpo.printed import check_templated
 from twdpo.rows import RowOptions, global_batch, num_steps
 from twdpo.tokens import Example
@@ -157,7 +158,8 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
     """Say which weights and margins the data give pairs. Raises InputError for a loss that is to read margins where
     there are none."""
     pairs = [example.pair for example in inputs.examples]
-    reads_margins = getattr(objective.loss, "keywords", {}).get("margin") is True  # else another option
+    set_margins = [value for value in options_bound(objective.loss, "margin") if isinstance(value, bool)]
+    reads_margins = any(set_margins)  # where it is a number it is another option
     for name, values, default in (("weights", [pair.weight for pair in pairs], 1.0),
                                   ("margins", [pair.margin for pair in pairs], 0.0)):
         if any(value != default for value in values):
@@ -165,7 +167,7 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
         elif name == "margins" and reads_margins:
             raise InputError("--loss-options has margin=on and no pair has a margin: name the column that holds it "
                              "with --columns margin=COLUMN")
-    if not reads_margins and "margin" in options_of(objective.loss) and any(pair.margin for pair in pairs):
+    if set_margins and not reads_margins and any(pair.margin for pair in pairs):
         process.print(f"{name_of(objective.loss)} does not read margins without --loss-options margin=on")
 
 
@@ -175,8 +177,8 @@ def check_pair_numbers(objective: Objective, inputs: Inputs, process: Process) -
 class Need:
     """What a loss or a source reads beside the pairs and the policy. One that needs no preparation is this itself."""
 
-    def __init__(self, process: Process):
-        self.process = process
+    def __init__(self, process: Process, objective: Objective):
+        self.process, self.objective = process, objective
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         """Rows that it can't be had for. Raises InputError. Before any weights are loaded. All ranks."""

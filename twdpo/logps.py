@@ -7,7 +7,7 @@ named by what log-probs depend on; a pair in it by its tokens.
 
 import gc
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -229,14 +229,17 @@ def check_room(folder: Path, needed: int) -> None:
 
 def open_aux_models(config: TrainConfig, policy_model: Model, examples: list[Example], process: Process
                     ) -> list[Model]:
-    """The positive and the negative model of --aux-model. Raises InputError. All ranks.
+    """The positive and the negative model of --aux-model; with --aux-prompts one. Raises InputError. All ranks.
 
-    The negative one is the policy's starting weights unless it is named.
+    The negative one, and the one of --aux-prompts, is the policy's starting weights unless it is named.
     """
     names = [name.strip() for name in config.aux_model.split(",") if name.strip()]
-    if not 1 <= len(names) <= 2:
+    if config.aux_prompts and len(names) > 1:
+        raise InputError(f"--aux-prompts compares two prompts of one model, and --aux-model {config.aux_model} names "
+                         f"{len(names)}: give one, or none for the policy's starting weights")
+    if not config.aux_prompts and not 1 <= len(names) <= 2:
         raise InputError(f"--aux-model is {config.aux_model!r}: this weight source needs one model or two, POSITIVE or "
-                         "POSITIVE,NEGATIVE (without the second: the policy's starting weights)")
+                         "POSITIVE,NEGATIVE (without the second: the policy's starting weights), or --aux-prompts")
     opened = {policy_model.name: policy_model, config.model: policy_model}
     for name in names:
         if name not in opened:
@@ -249,7 +252,7 @@ def open_aux_models(config: TrainConfig, policy_model: Model, examples: list[Exa
         if model.tokenizer.get_vocab() != policy_model.tokenizer.get_vocab():
             raise InputError(f"--aux-model {model.folder}: its tokenizer is not the policy's, so their log-probs are "
                              "of other tokens")
-    return models if len(models) == 2 else [*models, policy_model]
+    return (models + [policy_model])[:1 if config.aux_prompts else 2]
 
 
 def auxiliary_logps(config: TrainConfig, names: tuple[str, ...], models: list[Model], examples: list[Example],
@@ -266,6 +269,20 @@ def auxiliary_logps(config: TrainConfig, names: tuple[str, ...], models: list[Mo
         logps[name] = frozen_logps(config, name, which, fingerprint, examples, process)
         gc.collect()  # FSDP2's modules refer to themselves in circles
     return logps
+
+
+def prompted_logps(config: TrainConfig, model: Model, examples: list[Example],
+                   prompted: Mapping[str, Mapping[int, Example]], process: Process) -> dict[str, dict[int, Logps]]:
+    """Log-probs of all `examples` under one model behind different prompts, by the prompt's name and the pair's key.
+
+    prompted: by name the examples behind that prompt, by the key of the pair that each is of. All ranks.
+    """
+    behind = {name: {example.pair.key: of[example.pair.key] for example in examples} for name, of in prompted.items()}
+    every = [example for of in behind.values() for example in of.values()]
+    process.print(f"model behind --aux-prompts: {model.folder}")
+    logps = frozen_logps(config, "prompted", [model], model.fingerprint, every, process)
+    gc.collect()  # FSDP2's modules refer to themselves in circles
+    return {name: {key: logps[example.pair.key] for key, example in of.items()} for name, of in behind.items()}
 
 
 def frozen_logps(config: TrainConfig, name: str, models: list[Model], fingerprint: str, examples: list[Example],

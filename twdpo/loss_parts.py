@@ -13,6 +13,7 @@ from twdpo.plugins import stated
 
 LengthBy = Literal["tokens", "mass"]
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+MOST_EXPONENT = 80.0  # exp of more is not finite in fp32
 
 
 def pair_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,35 @@ def smoothed(margin_P: torch.Tensor, label_smoothing: float, unbiased: bool = Fa
         raise ValueError(f"label_smoothing is {label_smoothing}: it must be in [0, 0.5)")
     kept, flipped = (1 - label_smoothing) * F.logsigmoid(margin_P), label_smoothing * F.logsigmoid(-margin_P)
     return (flipped - kept) / (1 - 2 * label_smoothing) if unbiased else -kept - flipped
+
+
+def answer_nll(logps_N: torch.Tensor, batch) -> torch.Tensor:
+    """Negative log-likelihood of the chosen answers under the policy, nats a token, [P]; no weights, no reference."""
+    lens_S = batch.seq_lens_S.to(logps_N, non_blocking=True)
+    return -(segment_sum(logps_N, batch.seq_lens_S) / lens_S.clamp(min=1))[0::2]
+
+
+def f_reward(ratio_X: torch.Tensor, f: str, alpha: float) -> torch.Tensor:
+    """f'(u) of an f-divergence at u = exp(log-ratio), up to a constant (f-DPO, arXiv 2309.16240 Table 1)."""
+    if f == "reverse_kl":
+        return ratio_X
+    if f == "js":
+        return ratio_X - F.softplus(ratio_X)
+    alpha = 1.0 if f == "forward_kl" else alpha
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}: it must be > 0 (f=reverse_kl is the limit at 0)")
+    return -torch.exp((-alpha * ratio_X).clamp(max=MOST_EXPONENT)) / alpha
+
+
+def position_margins(logps_N: torch.Tensor, batch) -> list[torch.Tensor]:
+    """Of each pair, the weighted log-ratio of the chosen answer's token less that of the rejected one's at the same
+    position, [T] of the longer answer; what the shorter one lacks counts 0."""
+    lens = batch.seq_lens_S.tolist()
+    lens_S = batch.seq_lens_S.to(batch.scale_S.device, non_blocking=True)
+    scale_N = torch.repeat_interleave(batch.scale_S, lens_S, output_size=sum(lens))
+    parts = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
+    sides = (torch.nn.utils.rnn.pad_sequence(pair, batch_first=True) for pair in zip(parts[0::2], parts[1::2]))
+    return [chosen_T - rejected_T for chosen_T, rejected_T in sides]
 
 
 def loss_needs(loss) -> tuple[str, ...]:

@@ -29,9 +29,12 @@ from twdpo.loss_parts import (
     LengthBy,
     Loss,
     answer_lengths,
+    answer_nll,
     average_metrics,
+    f_reward,
     pair_averages,
     pair_lengths,
+    position_margins,
     refuse_unread,
     smoothed,
 )
@@ -41,26 +44,28 @@ MOST_AVERAGE = -1e-6  # log-probs a token are kept below it where log(1 - p) is 
 
 
 def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
-        over: Literal["sums", "positions"] = "sums", label_smoothing: float = 0.0, margin: bool = False) -> Loss:
+        over: Literal["sums", "positions"] = "sums", label_smoothing: float = 0.0, margin: bool = False,
+        nll: float = 0.0, f: Literal["reverse_kl", "forward_kl", "alpha", "js"] = "reverse_kl", alpha: float = 0.5
+        ) -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290 Eq. 7; with weights paper Eq. 5).
 
-    -log sigmoid(beta (R_w - R_l)), labels flipped with probability label_smoothing; margin=on: less the pair's margin
-    (ODPO, Amini et al. 2024, arXiv 2402.10571). `positions`: of each position's two tokens in the place of the sums,
-    mean over the longer answer's, as in cDPO's code (whose mean counts prompt and padding too). One reference pass.
+    -log sigmoid(beta (f(R_w) - f(R_l))), labels flipped with probability label_smoothing; margin=on: less the pair's
+    margin (ODPO, Amini et al. 2024, arXiv 2402.10571). `positions`: of each position's two tokens in the place of the
+    sums, mean over the longer answer's, as in cDPO's code (whose mean counts prompt and padding too). nll: times the
+    chosen answer's negative log-likelihood a token, without weights, is added (RPO, Pang et al. 2024, arXiv 2404.19733;
+    TRL's rpo_alpha). f: of f-DPO (Wang et al. 2023, arXiv 2309.16240), up to constants, for the divergence that keeps
+    the policy near: R itself (reverse KL), -exp(-R), -exp(-alpha R) / alpha, R - log(1 + exp(R)). One reference pass.
     """
     refuse_unread(margin and over == "positions", "margin=on", "a pair's margin is one of sums, not of positions")
+    refuse_unread(f != "reverse_kl" and over == "positions", f"f={f}", "it is of sums, not of positions")
+    refuse_unread(alpha != 0.5 and f != "alpha", f"alpha={alpha:g}", "it is of f=alpha")
     if over == "sums":
-        margin_P = config.beta * (ratio_S[0::2] - ratio_S[1::2])
-        return smoothed(margin_P - batch.margins_P if margin else margin_P, label_smoothing), {}
-    lens = batch.seq_lens_S.tolist()
-    lens_S = batch.seq_lens_S.to(batch.scale_S.device, non_blocking=True)
-    scale_N = torch.repeat_interleave(batch.scale_S, lens_S, output_size=sum(lens))
-    terms = (scale_N * batch.weights_N * (logps_N - batch.ref_logps_N)).split(lens)
-    loss_P = []
-    for pair in zip(terms[0::2], terms[1::2]):
-        chosen_T, rejected_T = torch.nn.utils.rnn.pad_sequence(pair, batch_first=True)
-        loss_P.append(smoothed(config.beta * (chosen_T - rejected_T), label_smoothing).mean())
-    return torch.stack(loss_P), {}
+        margin_P = config.beta * (f_reward(ratio_S[0::2], f, alpha) - f_reward(ratio_S[1::2], f, alpha))
+        loss_P = smoothed(margin_P - batch.margins_P if margin else margin_P, label_smoothing)
+    else:
+        loss_P = torch.stack([smoothed(config.beta * margin_T, label_smoothing).mean()
+                              for margin_T in position_margins(logps_N, batch)])
+    return loss_P + nll * answer_nll(logps_N, batch) if nll else loss_P, {}
 
 
 # What SimPO's authors found for DPO, by model (their README): Llama-3-8B-Instruct, Llama-3-Base-8B-SFT.
@@ -69,12 +74,12 @@ dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128},
 
 
 def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0,
-          margin: bool = False) -> Loss:
+          margin: bool = False, nll: float = 0.0) -> Loss:
     """Token-weighted DPO (arXiv 2605.21883 Eq. 5; Eq. 15 with --length-normalize).
 
-    The DPO formula on weights of mean 1, |y| a_t. One reference pass.
+    The DPO formula on weights of mean 1, |y| a_t; options as there. One reference pass.
     """
-    return dpo(ratio_S, logps_N, batch, config, label_smoothing=label_smoothing, margin=margin)
+    return dpo(ratio_S, logps_N, batch, config, label_smoothing=label_smoothing, margin=margin, nll=nll)
 
 
 twdpo.default_source = "attention"
@@ -352,9 +357,23 @@ def discopop(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, tau
 
 discopop.settings = {"": {"beta": 0.05}}
 
+
+def sft(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
+        over: Literal["token", "sequence"] = "token", length_by: LengthBy = "tokens") -> Loss:
+    """Next-token training on chosen answers, a term for sums of losses (dpo+0.2*sft).
+
+    -S_w / n_w, or -S_w; beta scales the logged rewards alone. No reference.
+    """
+    refuse_unread(over == "sequence" and length_by == "mass", "length_by=mass", "over=sequence divides by no length")
+    chosen_P = ratio_S[0::2]
+    return -(chosen_P / pair_lengths(batch, length_by)[0] if over == "token" else chosen_P), {}
+
+
+sft.needs = ()
+
 LOSSES = {
     "twdpo": twdpo, "dpo": dpo, "ipo": ipo, "kto_pair": kto_pair, "simpo": simpo, "rdpo": rdpo, "cpo": cpo,
     "orpo": orpo, "slic_hf": slic_hf, "rrhf": rrhf, "sigmoid_norm": sigmoid_norm, "hinge": hinge, "robust": robust,
     "exo_pair": exo_pair, "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero,
-    "apo_down": apo_down, "discopop": discopop, **VOCABULARY_LOSSES,
+    "apo_down": apo_down, "discopop": discopop, "sft": sft, **VOCABULARY_LOSSES,
 }

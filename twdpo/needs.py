@@ -3,10 +3,12 @@
 A new need is one class and one entry of NEEDS.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from twdpo.authors_columns import WeightsColumns
+from twdpo.aux_prompts import prompted_examples, read_aux_prompts
 from twdpo.config import TrainConfig
 from twdpo.data_files import BadRow
 from twdpo.dist import Process, pick_dtype
@@ -18,15 +20,23 @@ from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import ScoresFile, describe_left_out
 from twdpo.leave_out import check_massless
-from twdpo.logps import Part, auxiliary_logps, logps_directory, open_aux_models, response_logps, store_states
+from twdpo.logps import (
+    Part,
+    auxiliary_logps,
+    logps_directory,
+    open_aux_models,
+    prompted_logps,
+    response_logps,
+    store_states,
+)
 from twdpo.loss_parts import loss_needs
 from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
 from twdpo.models.attribution import with_input_gradients
 from twdpo.models.reference import Reference as ModelReference
 from twdpo.models.reference import StoredReference, keep_head, load_reference, response_logps_of
-from twdpo.models.source import context_length, load_tokenizer
+from twdpo.models.source import check_length, context_length, load_tokenizer
 from twdpo.objective import Objective
-from twdpo.plugins import name_of
+from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
@@ -67,6 +77,8 @@ class Scores(Need):
 class Attention(Need):
     """The judge's attention, of the file that --weights names or extracted first."""
 
+    judge = "judge"  # in what is said
+
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
         self.extraction = None
@@ -88,11 +100,11 @@ class Attention(Need):
         self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
         check_covered(self.file, used)
         if figures := self.file.verdict_statistics([example.pair.key for example in used]):
-            self.process.print("judge: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            self.process.print(f"{self.judge}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
             shares = alignment_shares(sample, self.file, config.judge_rounds)
-            self.process.print(f"judge tokens to training tokens ({len(sample)} pairs): "
+            self.process.print(f"{self.judge} tokens to training tokens ({len(sample)} pairs): "
                                + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
         return inputs
 
@@ -109,24 +121,70 @@ class Attention(Need):
         return {"the token weights": hash_json(self.file.meta)}
 
 
+class AttentionAgainst(Attention):
+    """The attention that the source's option `against` names: of another judge prompt, or a stored one."""
+
+    judge = "judge of against="
+
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        source = self.objective.source
+        against = bound_options(source).get("against")
+        if not against:
+            raise InputError(f"{name_of(source)} needs --weights-options against=VALUE: a judge prompt or a folder")
+        stored = Path(against).is_dir() or against.endswith(".jsonl")
+        self.changes = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
+        try:
+            return super().check(replace(config, **self.changes), inputs)
+        except InputError as error:
+            raise InputError(f"--weights-options against={against}: {error}") from error
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
+        return super().prepare(replace(config, **self.changes), inputs)
+
+    def provide(self) -> dict[str, object]:
+        return {"attention_against": self.file}
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def identity(self) -> dict[str, str]:
+        return {"the attention of against=": hash_json(self.file.meta)}
+
+
 class Auxiliary(Need):
-    """Log-probs under both models of --aux-model."""
+    """Log-probs under both models of --aux-model, or under one behind both prompts of --aux-prompts."""
 
     names: tuple[str, ...] = ("positive", "negative")
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        self.prompts = read_aux_prompts(config.aux_prompts, inputs.model.chat) if config.aux_prompts else []
         self.models = open_aux_models(config, inputs.model, inputs.examples, self.process)
-        return []
+        self.prompted, bad = {}, []
+        for name, text in zip(self.names, self.prompts):
+            self.prompted[name], unfit = prompted_examples(inputs.model.chat, inputs.examples, text, config.fold_system,
+                                                           self.process, f"tokenise {name}")
+            bad += unfit
+        for model in self.models if self.prompts else []:
+            longest = max((each.longest for of in self.prompted.values() for each in of.values()), default=0)
+            warning = check_length("the longest sequence behind --aux-prompts (--max-length, and the text)", longest,
+                                   model.config)
+            self.process.print(warning) if warning else None
+        return bad
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        self.logps = auxiliary_logps(config, self.names, self.models, inputs.used(config), self.process)
+        used = inputs.used(config)
+        if self.prompts:
+            self.logps = prompted_logps(config, self.models[0], used, self.prompted, self.process)
+        else:
+            self.logps = auxiliary_logps(config, self.names, self.models, used, self.process)
         return inputs
 
     def provide(self) -> dict[str, object]:
         return {"logps": self.logps}
 
     def identity(self) -> dict[str, str]:
-        return {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        identity = {"the models of --aux-model": hash_json([model.fingerprint for model in self.models])}
+        return identity | ({"the texts of --aux-prompts": hash_json(self.prompts)} if self.prompts else {})
 
 
 class Contrasted(Auxiliary):
@@ -134,12 +192,18 @@ class Contrasted(Auxiliary):
 
     names = ("contrast",)
 
+    def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
+        if config.aux_prompts:
+            raise InputError(f"--aux-prompts {config.aux_prompts}: the weight source contrasts whole distributions of "
+                             "two models: name them with --aux-model")
+        return super().check(config, inputs)
+
 
 class Reference(Need):
     """Log-probs under the policy as it starts."""
 
-    def __init__(self, process: Process):
-        super().__init__(process)
+    def __init__(self, process: Process, objective: Objective):
+        super().__init__(process, objective)
         self.logps: dict[int, Logps] = {}  # empty until the policy is there
 
     def prepare_with_policy(self, config: TrainConfig, inputs: Inputs, policy, rows: RowOptions) -> None:
@@ -233,6 +297,7 @@ def reference_folder(config: TrainConfig, inputs: Inputs, rows: RowOptions, proc
 NEEDS: dict[str, type[Need]] = {
     "scores": Scores,
     "attention": Attention,
+    "attention_against": AttentionAgainst,
     "aux": Auxiliary,
     "contrast": Contrasted,
     "hidden": Need,
@@ -251,18 +316,20 @@ def open_needs(config: TrainConfig, objective: Objective, process: Process) -> l
                          f" none of {', '.join(NEEDS)}")
     check_massless(config, objective, process)
     kinds = [kind for name, kind in NEEDS.items() if name in objective.needs]
-    if config.aux_model and not any(issubclass(kind, Auxiliary) for kind in kinds):
-        raise InputError(f"--aux-model {config.aux_model} is given, but the weight source reads no such model")
+    for flag, value in (("--aux-model", config.aux_model), ("--aux-prompts", config.aux_prompts)):
+        if value and not any(issubclass(kind, Auxiliary) for kind in kinds):
+            raise InputError(f"{flag} {value} is given, but the weight source reads no such model")
     read = {*objective.needs, *loss_needs(objective.loss)}  # --show asks for the needs of the source alone
     if config.ref_states == "disk" and "anchor" in read:
         raise InputError("--ref-states disk is given, but anchors need the reference itself: use --ref-states memory")
     if config.ref_states == "disk" and "ref_states" not in read:
         raise InputError(f"--ref-states disk is given, but the loss {config.loss} compares no distributions with the "
                          "reference's: leave it out")
-    needs = [kind(process) for kind in kinds]
+    needs = [kind(process, objective) for kind in kinds]
     for need in needs:
         if isinstance(need, Anchors):
-            need.states = next((each for each in needs if isinstance(each, ReferenceStates)), ReferenceStates(process))
+            need.states = next((each for each in needs if isinstance(each, ReferenceStates)),
+                               ReferenceStates(process, objective))
     return needs
 
 

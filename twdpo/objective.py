@@ -17,6 +17,7 @@ from twdpo.dist import Process, send
 from twdpo.flags import InputError, choices_of
 from twdpo.logratio import TERMS, combine
 from twdpo.loss_parts import loss_needs
+from twdpo.loss_sum import find_loss, parse_sum, prefix_options
 from twdpo.losses import LOSSES
 from twdpo.plugins import (
     SWITCHES,
@@ -151,12 +152,24 @@ def run_policy(policy, objective: Objective, context: WeightContext, config: Tra
 def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]:
     """What the loss itself says of its defaults, under this preset. Runs the files of --import."""
     import_objectives(str(given.get("imports", "")))
-    name = given.get("loss", TrainConfig.loss)
-    settings = getattr(LOSSES.get(name), "settings", {})
+    first, *others = [name for _, name in parse_sum(str(given.get("loss", TrainConfig.loss)), LOSSES)]
+    settings = settings_stated(first, preset)
+    if others:  # of these their options alone
+        options = [prefix_options(name, str(settings_stated(name, "").get("loss_options", ""))) for name in others]
+        own = prefix_options(first, str(settings.get("loss_options", "")))
+        settings |= {"loss_options": merge_options(own, *options)} if any((own, *options)) else {}
+    if "loss_options" in settings and given.get("loss_options"):
+        given["loss_options"] = merge_options(settings["loss_options"], given["loss_options"])
+    return settings
+
+
+def settings_stated(name: str, preset: str) -> dict[str, object]:
+    """What one loss says of its defaults under this preset. Raises InputError."""
+    settings = getattr(LOSSES[name], "settings", {})
     if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
         raise InputError(f"the settings of the loss {name} are {settings!s:.80}: they must be "
                          "{preset: {field: value}}")
-    if preset.startswith("tuned") and name in LOSSES and preset not in settings:
+    if preset.startswith("tuned") and preset not in settings:
         known = [name for name, loss in LOSSES.items() if preset in getattr(loss, "settings", {})]
         raise InputError(f"--preset {preset}: no such settings of {name} are known here, but of {', '.join(known)}")
     settings = settings.get("", {}) | settings.get(preset, {})
@@ -169,16 +182,12 @@ def settings_of_loss(given: dict[str, object], preset: str) -> dict[str, object]
         if type(value) is not kinds[field] and (kinds[field], type(value)) != (float, int):
             raise InputError(f"the settings of the loss {name} have {field} {value!r}: it must be a "
                              f"{kinds[field].__name__}")
-    if "loss_options" in settings and given.get("loss_options"):
-        given["loss_options"] = merge_options(settings["loss_options"], given["loss_options"])
     return settings
 
 
 def find_objective(config: TrainConfig, process: Process) -> Objective:
     """Loss and source, options bound, checked. Raises InputError."""
-    if config.loss not in LOSSES:
-        raise InputError(f"--loss is {config.loss!r}: it must be one of {', '.join(LOSSES)}")
-    loss = bind_options(LOSSES[config.loss], config.loss_options, "--loss-options")
+    loss = find_loss(config.loss, config.loss_options, LOSSES)
     name = find_source(loss, config)
     options, weighs_reasoning = split_reasoning(config.weights_options)
     source = bind_options(WEIGHTS[name], options, "--weights-options")
@@ -227,17 +236,11 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
 
 def try_loss(objective: Objective, config: TrainConfig, process: Process) -> None:
     """Raise InputError for a loss that gives something else than losses, or with these options no finite ones."""
-    loss = objective.loss
-    numbers = torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)  # two pairs of one-token answers
-    pairs = SimpleNamespace(seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), pair_count=2,
-                            scale_S=torch.ones(4), ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(),
-                            pair_weights_P=torch.ones(2), margins_P=torch.zeros(2), chosen_tokens=2,
-                            averaged=config.length_normalize or objective.norm == "selected_mean",
-                            means=dict.fromkeys(("chosen", "rejected"), torch.zeros(())),
-                            terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32)
-                                   for name in objective.terms}, hidden_ND=torch.ones(4, 8),
-                            anchor=Anchor(numbers[:2], torch.zeros(2), torch.ones(2, dtype=torch.long)))
+    loss, numbers = objective.loss, torch.tensor([-2.0, -1.0, -1.0, -1.0], requires_grad=True)
+    pairs = made_up_batch(objective.terms, config.length_normalize or objective.norm == "selected_mean")
     try:
+        if objective.statistics:
+            pairs.means = {name: torch.zeros(()) for name in objective.statistics(numbers, numbers, pairs)}
         result = loss(numbers, numbers, pairs, config)
     except (ValueError, ArithmeticError) as error:
         raise InputError(f"--loss-options {config.loss_options}: {error}") from error
@@ -251,6 +254,16 @@ def try_loss(objective: Objective, config: TrainConfig, process: Process) -> Non
         raise InputError(f"{name_of(loss)} returns something else than (one loss a pair, {{name: one value a pair}})")
     if config.loss_options and not result[0].isfinite().all():
         raise InputError(f"--loss-options {config.loss_options}: the loss is no finite number with these")
+
+
+def made_up_batch(terms: tuple[str, ...] = (), averaged: bool = False) -> SimpleNamespace:
+    """What losses read of a batch, of two pairs of one-token answers."""
+    return SimpleNamespace(
+        seq_lens_S=torch.ones(4, dtype=torch.long), weights_N=torch.ones(4), scale_S=torch.ones(4), averaged=averaged,
+        ref_logps_N=torch.zeros(4), targets_N=torch.zeros(4).long(), pair_weights_P=torch.ones(2),
+        margins_P=torch.zeros(2), pair_count=2, chosen_tokens=2, means={}, hidden_ND=torch.ones(4, 8),
+        terms={name: torch.ones(4, dtype=torch.bool if name == "top1" else torch.float32) for name in terms},
+        anchor=Anchor(-torch.ones(2), torch.zeros(2), torch.ones(2, dtype=torch.long)))
 
 
 def import_objectives(paths: str) -> None:

@@ -29,7 +29,12 @@ def stated(function: Callable, name: str, default: object) -> object:
     """What a loss or source says of itself in this attribute; where that is a function of its options, for those that
     are set."""
     value = getattr(function, name, default)
-    return value(**options_of(function) | getattr(function, "keywords", {})) if callable(value) else value
+    return value(**bound_options(function)) if callable(value) else value
+
+
+def bound_options(function: Callable) -> dict[str, object]:
+    """Names and values of a function's options, as `bind_options` has set them."""
+    return options_of(function) | getattr(function, "keywords", {})
 
 
 def merge_options(*texts: str) -> str:

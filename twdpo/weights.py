@@ -4,9 +4,10 @@ A source is `WEIGHTS[name](batch, context) -> raw_N`: fp32 over the response tok
 without gradient. To add one, write the function and its line in WEIGHTS (or do both in a file given to --import).
 Keyword-only parameters are its options (--weights-options NAME=VALUE). Attributes of a source, all optional:
     norm   how raw weights are normalised: "mean1" (the default), "selected_mean", "pair_min" or "none" (`normalize`)
-    needs  what it reads beside the pairs: "attention" (context.attention: a weights file), "scores" (context.scores:
-           verbalised ones), "aux" (context.logps["positive"] and ["negative"]: log-probs under the models of
-           --aux-model), "contrast" (context.logps["contrast"]: under the contrast of the two), "ref"
+    needs  what it reads beside the pairs: "attention" (context.attention: a weights file), "attention_against" (the
+           same: what its option `against` names), "scores" (context.scores: verbalised ones), "aux"
+           (context.logps["positive"] and ["negative"]: log-probs under the models of --aux-model, or behind the texts
+           of --aux-prompts), "contrast" (context.logps["contrast"]: under the contrast of two models), "ref"
            (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
            the response tokens, without gradient and not to be written to; the source is then called inside each
            forward, on the policy's device), "logps" (batch.logps_N: the policy's log-probs, likewise, known after its
@@ -32,9 +33,11 @@ from twdpo.judge.verbalized import ScoresFile, character_scores, token_scores
 from twdpo.plugins import stated
 from twdpo.postprocess import attention_weights, pin_and_share, pinned_tokens
 from twdpo.tokens import Example
+from twdpo.transport import otpo
 from twdpo.weights_file import WeightsFile, read_meta
 
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
+SAME_RATIO = 1e-4  # nats: log-ratios that differ by less are equal, as how rows are packed must change no selection
 ONLINE_NEEDS = {"hidden", "logps", "input_gradient"}  # what there is while the policy runs alone
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
@@ -45,6 +48,7 @@ class WeightContext:
 
     config: TrainConfig
     attention: WeightsFile | None = None
+    attention_against: WeightsFile | None = None
     scores: ScoresFile | None = None
     # Of frozen models ("reference", "positive", "negative", "contrast"): log-probs of responses, by the pair's key.
     logps: Mapping[str, Mapping[int, Logps]] = field(default_factory=dict)
@@ -90,6 +94,29 @@ def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
 
 
 attention_surprise.needs = ("attention", "ref")
+
+
+def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.Tensor:
+    """What the judge looks at for its question and not for another one: max(0, a - b), b its attention of `against`.
+
+    Salience that any question has is taken off (this project; no paper). against: another judge prompt, as
+    --judge-prompt takes it, or a folder of extract.py. Each is normalised first, over tokens that neither pins; these
+    keep 1/n. Needs two weights files, of two judge forwards a pair each, once.
+    """
+    weights = []
+    for example in batch.examples:
+        both = zip(context.attention[example.pair.key], context.attention_against[example.pair.key])
+        for response, judged in zip((example.chosen, example.rejected), both):
+            pinned_N = np.any([pinned_tokens(response, each, context.config) for each in judged], axis=0)
+            free_2N = [np.where(pinned_N, 0, attention_weights(response, each, context.config)) for each in judged]
+            mass_N, other_N = (free_N / (free_N.sum() or 1) for free_N in free_2N)
+            raw_N = (mass_N - other_N).clip(min=0)
+            # Without a positive difference the answer has no weight, which is counted and said.
+            weights.append(pin_and_share(raw_N, pinned_N) if raw_N.any() or pinned_N.all() else raw_N)
+    return torch.from_numpy(np.concatenate(weights)).float()
+
+
+attention_contrast.needs = ("attention", "attention_against")
 
 
 def verbalized(batch, context: WeightContext) -> torch.Tensor:
@@ -138,7 +165,7 @@ def ld(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
 ld.norm = "none"
 
 
-def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "scale", "binary"] = "exp",
+def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "scale", "binary", "sigmoid"] = "exp",
         low: float = -0.5, high: float = 1.5, mu: float = 1.0, k: float = 1.0, top: float = 1.0) -> torch.Tensor:
     """Token-level importance (TIS-DPO, Liu et al. 2024, arXiv 2410.04350).
 
@@ -146,7 +173,9 @@ def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "sca
     `exp` (the paper): k exp(mu clamp(d, low, high)), clamped before it is negated. Of its code: `rank`, the rank of d
     in its answer, from 0.7 to 1.3 (its README); `scale`, d from -1.5 to 1.5 as 0.7 to 1.3; `binary`, 1 for the share
     `top` of the largest d, else 0 (its settings file: top=1, so that all are 1). (Its `origin` and `threshold` give
-    weights below 0, which are refused here.) Needs two auxiliary models, one forward each, once.
+    weights below 0, which are refused here.) `sigmoid`: 2 sigma(d), which is 1 + 2r with r the token reward that T-REG
+    (Zhou et al. 2024, arXiv 2412.02685) has of two prompts, there a regulariser and no weight. Needs two auxiliary
+    models, or two texts before one (--aux-prompts), one forward each, once.
     """
     if not low < high:
         raise InputError(f"--weights-options low={low},high={high}: low must be less than high")
@@ -158,6 +187,8 @@ def tis(batch, context: WeightContext, *, transform: Literal["exp", "rank", "sca
             score_N = torch.from_numpy(higher - lower)
             if transform == "exp":
                 weights.append(k * torch.exp(sign * mu * score_N.clamp(low, high)))
+            elif transform == "sigmoid":
+                weights.append(2 * torch.sigmoid(sign * score_N))
             elif transform == "scale":
                 weights.append(1 + 0.2 * (sign * score_N).clamp(-1.5, 1.5))
             elif transform == "binary":
@@ -219,10 +250,52 @@ def cdpo(batch, context: WeightContext) -> torch.Tensor:
 cdpo.norm = "none"
 cdpo.needs = ("contrast",)
 
+
+def tgdpo(batch, context: WeightContext, *, alpha: float = 0.5) -> torch.Tensor:
+    """Guidance by rewards of tokens (TGDPO, Zhu et al. 2025, arXiv 2506.14574): 1 + alpha r, rejected 1 - alpha r.
+
+    r is beta, the run's own, times the log-ratio of the positive model (one that was trained with DPO, say) to the
+    negative one (its reference, by default the policy as it starts), as in their code; weights below 0, which it does
+    not prevent, are 0. Needs one auxiliary model, or two, one forward each, once.
+    """
+    weights = []
+    for positive, negative in aux_logps(batch, context, "positive", "negative"):
+        for sign, guide, reference in zip((1.0, -1.0), positive, negative):
+            weights.append(1 + sign * alpha * context.config.beta * torch.from_numpy(guide - reference))
+    return torch.cat(weights).clamp(min=0)
+
+
+tgdpo.norm = "none"
+tgdpo.needs = ("aux",)
+
+
+def selective(batch, context: WeightContext, *, k: float = 0.4,
+              direction: Literal["lag", "ratio"] = "lag") -> torch.Tensor:
+    """Tokens that the policy has yet to move (Selective-DPO, Dong 2025, arXiv 2507.07725): 1 for the share k, else 0.
+
+    By log(pi / pi_ref) of the policy as it is: the smallest of a chosen and the largest of a rejected answer (`lag`:
+    their code), or the largest of both (`ratio`). What ties with the last one is selected too: while all log-ratios are
+    0 every token, so that the first step is DPO's. Needs reference log-probs, whatever the loss.
+    """
+    if not 0 < k <= 1:
+        raise InputError(f"--weights-options k={k}: the share of selected tokens must be in (0, 1]")
+    weights = []
+    for place, ratio_N in enumerate((batch.logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())):
+        score_N = -ratio_N if direction == "lag" and place % 2 == 0 else ratio_N
+        count = int(k * (len(ratio_N) - 1) + 1e-9) + 1  # those at or above their quantile 1 - k
+        weights.append((score_N >= score_N.topk(count).values[-1] - SAME_RATIO).float())
+    return torch.cat(weights)
+
+
+selective.norm = "none"
+selective.needs = ("logps", "ref")
+
+
 WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
     "attention_surprise": attention_surprise,
+    "attention_contrast": attention_contrast,
     "verbalized": verbalized,
     "decay": decay,
     "ld": ld,
@@ -230,6 +303,9 @@ WEIGHTS = {
     "sepo": sepo,
     "cdpo": cdpo,
     "tidpo": tidpo,
+    "tgdpo": tgdpo,
+    "selective": selective,
+    "otpo": otpo,
 }
 
 
