@@ -31,7 +31,7 @@ def plain_gradients(model) -> list[torch.Tensor]:
     found = []
     for example in EXAMPLES:
         for side in (example.chosen, example.rejected):
-            ids = torch.from_numpy(np.concatenate([example.prompt_ids, side.ids])).long()[None]
+            ids = torch.from_numpy(np.concatenate([example.prompt_ids, side.ids])).long()[None].to(model.device)
             leaf_1TD = model.get_input_embeddings()(ids).detach().requires_grad_()
             target = model(inputs_embeds=leaf_1TD).logits[0, -1].max()
             found.append(torch.autograd.grad(target, leaf_1TD)[0][0].abs().sum(dim=-1))

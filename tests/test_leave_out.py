@@ -213,8 +213,8 @@ def test_sources_that_need_the_policy_are_counted_when_it_is_there_or_not_at_all
     train.main(arguments("referenced", weights="referenced"))
     assert capsys.readouterr().out.count("3 pairs have an answer without any weight: it counts as uniform, kept") == 1
     train.main(arguments("online", weights="online", max_steps=1))
-    assert "can't be counted before the run: the weight source online reads the policy's" in capsys.readouterr().out
-    for name, what in (("referenced", "reference log-probs"), ("online", "the policy's hidden states")):
+    assert "can't be counted before the run: the weight source online reads the policy as" in capsys.readouterr().out
+    for name, what in (("referenced", "reference log-probs"), ("online", "the policy as it is in each step")):
         with pytest.raises(SystemExit):
             train.main(arguments("refused", weights=name, leave_out="massless"))
         assert f"the weight source {name} reads {what}, so which pairs" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def describe(config: TrainConfig, kind: str, what: str, number: int, held_out: i
 def check_massless(config: TrainConfig, objective: Objective, process: Process) -> None:
     """Say where weights can't be looked at before training; raise InputError when such pairs are to be left out, which
     is done before the policy is there."""
-    reads = "the policy's hidden states" if objective.is_online else "reference log-probs"
+    reads = "the policy as it is in each step" if objective.is_online else "reference log-probs"
     if "massless" in config.left_out and (objective.is_online or reads_reference(objective)):
         raise InputError(f"--leave-out massless: the weight source {objective.source_name} reads {reads}, so which "
                          "pairs it gives no mass is not known before the policy is loaded; take massless out of the "
