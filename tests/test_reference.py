@@ -190,6 +190,16 @@ def test_hidden_states_are_stored_once_and_read_by_the_pair(tmp_path, process, c
     assert "; 0 GiB are not yet in" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_pairs_of_equal_tokens_share_what_is_stored(tmp_path, process):
+    again = replace(EXAMPLES[1], pair=replace(EXAMPLES[1].pair, chosen="cut to the same tokens"))
+    assert again.pair.key != EXAMPLES[1].pair.key
+    policy = load_policy(save_model(tmp_path / "model"), torch.float32, process)
+    states = store_states(policy, process, [([*EXAMPLES, again], [[1, 4]])], RowOptions(True, 1000), tmp_path / "cache",
+                          torch.float32)
+    found = [states(collate(MicroBatch((0,)), [each], [0])) for each in (EXAMPLES[1], again)]
+    assert torch.equal(*found) and len(read_places(tmp_path / "cache", STATES)) == 1
+
+
 def test_a_damaged_file_is_made_again_and_a_full_disk_is_one_message(tmp_path, process, capsys, monkeypatch):
     batch = collate(ALL, EXAMPLES, [0, 1, 2, 3], packs=True)
     whole = store(save_model(tmp_path / "model"), process, tmp_path / "cache")(batch)

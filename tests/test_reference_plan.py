@@ -20,9 +20,9 @@ from twdpo.weights import WEIGHTS
 
 
 @pytest.mark.parametrize("place, cost, machine, expected", [
-    ("memory", COST, (2, 0), 2 * (1000 / 2 + 600)),  # its shards; gathered embedding, norm and head
-    ("memory", COST, (8, 4), 2 * (1000 / 4 + 600)),
-    ("memory", COST, (1, 0), 2 * (1000 + 600)),
+    ("memory", COST, (2, 0), 2 * (1000 / 2 + 250)),  # its shards; its head, gathered
+    ("memory", COST, (8, 4), 2 * (1000 / 4 + 250)),
+    ("memory", COST, (1, 0), 2 * (1000 + 250)),
     ("memory", replace(COST, compute_bytes=4), (1, 0), 4 * 1000),  # nothing is gathered
     ("disk", COST, (2, 0), 2 * (250 / 2 + 250)),  # the head alone
     ("disk", COST, (1, 0), 2 * 250),

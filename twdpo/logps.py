@@ -190,11 +190,12 @@ def store_states(policy: Policy, process: Process, parts: list[Part], rows: RowO
 
     Raises InputError when the disk has no room for them, before the first is computed.
     """
-    examples = {example_key(examples[pair]): examples[pair] for examples, batches in parts for batch in batches
-                for pair in batch}
+    keys = [{pair: example_key(examples[pair]) for batch in batches for pair in batch} for examples, batches in parts]
+    # Several pairs may have the tokens of one key.
+    examples = [(key, part[pair]) for (part, _), numbers in zip(parts, keys) for pair, key in numbers.items()]
     stored = process.broadcast(set(read_places(folder, STATES)) if process.is_main else None)
     token_bytes = policy.model.get_output_embeddings().weight.shape[1] * dtype.itemsize
-    sizes = {key: token_bytes * (len(each.chosen.ids) + len(each.rejected.ids)) for key, each in examples.items()}
+    sizes = {key: token_bytes * (len(each.chosen.ids) + len(each.rejected.ids)) for key, each in examples}
     missing = sum(size for key, size in sizes.items() if key not in stored)
     process.print(f"hidden states of the reference: {sum(sizes.values()) / 2**30:.3g} GiB for {len(sizes)} pairs, "
                   f"{token_bytes} bytes a response token; {missing / 2**30:.3g} GiB are not yet in {folder}")
@@ -205,15 +206,14 @@ def store_states(policy: Policy, process: Process, parts: list[Part], rows: RowO
             write_cache(folder, STATES, new)
         return set().union(*process.gather(set(new)))  # all ranks
     if missing:
-        for part, batches in parts:
-            keys = {pair: example_key(part[pair]) for batch in batches for pair in batch}
-            run_missing(process, part, batches, rows, keys, stored, "hidden states",
+        for (part, batches), numbers in zip(parts, keys):
+            run_missing(process, part, batches, rows, numbers, stored, "hidden states",
                         lambda batch: policy(batch, with_hidden=True).hidden_ND.cpu(), write, STATES_FLUSH_BATCHES)
     places = read_places(folder, STATES)
-    if absent := examples.keys() - places.keys():
-        raise InputError(f"--ref-states disk: {len(absent)} of {len(examples)} pairs that other processes have written "
+    if absent := sizes.keys() - places.keys():
+        raise InputError(f"--ref-states disk: {len(absent)} of {len(sizes)} pairs that other processes have written "
                          f"are not in {folder} here: --cache-dir must be one folder for all of them")
-    return StoredStates({example.pair.key: places[key] for key, example in examples.items()})
+    return StoredStates({example.pair.key: places[key] for key, example in examples})
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -227,14 +227,12 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
 
 
 def reference_bytes(cost: ModelCost, world_size: int, shards: int, reference: str) -> float:
-    """What is resident of a frozen reference while the policy runs: its shards, and gathered what its head is in. (Its
-    layers run, two gathered at once, before the policy's, which take more.)"""
-    params, gathered = cost.params, cost.root_params
-    if reference == "disk":
-        params = gathered = cost.head_params
-    if world_size == 1 and (cost.compute_bytes == 4 or reference == "disk"):  # whole (twdpo.dist.shard_module)
-        gathered = 0
-    return cost.compute_bytes * (params / shards + gathered)
+    """What is resident of a frozen reference while the policy runs: its shards, and its head gathered. (Its layers run,
+    two gathered at once, before the policy's, which take more.)"""
+    # Whole in one process: twdpo.dist.shard_module, twdpo.models.reference.keep_head.
+    is_whole = world_size == 1 and (cost.compute_bytes == 4 or reference == "disk")
+    params = cost.head_params if reference == "disk" else cost.params
+    return cost.compute_bytes * (params / shards + (0 if is_whole else cost.head_params))
 
 
 def most_tokens(cost: ModelCost, world_size: int, memory_gib: float, checkpointing: str, no_sync: bool = False,

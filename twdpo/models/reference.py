@@ -80,8 +80,11 @@ def load_reference(directory: Path, compute_dtype: torch.dtype, process: Process
     if compile:
         compile_layers(layers)
     reference = Reference(model)
+    # An embedding that is not the head too is a group of its own: what the root holds stays gathered for the policy.
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    groups = [*([embedding] if embedding.weight is not head.weight else []), *layers]
     # Layers cast their inputs as the policy's do: OLMo-2's cosines are fp32.
-    shard_frozen(reference, layers, None if compute_dtype == torch.float32 else compute_dtype, process, replicate)
+    shard_frozen(reference, groups, None if compute_dtype == torch.float32 else compute_dtype, process, replicate)
     load_shards(reference, directory, process.device)
     assert all(parameter.dtype == compute_dtype for parameter in reference.parameters())
     return reference.eval()
