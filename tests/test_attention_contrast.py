@@ -13,7 +13,7 @@ import train
 from twdpo.config import TrainConfig
 from twdpo.tokens import Response
 from twdpo.weights import WEIGHTS, WeightContext
-from twdpo.weights_file import JudgedAnswer
+from twdpo.weights_file import JudgedAnswer, write_meta
 
 OTHER = ("Which answer is longer?\n\nQuestion: {question}\n\nAnswer A: {answer_a}\n\nAnswer B: {answer_b}\n\n"
          "Longer answer:\n")
@@ -135,8 +135,11 @@ def test_attention_of_other_pairs_is_refused(tmp_path, arguments, other, toy_mod
     (["--weights-options", "against="], "attention_contrast needs --weights-options against=VALUE"),
     (["--weights-options", "against=nowhere.txt"], "--weights-options against=nowhere.txt: --judge-prompt is "),
     (["--weights-options", "against=short", "--layer", "9"], "--layer is '9'"),
+    (["--weights-options", "against=SCORES"], "it holds scores: extract attention without --verbalized"),
 ])
 def test_bad_input_is_one_message(options, message, tmp_path, run_arguments, capsys):
+    write_meta(tmp_path / "scores", {"source": "verbalized"})
+    options = [option.replace("SCORES", str(tmp_path / "scores")) for option in options]
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", weights="attention_contrast"), *options])
     assert message in capsys.readouterr().err

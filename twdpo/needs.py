@@ -40,7 +40,7 @@ from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
-from twdpo.weights_file import WeightsFile, parse_layer
+from twdpo.weights_file import WeightsFile, parse_layer, read_meta
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
@@ -134,6 +134,8 @@ class AttentionAgainst(Attention):
         stored = Path(against).is_dir() or against.endswith(".jsonl")
         self.changes = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
         try:
+            if Path(against).is_dir() and read_meta(Path(against)).get("source", "attention") != "attention":
+                raise InputError("it holds scores: extract attention without --verbalized")
             return super().check(replace(config, **self.changes), inputs)
         except InputError as error:
             raise InputError(f"--weights-options against={against}: {error}") from error

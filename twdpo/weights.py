@@ -100,8 +100,8 @@ def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.
     """What the judge looks at for its question and not for another one: max(0, a - b), b its attention of `against`.
 
     Salience that any question has is taken off (this project; no paper). against: another judge prompt, as
-    --judge-prompt takes it, or a folder of extract.py. Each is normalised first, over tokens that neither pins; these
-    keep 1/n. Needs two weights files, of two judge forwards a pair each, once.
+    --judge-prompt takes it, or a folder of extract.py or its --export. Each is normalised first, over tokens that
+    neither pins; pinned tokens keep 1/n. Needs two weights files, of two judge forwards a pair each, once.
     """
     weights = []
     for example in batch.examples:
