@@ -81,7 +81,7 @@ command_of() {
     inner=$(awk "BEGIN { print 0.9 * $2 / 60 }") # a benchmark ends by itself before its time is over
     case $1 in
     tests) command=("$python" -m pytest -m gpu -q --durations=5 -p no:cacheprovider) ;;
-    op) command=("$python" benchmarks/loss_kernel.py --heads llama-3-8b --tokens 4096,16384 --only twdpo,TRL
+    op) command=("$python" benchmarks/loss_kernel.py --heads llama-3-8b --tokens 4096,16384 --only twdpo,TRL,KL
         --minutes "$inner" --out "$folder/loss_kernel.json") ;;
     step) command=("$python" benchmarks/train_step.py --shape llama-3-8b --else-shape llama-3.2-1b --only ours
         --steps 6 --out "$folder/train_step.json") ;;

@@ -42,7 +42,7 @@ from harness import (
     whole_number,
     whole_numbers,
 )
-from loss_peers import Method, find_methods
+from loss_peers import Method, call_kl, call_plain, find_methods
 from twdpo.logratio import HeadOptions, weighted_logratio_chunked, weighted_logratio_spec
 
 # name: (vocabulary, hidden size, softcap)
@@ -76,7 +76,8 @@ class Operands(NamedTuple):
     head_VD: torch.Tensor
     batch: dict[str, torch.Tensor]
     error_batch: dict[str, torch.Tensor]
-    truth: list[torch.Tensor]  # fp64: log-probs and hidden gradient of the first tokens, head gradient
+    # fp64, by with_kl: log-probs and hidden gradient of the first tokens, head gradient
+    truth: dict[bool, list[torch.Tensor]]
 
 
 def prepare(case: Case, device: torch.device, error_tokens: int) -> Operands:
@@ -88,17 +89,21 @@ def prepare(case: Case, device: torch.device, error_tokens: int) -> Operands:
     two = {"scale_S": batch["scale_S"][:2]}
     error_batch = batch | two | {"weights_N": weights_N, "seq_lens_S": torch.tensor([few // 2, case.tokens - few // 2])}
     first = {name: value[:few] for name, value in batch.items() if name.endswith("_N")} | two | {
-        "seq_lens_S": torch.tensor([few // 2, few - few // 2])}
+        "seq_lens_S": torch.tensor([few // 2, few - few // 2]),
+        "ref_states": (batch["ref_states"][0][:few].double(), batch["ref_states"][1].double(), None)}
     # The specification makes all logits at once: on a CPU that is too much memory.
     op = weighted_logratio_spec if device.type == "cuda" else weighted_logratio_chunked
     operands = [matrix.detach().double().requires_grad_() for matrix in (hidden_ND[:few], head_VD)]
-    output = op(*operands, **first, options=HeadOptions(softcap=case.softcap))
-    truth = [output[1].detach(), *torch.autograd.grad(loss_of(output), operands)]
+    truth = {}
+    for with_kl, call in ((False, call_plain), (True, call_kl)):
+        output = call(op, HeadOptions(softcap=case.softcap), *operands, first)
+        truth[with_kl] = [output[1].detach(), *torch.autograd.grad(loss_of(output), operands)]
     return Operands(hidden_ND, head_VD, batch, error_batch, truth)
 
 
 def make_case(vocabulary: int, hidden: int, num_tokens: int, device: torch.device, dtype: torch.dtype):
-    """(hidden_ND, head_VD, batch): targets have log-probs of all sizes, sequences are up to 512 tokens long."""
+    """(hidden_ND, head_VD, batch): targets have log-probs of all sizes, sequences are up to 512 tokens long, and the
+    reference is near the policy."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -113,6 +118,8 @@ def make_case(vocabulary: int, hidden: int, num_tokens: int, device: torch.devic
     batch = {"targets_N": targets_N, "ref_logps_N": -5 * torch.rand(num_tokens, generator=generator, device=device),
              "weights_N": weights_N, "seq_lens_S": bounds.diff(),
              "scale_S": torch.ones(num_sequences, device=device)}
+    near_VD = head_VD + 0.1 * hidden ** -0.5 * normal(vocabulary, hidden)
+    batch["ref_states"] = hidden_ND + 0.3 * normal(num_tokens, hidden), near_VD, None
     return hidden_ND.requires_grad_(), head_VD.requires_grad_(), batch
 
 
@@ -141,7 +148,7 @@ def relative_errors(method: Method, operands: Operands) -> dict[str, float]:
     output = method.op(*matrices, operands.error_batch)
     results = [output[1].detach(), *torch.autograd.grad(loss_of(output), matrices)]
     errors = {}
-    for name, truth, own in zip(("logps", "grad_hidden", "grad_head"), operands.truth, results):
+    for name, truth, own in zip(("logps", "grad_hidden", "grad_head"), operands.truth[method.with_kl], results):
         errors[name] = float((own[:len(truth)] - truth).norm() / truth.norm())
     return errors
 
@@ -213,10 +220,11 @@ class Session:
         methods = [method for method in find_methods(self.device, case.softcap) if not method.missing
                    and (case.softcap is None or method.takes_softcap) and is_wanted(method, self.flags.only)]
         print(f"\n{case.head}: V {case.vocabulary:,}, D {case.hidden:,}, {case.tokens:,} tokens", flush=True)
-        operands, ours, left_out, unprepared = None, None, {}, ""
+        operands, ours, left_out, unprepared = None, {}, {}, ""  # ours: by with_kl, the first of twdpo
         for place, method in enumerate(methods):
             row = {"head": case.head, "vocabulary": case.vocabulary, "hidden": case.hidden, "tokens": case.tokens,
                    "method": method.name + (" (reference row)" if method.reference_row else "")}
+            row |= {"with_kl": True} if method.with_kl else {}
             note = unprepared or self.why_left_out(method, case, place and share_end)
             if not note and operands is None:
                 operands, note = self.try_prepare(case)
@@ -225,13 +233,13 @@ class Session:
                 left_out.setdefault(note, []).append(method.name)
                 self.report.add(row | {"note": f"left out: {note}"})
                 continue
-            if ours is None and method.name.startswith("twdpo"):
-                ours = method
-            row |= self.try_method(method, ours, operands, share_end, len(methods) - place)
+            if method.name.startswith("twdpo"):
+                ours.setdefault(method.with_kl, method)
+            row |= self.try_method(method, ours.get(method.with_kl), operands, share_end, len(methods) - place)
             if "forward_backward_ms" in row:
                 self.pace = max(self.pace, row["forward_backward_ms"] / 1e3 / case.nvd)
-            elif ours is method:
-                ours = None
+            elif ours.get(method.with_kl) is method:
+                del ours[method.with_kl]
             print(show(row), flush=True)
             self.report.add(row)
         for note, names in left_out.items():
@@ -287,7 +295,8 @@ HEADER = (f"{'':39}{'forward':>9} {'forward and':>11} {'20 to 80 %':>18} {'TFLOP
           f"{'':>7} {'':>7} {'extra':>7}  log-probs, dX, dW")
 LEGEND = """\
 bare rate: of the head's three bare matrix products in the same turns. x 8NVD: time over that of 8 N V D operations at
-that rate. x ours: over twdpo's first row in the same turns. MiB extra: peak memory beyond inputs and gradients."""
+that rate. x ours: over twdpo's first row of the same loss, with KL or without, in the same turns. MiB extra: peak
+memory beyond inputs and gradients."""
 
 
 def show(row: dict) -> str:
@@ -306,7 +315,7 @@ def conclusion(rows: list[dict]) -> str:
     """What the rows say, for a person: of the first head and token count, and how many others it holds for."""
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
-        if "forward_backward_ms" in row and "relative_error" in row:
+        if "forward_backward_ms" in row and "relative_error" in row and not row.get("with_kl"):
             cases.setdefault((row["head"], row["tokens"]), []).append(row)
     if not cases:
         return "Nothing was measured."

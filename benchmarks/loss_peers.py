@@ -2,7 +2,8 @@
 
 A method's `op(hidden_ND, head_VD, batch)` returns (ratio_S, logps_N) as `twdpo.logratio.weighted_logratio` begins. A
 reference row returns a scalar instead: it computes gradients in its forward pass, for one loss of its own, and takes no
-gradient per token; its time tells what 6 N V D operations cost, not what this loss costs.
+gradient per token; its time tells what 6 N V D operations cost, not what this loss costs. A method with KL adds to each
+token's log-prob the KL of the reference's distribution from the policy's, as TDPO does.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from twdpo.logratio import HeadOptions, combine, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
+from twdpo.logratio import (
+    HeadOptions,
+    combine,
+    logits_of,
+    weighted_logratio,
+    weighted_logratio_chunked,
+    weighted_logratio_spec,
+)
 
 
 @dataclass(frozen=True)
@@ -26,25 +34,26 @@ class Method:
     missing: str = ""  # why it can't run on this machine
     takes_softcap: bool = True
     compiles: bool = False  # by torch.compile, for as long as it takes
+    with_kl: bool = False  # of another loss: compared with methods of it alone
 
 
 def find_methods(device: torch.device, softcap: float | None) -> list[Method]:
-    """All methods for a head with this softcap, the most worthwhile first: ours, those that take any gradient per
-    token, full logits, those of a loss of their own, and last what compiles for long. Some can't run here, and say why;
-    some take no softcap."""
+    """All methods for a head with this softcap, the most worthwhile first: ours, those with KL, those that take any
+    gradient per token, full logits, those of a loss of their own, and last what compiles for long. Some can't run here,
+    and say why; some take no softcap."""
     options = HeadOptions(softcap=softcap)
-    chunks = Method("twdpo, torch chunks", partial(_call, weighted_logratio_chunked, options))
+    chunks = Method("twdpo, torch chunks", partial(call_plain, weighted_logratio_chunked, options))
     ours = [chunks]
     if device.type == "cuda":
-        ours = [Method("twdpo, Triton", partial(_call, weighted_logratio, options)),
+        ours = [Method("twdpo, Triton", partial(call_plain, weighted_logratio, options)),
                 Method("twdpo, Triton, half of the tiles kept", partial(_call_cached, options), operations=7,
                        takes_softcap=False), chunks]
-    methods = [*ours, *_trl(softcap), *_cut_cross_entropy(device, softcap), *_liger(device, softcap), *_torch_core(),
-               *_full_logits(options)]
+    methods = [*ours, *_with_kl(device, options), *_trl(softcap), *_cut_cross_entropy(device, softcap),
+               *_liger(device, softcap), *_torch_core(), *_full_logits(options)]
     return sorted(methods, key=lambda method: (method.compiles, method.reference_row))
 
 
-def _call(op, options: HeadOptions, hidden_ND, head_VD, batch):
+def call_plain(op, options: HeadOptions, hidden_ND, head_VD, batch):
     return op(hidden_ND, head_VD, **batch, options=options)[:2]
 
 
@@ -54,15 +63,38 @@ def _call_cached(options: HeadOptions, hidden_ND, head_VD, batch):
     return weighted_logratio(hidden_ND, head_VD, **batch, options=options, head_cache_gib=cache_gib)[:2]
 
 
+def _with_kl(device: torch.device, options: HeadOptions) -> list[Method]:
+    name, op = ("Triton", weighted_logratio) if device.type == "cuda" else ("torch chunks", weighted_logratio_chunked)
+    return [Method(f"twdpo, {name}, with KL", partial(call_kl, op, options), operations=12, with_kl=True),
+            Method("full logits, with KL", partial(_two_softmaxes, options), with_kl=True)]
+
+
+def call_kl(op, options: HeadOptions, hidden_ND, head_VD, batch):
+    _, logps_N, values = op(hidden_ND, head_VD, **batch, options=options, terms=("kl",))
+    return _combine(logps_N + values["kl"], batch), logps_N
+
+
+def _two_softmaxes(options: HeadOptions, hidden_ND, head_VD, batch):
+    """What one writes who has the memory; the specification also looks after probabilities of 0."""
+    models = (hidden_ND, head_VD, None), batch["ref_states"]
+    logps_NV, ref_logps_NV = (logits_of(*model, options).log_softmax(dim=-1) for model in models)
+    logps_N = logps_NV.gather(-1, batch["targets_N"][:, None])[:, 0]
+    kl_N = F.kl_div(logps_NV, ref_logps_NV, reduction="none", log_target=True).sum(dim=-1)
+    return _combine(logps_N + kl_N, batch), logps_N
+
+
+def _combine(logps_N, batch):
+    return combine(logps_N, *(batch[name] for name in ("ref_logps_N", "weights_N", "seq_lens_S", "scale_S")))
+
+
 def _from_logps(logps_of, hidden_ND, head_VD, batch):
     """The op from any function that gives log-probs per token."""
     logps_N = logps_of(hidden_ND, head_VD, batch["targets_N"])
-    rest = {name: value for name, value in batch.items() if name != "targets_N"}
-    return combine(logps_N.float(), **rest), logps_N
+    return _combine(logps_N.float(), batch), logps_N
 
 
 def _full_logits(options: HeadOptions) -> list[Method]:
-    full = partial(_call, weighted_logratio_spec, options)
+    full = partial(call_plain, weighted_logratio_spec, options)
     logps = torch.compile(lambda hidden_ND, head_VD, targets_N: weighted_logratio_spec(
         hidden_ND, head_VD, targets_N, torch.zeros_like(hidden_ND[:, 0]), torch.ones_like(hidden_ND[:, 0]),
         torch.tensor([len(targets_N)]), torch.ones_like(hidden_ND[:1, 0]), options=options)[1])

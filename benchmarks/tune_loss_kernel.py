@@ -65,7 +65,7 @@ def passes(case, plan: kernels.Plan):
     softmax, coefficients_N = forward()[2], batch["weights_N"] / len(hidden_ND)
 
     def backward():
-        return kernels.backward(*operands, softmax, coefficients_N, None, None, plan, (True, True, False))
+        return kernels.backward(*operands, softmax, coefficients_N, {}, None, plan, (True, True, False))
     return forward, backward
 
 
@@ -103,7 +103,8 @@ def try_tile(case, tile: kernels.Tile, device, seconds: float) -> dict[str, obje
     """Times of the two tile kernels with this tile; printed."""
     row: dict[str, object] = {"tile": tile}
     try:
-        times = parts(case, kernels.Plan(None, None, kernels.Tiles(tile, tile), kernels.WAVE_MIB), device, seconds)
+        plan = kernels.Plan(None, None, kernels.Tiles(*3 * (tile,)), kernels.WAVE_MIB)
+        times = parts(case, plan, device, seconds)
         row |= {"forward_ms": times["tile_statistics_kernel"], "gradient_ms": times["logits_gradient_kernel"]}
         operations = 2 * case[0].numel() * len(case[1]) / 1e9
         result = f"{operations / row['forward_ms']:16.0f} {operations / row['gradient_ms']:11.0f}"

@@ -193,7 +193,11 @@ def test_errors_are_those_of_the_first_tokens_and_the_truth_is_made_once(methods
     assert all(error > 1e-3 for error in wrong["relative_error"].values())
     operands = prepare(loss_kernel.Case("x", 300, 16, None, 24), CPU, 7)
     whole = prepare(loss_kernel.Case("x", 300, 16, None, 24), CPU, 24)
-    assert len(operands.truth[0]) == 7
+    assert len(operands.truth[False][0]) == 7
+    assert operands.truth.keys() == {False, True}  # the loss with KL has its own
+    assert torch.equal(operands.truth[True][0], operands.truth[False][0])
+    assert (operands.truth[True][1] - operands.truth[False][1]).norm() > 0.01 * operands.truth[False][1].norm()
+    operands, whole = operands._replace(truth=operands.truth[False]), whole._replace(truth=whole.truth[False])
     torch.testing.assert_close(operands.truth[0], whole.truth[0][:7])
     matrices = [matrix.detach().double().requires_grad_() for matrix in operands[:2]]
     output = weighted_logratio_spec(*matrices, **operands.error_batch)
@@ -237,6 +241,20 @@ def test_the_closing_sentence_says_what_the_rows_say(methods, tmp_path, capsys):
     assert "twdpo, torch chunks takes 2.00 times as long (77.12 ms" in text and "the fastest at 0 of 1" in text
     assert loss_kernel.conclusion([other]).endswith("twdpo was not measured.")
     assert any(line.startswith("plain at 24 tokens: the fastest of 2") for line in printed.splitlines())
+
+
+def test_methods_with_kl_are_compared_with_each_other_alone(methods, tmp_path, capsys):
+    with_kl = [method for method in find_methods(CPU, None) if method.with_kl]
+    methods(*with_kl, Method("other", ours()))
+    loss_kernel.main(["--seconds", "0", "--heads", "plain", "--out", str(tmp_path / "x.json")])
+    printed = capsys.readouterr().out
+    rows = {row["method"]: row for row in last_line(printed)["rows"]}
+    chunks, full = (rows[name] for name in ("twdpo, torch chunks, with KL", "full logits, with KL"))
+    assert chunks["over_ours"] == 1.0 and full["over_ours"] == full["forward_backward_ms"] / full["ours_ms"]
+    assert full["ours_ms"] != rows["other"]["ours_ms"] and "the fastest of 2 is" in printed
+    assert all(max(row["relative_error"].values()) < 1e-5 for row in (chunks, full))
+    names = [method.name for method in find_methods(torch.device("cuda"), None) if method.with_kl]
+    assert names == ["twdpo, Triton, with KL", "full logits, with KL"]
 
 
 @pytest.mark.slow

@@ -13,10 +13,13 @@ from twdpo.logratio import TERMS, HeadOptions, weighted_logratio, weighted_logra
 
 pytestmark = pytest.mark.gpu
 MIB, GIB = 2**20, 2**30
+DIFFERENTIABLE = tuple(name for name in TERMS if name != "top1")
 
 
-def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bias: bool = False) -> dict:
-    """Operands on the GPU; targets have log-probs of all sizes, p = 0.999 included."""
+def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bias: bool = False,
+         compares: bool = True) -> dict:
+    """Operands on the GPU; targets have log-probs of all sizes, p = 0.999 included. compares: with a reference near
+    the policy, of hidden states twice as wide."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -25,8 +28,9 @@ def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bi
     targets_N = torch.randint(0, vocabulary, (num_tokens,), generator=generator, device="cuda")
     strength_N = torch.linspace(0, 25, num_tokens, device="cuda").to(dtype)[:, None]
     lens = [num_tokens // 3, 0, num_tokens // 2, num_tokens - num_tokens // 3 - num_tokens // 2]
+    hidden_ND = normal(num_tokens, hidden) + strength_N * head_VD[targets_N]
     return {
-        "hidden_ND": (normal(num_tokens, hidden) + strength_N * head_VD[targets_N]).requires_grad_(),
+        "hidden_ND": hidden_ND.requires_grad_(),
         "head_VD": head_VD.requires_grad_(),
         "bias_V": normal(vocabulary).requires_grad_() if bias else None,
         "targets_N": targets_N,
@@ -34,11 +38,14 @@ def case(num_tokens: int, vocabulary: int, hidden: int, dtype=torch.bfloat16, bi
         "weights_N": torch.rand(num_tokens, device="cuda") * (torch.rand(num_tokens, device="cuda") > 0.3),
         "seq_lens_S": torch.tensor(lens),
         "scale_S": torch.rand(4, device="cuda") + 1,
+        "ref_states": (torch.cat([hidden_ND.detach(), 0.1 * normal(num_tokens, hidden)], dim=1),
+                       torch.cat([head_VD.detach(), normal(vocabulary, hidden) * hidden ** -0.5], dim=1),
+                       normal(vocabulary) if bias else None) if compares else None,
     }
 
 
 def results(op, given: dict, options: HeadOptions | None = None, terms=()) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of a mixture of them with upstreams of both signs. terms: "entropy" or none."""
+    """Outputs, and gradients of a mixture of them with upstreams of both signs. terms: all but "top1"."""
     ratio_S, logps_N, values = op(**given, options=options, terms=terms)
     outputs = {"ratio_S": ratio_S, "logps_N": logps_N} | values
     generator = torch.Generator("cuda").manual_seed(3)
@@ -50,8 +57,10 @@ def results(op, given: dict, options: HeadOptions | None = None, terms=()) -> di
 
 
 def fp64(given: dict) -> dict:
+    ref_states = tuple(None if tensor is None else tensor.double() for tensor in given["ref_states"] or ())
     return {name: value.detach().double().requires_grad_()
-            if isinstance(value, torch.Tensor) and value.requires_grad else value for name, value in given.items()}
+            if isinstance(value, torch.Tensor) and value.requires_grad else value for name, value in given.items()
+            } | {"ref_states": ref_states}
 
 
 def half_kept(given: dict):
@@ -98,12 +107,13 @@ def test_error_is_that_of_torch(num_tokens, vocabulary, hidden, bias, dtype, opt
                          ids=["plain", "softcap and scale"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_tokens, vocabulary, hidden, bias", [(1024, 32000, 1024, False), (1003, 50257, 771, True)])
-def test_entropy_errors_are_those_of_torch(num_tokens, vocabulary, hidden, bias, dtype, options):
-    """Three-way, the entropy beside the log-probs: at most a few times the error of full logits in the same dtype."""
+@pytest.mark.parametrize("terms", [*((name,) for name in DIFFERENTIABLE), DIFFERENTIABLE], ids="+".join)
+def test_errors_of_terms_are_those_of_torch(num_tokens, vocabulary, hidden, bias, dtype, options, terms):
+    """Three-way, terms beside the log-probs: at most a few times the error of full logits in the same dtype."""
     given = case(num_tokens, vocabulary, hidden, dtype, bias)
-    truth = results(weighted_logratio_chunked, fp64(given), options, ("entropy",))
-    same = results(weighted_logratio_spec, given, options, ("entropy",))
-    for name, ours in results(weighted_logratio, given, options, ("entropy",)).items():
+    truth = results(weighted_logratio_chunked, fp64(given), options, terms)
+    same = results(weighted_logratio_spec, given, options, terms)
+    for name, ours in results(weighted_logratio, given, options, terms).items():
         error, allowed = ((value.double() - truth[name]).norm() for value in (ours, same[name]))
         size = truth[name].norm()
         assert error <= 4 * allowed + 3e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
@@ -124,6 +134,16 @@ def test_the_entropy_gradient_of_sure_tokens_is_exact(top):
     torch.testing.assert_close(*gradients, atol=0, rtol=1e-2)
 
 
+@pytest.mark.parametrize("hidden", [256, 771])  # with and without the tensor memory accelerator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_reference_that_is_the_policy_is_no_bit_away(dtype, hidden):
+    given = case(300, 5003, hidden, dtype, bias=True)
+    leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
+    values = weighted_logratio(**given | {"ref_states": tuple(leaves)}, terms=("kl", "reverse_kl"))[2]
+    grads = torch.autograd.grad([value.sum() for value in values.values()], leaves)
+    assert all((value == 0).all() for value in (*values.values(), *grads))
+
+
 def test_fp32_is_not_rounded_to_tf32():
     given = case(257, 5003, 320, torch.float32, bias=True)
     truth = results(weighted_logratio_chunked, fp64(given))
@@ -131,18 +151,19 @@ def test_fp32_is_not_rounded_to_tf32():
         assert (ours.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), name
 
 
-@pytest.mark.parametrize("num_tokens, vocabulary, hidden, cache_gib", [
-    (20_011, 128_256, 64, 0.0),  # N V = 2.6e9
-    (20_011, 128_256, 64, 4.5),  # of which 2.4e9 are kept
-    (70, 128_256, 17_000, 0.0),  # V D = 2.2e9: offsets into the head itself pass 2^31
-    (70, 128_256, 17_001, 0.0),  # and without the tensor memory accelerator
+@pytest.mark.parametrize("num_tokens, vocabulary, hidden, cache_gib, terms", [
+    (20_011, 128_256, 64, 0.0, ()),  # N V = 2.6e9
+    (20_011, 128_256, 64, 4.5, ()),  # of which 2.4e9 are kept
+    (20_011, 128_256, 64, 0.0, ("kl", "reverse_kl")),
+    (70, 128_256, 17_000, 0.0, ()),  # V D = 2.2e9: offsets into the head itself pass 2^31
+    (70, 128_256, 17_001, 0.0, ()),  # and without the tensor memory accelerator
 ])
-def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden, cache_gib):
+def test_sizes_past_32_bit_offsets(num_tokens, vocabulary, hidden, cache_gib, terms):
     """More than 2^31 elements: the last rows and columns are as right as the first."""
-    given = case(num_tokens, vocabulary, hidden)
-    ours = results(partial(weighted_logratio, head_cache_gib=cache_gib), given)
-    chunked = results(weighted_logratio_chunked, given)
-    for name in ("logps_N", "hidden_ND", "head_VD"):
+    given = case(num_tokens, vocabulary, hidden, compares=bool(terms))
+    ours = results(partial(weighted_logratio, head_cache_gib=cache_gib), given, terms=terms)
+    chunked = results(weighted_logratio_chunked, given, terms=terms)
+    for name in ("logps_N", *terms, "hidden_ND", "head_VD"):
         for part in (slice(0, 100), slice(-100, None)):
             torch.testing.assert_close(ours[name][part].float(), chunked[name][part].float(), atol=3e-2, rtol=3e-2,
                                        msg=lambda text, name=name, part=part: f"{name} {part}: {text}")
@@ -152,7 +173,7 @@ def test_millions_of_tokens():
     """N D = 2.2e9. An entry of the head's gradient is then a sum of 2.2 million terms rounded to bf16: its error is
     compared with torch's, as a norm, and the truth is made in parts."""
     num_tokens, part = 2_200_000, 100_000
-    given = case(num_tokens, 100, 1_000)
+    given = case(num_tokens, 100, 1_000, compares=False)
     upstream_N = torch.randn(num_tokens, generator=torch.Generator("cuda").manual_seed(3), device="cuda")
 
     def run(op, given, upstream_N):
@@ -179,27 +200,28 @@ def test_millions_of_tokens():
         assert error <= 2 * allowed + 1e-6 * size, f"{name}: {error / size:.2e}, torch {allowed / size:.2e}"
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_eight_runs_are_bitwise_equal(keeps):
+@pytest.mark.parametrize("keeps, terms", [(False, ()), (True, ()), (False, ("kl", "reverse_kl", "collision"))])
+def test_eight_runs_are_bitwise_equal(keeps, terms):
     given = case(2000, 128256, 512)
     op = half_kept(given) if keeps else weighted_logratio
-    first = results(op, given)
+    first = results(op, given, terms=terms)
     for _ in range(7):
-        again = results(op, given)
+        again = results(op, given, terms=terms)
         assert all(torch.equal(value, again[name]) for name, value in first.items())
     with torch.no_grad():
-        assert torch.equal(weighted_logratio(**given)[1], first["logps_N"])
+        assert torch.equal(weighted_logratio(**given, terms=terms)[1], first["logps_N"])
 
 
-@pytest.mark.parametrize("num_tokens, cache_gib", [(4096, 0.0), (16384, 0.0), (4096, 0.5)])
-def test_no_full_logits(num_tokens, cache_gib):
+@pytest.mark.parametrize("num_tokens, cache_gib, terms", [
+    (4096, 0.0, ()), (16384, 0.0, ()), (4096, 0.5, ()), (4096, 0.0, DIFFERENTIABLE), (16384, 0.0, DIFFERENTIABLE)])
+def test_no_full_logits(num_tokens, cache_gib, terms):
     """Peak memory above inputs and gradients: at most 300 MiB, the cache, and the hidden states' gradient in fp32."""
     given, op = case(num_tokens, 128256, 1024), partial(weighted_logratio, head_cache_gib=cache_gib)
-    results(op, case(64, 128256, 1024))  # compiles, and lets cuBLAS take its workspace
+    results(op, case(64, 128256, 1024), terms=terms)  # compiles, and lets cuBLAS take its workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    results(op, given)
+    results(op, given, terms=terms)
     torch.cuda.synchronize()
     gradients = 2 * (given["hidden_ND"].numel() + given["head_VD"].numel())
     extra = torch.cuda.max_memory_allocated() - before - gradients
@@ -211,12 +233,14 @@ def test_the_host_never_waits():
     cached = half_kept(given)
     for op in (weighted_logratio, cached):
         results(op, given)  # compiles
+    results(weighted_logratio, given, terms=DIFFERENTIABLE)
     upstream = torch.ones(4, device="cuda"), torch.ones(500, device="cuda")
     leaves = [given[name] for name in ("hidden_ND", "head_VD", "bias_V")]
     torch.cuda.set_sync_debug_mode("error")
     try:
         ratio_S, logps_N, values = weighted_logratio(**given, terms=TERMS)
-        torch.autograd.grad((ratio_S, logps_N, values["entropy"]), leaves, (*upstream, upstream[1]))
+        asked = [values[name] for name in DIFFERENTIABLE]
+        torch.autograd.grad((ratio_S, logps_N, *asked), leaves, (*upstream, *[upstream[1]] * len(asked)))
         torch.autograd.grad(cached(**given)[:2], leaves, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
