@@ -5,8 +5,8 @@
     python benchmarks/online_costs.py --data pairs.jsonl --tokenizer FOLDER --shape llama-3.2-1b
 
 Every way is a run that `train.prepare` made, with its reference and what else it needs. They train one policy, a step
-each in turns on the same pairs, so that a busy moment falls on all. `times dpo` is the median of the rounds' ratios with
-the 20th and 80th percentile. `source` is the share of a step's time that the weight source itself takes (of `otpo`
+each in turns on the same pairs, so that a busy moment falls on all. `times dpo` is the median of the rounds' ratios,
+with the 20th and 80th percentile. `source` is the share of a step's time that the weight source itself takes (of `otpo`
 the transport), from two more steps with a wait for the device before and after it. `extra MiB` is a step's peak above
 what was there before it, so without a reference in memory. fp32 on a CPU, bf16 on fp32 parameters on a GPU. A way whose
 loss or source is not there is a row that says so. The last line is JSON.
