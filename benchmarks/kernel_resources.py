@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from twdpo.kernels import weighted_logratio as kernels
-from twdpo.logratio import TERMS
+from twdpo.kernels.tiles import TILES
+from twdpo.logratio import OF_REFERENCE, TERMS
 
 KERNELS = ("tile_statistics_kernel", "finish_tokens_kernel", "sum_sequences_kernel", "logits_gradient_kernel",
            "kept_gradient_kernel")
@@ -60,9 +61,13 @@ def record_launches(plan: kernels.Plan, dtype: torch.dtype, bias: bool, vocabula
         kernels._set_product = kernels._add_product = lambda *_: None
         operands = (meta(num_tokens, hidden, dtype=dtype), meta(vocabulary, hidden, dtype=dtype),
                     meta(vocabulary, dtype=dtype) if bias else None, meta(num_tokens, dtype=torch.int64))
-        _, logps_N, softmax, terms, kept = kernels.forward(*operands, meta(num_tokens), meta(num_tokens),
-                                                           meta(5, dtype=torch.int64), meta(4), plan)
-        kernels.backward(*operands, softmax, logps_N, terms.get("entropy"), kept, plan, (True, True, bias))
+        # A reference of the policy's size.
+        compares = not set(plan.terms).isdisjoint(OF_REFERENCE)
+        reference = kernels.Reference(*operands[:3]) if compares else kernels.NO_REFERENCE
+        _, logps_N, softmax, values, kept = kernels.forward(
+            *operands, meta(num_tokens), meta(num_tokens), meta(5, dtype=torch.int64), meta(4), plan, reference)
+        upstream = {name: value for name, value in values.items() if name != "top1"}
+        kernels.backward(*operands, softmax, logps_N, upstream, kept, plan, (True, True, bias), reference)
     finally:
         for name, value in before.items():
             setattr(kernels, name, value)
@@ -137,16 +142,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--capability", type=capability_of,
                         help="compute capability, as 9.0; all that TILES names, 8.0 first, by default")
     parser.add_argument("--tile", type=tile_of, help="block_n,block_v,block_d,num_warps,num_stages[,descriptors] of "
-                        "both kernels; TILES by default")
+                        "all kernels; TILES by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--softcap", type=float)
-    parser.add_argument("--terms", type=terms_of, default="", help="comma-separated: entropy, top1")
+    parser.add_argument("--terms", type=terms_of, default="", help=f"comma-separated: {', '.join(TERMS)}")
     flags = parser.parse_args(argv)
     if kernels.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     dtype = getattr(torch, flags.dtype)
-    capabilities = sorted({max(least, (8, 0)) for least in kernels.TILES[dtype.itemsize]})
+    capabilities = sorted({max(least, (8, 0)) for least in TILES[dtype.itemsize]})
     if flags.capability:
         capabilities = [flags.capability]
     rows = []
@@ -156,15 +161,17 @@ def main(argv: list[str] | None = None) -> None:
     for capability in capabilities:
         tiles = kernels.default_tiles(dtype, capability)
         if flags.tile:
-            tiles = kernels.Tiles(flags.tile, flags.tile)
+            tiles = kernels.Tiles(flags.tile, flags.tile, flags.tile)
+        compares = not set(flags.terms).isdisjoint(OF_REFERENCE)
         plan = kernels.Plan(None, flags.softcap, tiles, kernels.WAVE_MIB, flags.terms,
-                            CACHE_GIB if flags.softcap is None else 0.0)
+                            CACHE_GIB if flags.softcap is None and not compares else 0.0)
         for name, launch in record_launches(plan, dtype, flags.bias).items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 row = resources(compile_launch(*launch, capability))
             rows.append({"capability": ".".join(map(str, capability)), "kernel": name} | row)
             tile = tiles.gradient if name == "logits_gradient_kernel" else tiles.statistics
+            tile = tiles.reference if compares else tile
             shape = f"{tile.block_n}x{tile.block_v}x{tile.block_d}"
             print(f"{rows[-1]['capability']:10} {name:32} {shape:>12} {row['registers']:9} {row['spilled_bytes']:9} "
                   f"{row['shared_kib']:10} {row['tensor_cores']}", flush=True)

@@ -19,9 +19,9 @@ Figures, on pairs that no arm trains on, but for the lift:
     seconds       median time of a step
 Two sources here are controls: `oracle` weighs the planted words alone, `shuffled` permutes the judge's attention within
 each answer. tis, sepo and cdpo compare the toy's model after a few steps on chosen answers with it after as many on
-rejected ones, of other pairs. `verbalized` is left out, as the toy can't write scores, and so are sources that need an
-option. --out holds the finished cells, and of the last call methods.json, methods.md and the plot methods.svg. The last
-line is JSON.
+rejected ones, of other pairs; attention_contrast takes off the attention on the pair without a question. `verbalized`
+is left out: the toy can't write scores. --out holds the finished cells, and of the last call methods.json, methods.md
+and the plot methods.svg. The last line is JSON.
 """
 import argparse
 import atexit
@@ -46,7 +46,7 @@ from twdpo.flags import to_json
 from twdpo.losses import LOSSES
 from twdpo.models.source import TOY_MODEL, fingerprint_model
 from twdpo.objective import made_up_batch
-from twdpo.plugins import REQUIRED, options_of, stated
+from twdpo.plugins import stated
 from twdpo.toy.grammar import all_prompts
 from twdpo.weights import WEIGHTS
 
@@ -112,7 +112,7 @@ def reads_beta(loss_name: str) -> bool:
 
 def choose_arms(losses: str, sources: str) -> list[tuple[str, str]]:
     """(loss, source) of every arm. Raises ValueError for an unknown name."""
-    known = [name for name in WEIGHTS if name != "verbalized" and REQUIRED not in options_of(WEIGHTS[name]).values()]
+    known = [name for name in WEIGHTS if name != "verbalized"]
     chosen = []
     for text, names, what in ((losses, list(LOSSES), "--losses"), (sources, known, "--sources")):
         wanted = [name.strip() for name in text.split(",") if name.strip()]

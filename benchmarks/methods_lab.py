@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from twdpo.log import StageClock
 from twdpo.logps import Contrast, response_logps
 from twdpo.losses import LOSSES
 from twdpo.metrics import pair_metrics
+from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
 from twdpo.models.attribution import with_input_gradients
 from twdpo.models.policy import Policy, load_policy
-from twdpo.models.reference import Reference, load_reference
+from twdpo.models.reference import Reference, load_reference, response_logps_of
 from twdpo.models.source import open_model
 from twdpo.objective import bind_objective, forward
 from twdpo.plugins import bind_options
@@ -51,6 +53,14 @@ NEUTRAL = 128  # answers without filler
 DRAWN = 1024  # training pairs of a seed, of which an arm takes the first
 AUXILIARY = 512  # pairs that the auxiliary models are trained on
 ROWS = RowOptions(False, 4096)
+JUDGE_PROMPT = PRESETS["toy"]["judge_prompt"]
+OTHER_PROMPT = """\
+Question: {question}
+
+Answer A: {answer_a}
+
+Answer B: {answer_b}"""
+SOURCE_OPTIONS = {"attention_contrast": "against=the pair alone"}  # which Lab.context gives
 
 
 def oracle(batch, context: WeightContext) -> torch.Tensor:
@@ -139,10 +149,13 @@ class Lab:
         return self.pool(prompts, seed)
 
     @functools.cache  # noqa: B019
-    def attention(self, seed: int) -> WeightsFile:
-        """The judge's attention on a seed's training pairs."""
-        folder = self.folder / f"attention-{seed}"
-        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=PRESETS["toy"]["judge_prompt"])
+    def attention(self, seed: int, is_other: bool = False) -> WeightsFile:
+        """The judge's attention on a seed's training pairs; under the other prompt if asked for."""
+        folder, prompt = self.folder / f"attention-{seed}{'-other' * is_other}", JUDGE_PROMPT
+        if is_other:
+            (self.folder / "other.txt").write_text(OTHER_PROMPT)
+            prompt = str(self.folder / "other.txt")
+        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=prompt)
         extraction = Extraction(config, self.model, "last", str(seed), folder, self.process)
         extraction.run([example.pair for example in self.training(seed).examples])
         return extraction.open()
@@ -180,13 +193,16 @@ class Lab:
         logps = {name: self.auxiliary_logps(seed, name) for name in names}
         if "ref" in needs:
             logps["reference"] = self.training(seed).logps
-        passes = self.passes(config)
-        return WeightContext(config, self.attention(seed) if "attention" in needs else None, logps=logps,
-                             passes=tuple(passes[need] for need in passes if need in needs))
+        files = {name: self.attention(seed, is_other) for name, is_other in
+                 (("attention", False), ("attention_against", True)) if name in needs}
+        passes = tuple(make for need, make in self.passes(config.seed).items() if need in needs)
+        return WeightContext(config, **files, logps=logps, passes=passes)
 
-    def passes(self, config: TrainConfig) -> dict[str, Callable]:
-        """What runs around the policy's forward, by the need that asks for it."""
+    def passes(self, seed: int) -> dict[str, Callable]:
+        """What runs around the policy's forward, by the need that asks for it, outermost first."""
+        write = partial(write_anchors, chat=self.model.chat, seed=seed, max_new_tokens=ANCHOR_TOKENS)
         return {"input_gradient": with_input_gradients,
+                "anchor": lambda *given: with_anchor(*given, write, partial(response_logps_of, self.reference)),
                 "ref_states": lambda policy, run, batch: self.reference(batch, run)}
 
     @functools.cached_property
@@ -214,7 +230,8 @@ def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: 
               ) -> dict[str, float]:
     """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
     config = replace(arm_config(loss_name, factor), seed=seed, max_steps=STEPS)
-    objective = bind_objective(arm_loss(loss_name, config), WEIGHTS[source_name], source_name)
+    source = bind_options(WEIGHTS[source_name], SOURCE_OPTIONS.get(source_name, ""), "--weights-options")
+    objective = bind_objective(arm_loss(loss_name, config), source, source_name)
     pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)

@@ -9,8 +9,8 @@
 
 Forward, 2 N V D operations: each program makes one [BLOCK_N, BLOCK_V] tile of logits in registers and stores its
 log-sum-exp as maximum and sum (one fp32 number would round away log p of a sure token); the program that owns a token's
-target stores that logit. A second kernel reduces the tiles of each token and goes on to the weighted log-ratio, a third
-sums each sequence. Nothing is locked, nothing added atomically.
+target stores that logit. A second kernel (token_kernels.py) reduces the tiles of each token and goes on to the weighted
+log-ratio, a third sums each sequence. Nothing is locked, nothing added atomically.
 
 Backward, 6 N V D: all coefficients dL/dlogps are known before it starts, so the vocabulary (and not the tokens) is cut
 into waves that fit a fixed buffer. Per wave a kernel makes the logits again and stores their gradients dZ; one matrix
@@ -35,8 +35,26 @@ Entropy of the policy's distribution p at a token (nats), with c_v = z_v - max z
 Neither of the entropy's two parts is below 0, so nothing cancels, and its gradient takes no logarithm: where p is 1, c
 is 0 and what is left is mean, as exact as it was summed.
 
-Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
-logits, W columns of a wave, C columns of the cache, R blocks of rows. Needs triton only.
+Collision, the logarithm of the sum of p^2:
+
+    collision = log(sum over v of exp(2 c_v)) - 2 log(total)
+    d collision / d z_v = 2 (p_v^2 / sum of p^2 - p_v) = 2 p_v (exp(c_v) * total / sum of exp(2 c) - 1)
+
+Divergences from a reference of the distribution q, with logits zr of its own hidden states and head (E hidden units):
+
+    kl, of q from p:           lse(z) - lse(zr) - sum over v of q_v (z_v - zr_v)
+    reverse_kl, of p from q:   lead - (lse(z) - lse(zr)), lead = sum over v of p_v (z_v - zr_v)
+    d kl / d z_v = p_v - q_v
+    d reverse_kl / d z_v = p_v (log p_v - log q_v - reverse_kl) = p_v (z_v - zr_v - lead)
+
+One sum of differences for each direction: two sums, of z and of zr, would cancel where the models agree. The difference
+of the log-sum-exps is that of the maxima and the logarithm of the totals' ratio, for the same reason. Where both models
+are the same tensors every difference is 0 to the bit. No gradient goes to the reference. Both tiles of logits are in
+registers at once, so these tiles are smaller. Forward 4 N V D operations, backward 8: the reference's logits are made
+again too. Beside these terms nothing is cached.
+
+Legend: N response tokens, D hidden size, E that of the reference, V vocabulary, L tiles of a row of logits, W columns
+of a wave, C columns of the cache, R blocks of rows. Needs triton only.
 """
 
 import triton
@@ -108,16 +126,37 @@ def _logits_tile(
     return logits
 
 
+@triton.jit
+def _of_rows(values_N, rows, num_tokens):
+    """[BLOCK_N]; 0 past the last token."""
+    return tl.load(values_N + rows, mask=rows < num_tokens, other=0.0)
+
+
+@triton.jit
+def _softmax_of_tile(logits, top_LN, total_LN, place, mask):
+    """(exps, centred) of a tile of logits from its maximum, which it stores with the sum of exps."""
+    top = tl.max(logits, axis=1)
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile that a bias of -inf rules out has no probability at all
+    centred = logits - shift[:, None]
+    exps = tl.exp(centred)
+    tl.store(top_LN + place, top, mask=mask)
+    tl.store(total_LN + place, tl.sum(exps, axis=1), mask=mask)
+    return exps, centred
+
+
 # These change every batch: one compilation is enough.
 @triton.jit(do_not_specialize=["num_tokens", "first_tile", "end_tile"])
 def tile_statistics_kernel(
-    hidden, head, bias, targets_N, top_LN, total_LN, expected_LN, target_logits_N, kept_NC, num_tokens, first_tile,
-    end_tile, hidden_stride, head_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, KEPT: tl.constexpr,
+    hidden, head, bias, ref_hidden, ref_head, ref_bias, targets_N,
+    top_LN, total_LN, expected_LN, squares_LN, ref_top_LN, ref_total_LN, kl_LN, reverse_kl_LN, target_logits_N, kept_NC,
+    num_tokens, first_tile, end_tile, hidden_stride, head_stride, ref_hidden_stride, ref_head_stride,
+    V: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of one tile of logits per token; with expected_LN also the sum of exp(c) * c.
+    """Maximum and sum of exponentials of one tile of logits per token; what the terms sum of it, where there is a
+    tensor for that: exp(c) * c, exp(c)^2, and with the reference's logits the differences.
 
     Tiles first_tile .. end_tile of the vocabulary, or all (None and None, which cost no register). With kept_NC, of
     these columns, it stores the exponentials too.
@@ -138,14 +177,23 @@ def tile_statistics_kernel(
     owned = (rows < num_tokens) & (targets >= first_col) & (targets < tl.minimum(first_col + BLOCK_V, V))
     tl.store(target_logits_N + rows, target_logit, mask=owned)
 
-    top = tl.max(logits, axis=1)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile that a bias of -inf rules out has no probability at all
-    centred = logits - shift[:, None]
-    exps = tl.exp(centred)
-    total = tl.sum(exps, axis=1)
     place = col_block.to(tl.int64) * num_tokens + rows
-    tl.store(top_LN + place, top, mask=rows < num_tokens)
-    tl.store(total_LN + place, total, mask=rows < num_tokens)
+    if ref_head is not None:
+        ref_logits = _logits_tile(
+            ref_hidden, ref_head, ref_bias, first_row, first_col, num_tokens, ref_hidden_stride, ref_head_stride, V, E,
+            LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
+        if V % BLOCK_V != 0:
+            ref_logits = tl.where((cols < V)[None, :], ref_logits, float("-inf"))
+        ref_exps, _ = _softmax_of_tile(ref_logits, ref_top_LN, ref_total_LN, place, rows < num_tokens)
+        if kl_LN is not None:  # what has no probability adds nothing, where a difference may be infinite
+            lead = tl.sum(tl.where(ref_exps == 0, 0.0, ref_exps * (logits - ref_logits)), axis=1)
+            tl.store(kl_LN + place, lead, mask=rows < num_tokens)
+    exps, centred = _softmax_of_tile(logits, top_LN, total_LN, place, rows < num_tokens)
+    if reverse_kl_LN is not None:
+        lead = tl.sum(tl.where(exps == 0, 0.0, exps * (logits - ref_logits)), axis=1)
+        tl.store(reverse_kl_LN + place, lead, mask=rows < num_tokens)
+    if squares_LN is not None:
+        tl.store(squares_LN + place, tl.sum(exps * exps, axis=1), mask=rows < num_tokens)
     if expected_LN is not None:
         expected = tl.sum(tl.where(exps == 0, 0.0, exps * centred), axis=1)  # LEAST would take more registers here
         tl.store(expected_LN + place, expected, mask=rows < num_tokens)
@@ -160,74 +208,15 @@ def tile_statistics_kernel(
             tl.store(kept_at, kept, mask=(rows < num_tokens)[:, None] & (cols < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def finish_tokens_kernel(
-    top_LN, total_LN, expected_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N, mean_N,
-    weighted_N, entropy_N, top1_N, num_tokens,
-    L: tl.constexpr, TOKEN_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """Reduce the tiles of each token: what its softmax needs, log-prob of the target, weighted log-ratio."""
-    tokens = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    real = tokens < num_tokens
-    top = tl.full((TOKEN_BLOCK,), float("-inf"), dtype=ACCUMULATE)
-    total = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
-    for first in range(0, L, TILE_BLOCK):
-        tiles = first + tl.arange(0, TILE_BLOCK)
-        inside = (tiles < L)[:, None] & real[None, :]
-        place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        tile_top = tl.load(top_LN + place, mask=inside, other=float("-inf"))
-        tile_total = tl.load(total_LN + place, mask=inside, other=0.0)
-        new_top = tl.maximum(top, tl.max(tile_top, axis=0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tile_total * tl.exp(tile_top - shift[None, :]), axis=0)
-        top = new_top
-    target_logit = tl.load(target_logits_N + tokens, mask=real, other=0.0)
-    logps = (target_logit - top) - tl.log(total)
-    tl.store(top_N + tokens, top, mask=real)
-    tl.store(inverse_total_N + tokens, 1.0 / total, mask=real)
-    tl.store(logps_N + tokens, logps, mask=real)
-    ref_logps = tl.load(ref_logps_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
-    weights = tl.load(weights_N + tokens, mask=real, other=0.0).to(ACCUMULATE)
-    tl.store(weighted_N + tokens, weights * (logps - ref_logps), mask=real)  # a^t r^t, the summand of Eq. 5
-
-    if top1_N is not None:
-        tl.store(top1_N + tokens, target_logit >= top, mask=real)
-    if entropy_N is not None:
-        expected = tl.zeros((TOKEN_BLOCK,), dtype=ACCUMULATE)
-        for first in range(0, L, TILE_BLOCK):
-            tiles = first + tl.arange(0, TILE_BLOCK)
-            inside = (tiles < L)[:, None] & real[None, :]
-            place = tiles.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-            # A tile counted from its own maximum.
-            below = tl.maximum(tl.load(top_LN + place, mask=inside, other=float("-inf")) - top[None, :], LEAST)
-            tile_total = tl.load(total_LN + place, mask=inside, other=0.0)
-            tile_expected = tl.load(expected_LN + place, mask=inside, other=0.0)
-            expected += tl.sum(tl.exp(below) * (tile_expected + tile_total * below), axis=0)
-        mean = expected / total
-        tl.store(mean_N + tokens, mean, mask=real)
-        tl.store(entropy_N + tokens, tl.log(total) - mean, mask=real)
-
-
-@triton.jit
-def sum_sequences_kernel(weighted_N, offsets, scale_S, ratio_S, SUM_BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """scale times the sum of one sequence's weighted log-ratios; always in the same order."""
-    sequence = tl.program_id(0)
-    start = tl.load(offsets + sequence)
-    end = tl.load(offsets + sequence + 1)
-    sums = tl.zeros((SUM_BLOCK,), dtype=ACCUMULATE)
-    while start < end:
-        tokens = start + tl.arange(0, SUM_BLOCK)
-        sums += tl.load(weighted_N + tokens, mask=tokens < end, other=0.0)
-        start += SUM_BLOCK
-    scale = tl.load(scale_S + sequence).to(ACCUMULATE)
-    tl.store(ratio_S + sequence, scale * tl.sum(sums, axis=0))
-
-
 @triton.jit(do_not_specialize=["num_tokens", "first_wave_col", "end_wave_col"])
 def logits_gradient_kernel(
-    hidden, head, bias, targets_N, top_N, inverse_total_N, mean_N, coefficients_N, grad_entropy_N, gradient_NW,
-    bias_gradient_RW, num_tokens, first_wave_col, end_wave_col, hidden_stride, head_stride, wave_stride,
-    V: tl.constexpr, D: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BUFFER: tl.constexpr,
+    hidden, head, bias, ref_hidden, ref_head, ref_bias, targets_N,
+    top_N, inverse_total_N, mean_N, over_squares_N, ref_top_N, ref_inverse_total_N, lead_N,
+    coefficients_N, grad_entropy_N, grad_kl_N, grad_reverse_kl_N, grad_collision_N, gradient_NW, bias_gradient_RW,
+    num_tokens, first_wave_col, end_wave_col, hidden_stride, head_stride, ref_hidden_stride, ref_head_stride,
+    wave_stride,
+    V: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BUFFER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     ACCUMULATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -244,11 +233,20 @@ def logits_gradient_kernel(
                        + tl.arange(0, BLOCK_N)[:, None] * wave_stride + wave_cols[None, :])
     bias_at = bias_gradient_RW + row_block.to(tl.int64) * wave_stride + wave_cols if bias is not None else None
 
-    coefficients = tl.load(coefficients_N + rows, mask=rows < num_tokens, other=0.0)
+    coefficients = _of_rows(coefficients_N, rows, num_tokens)
     used = coefficients != 0  # not max(abs()): that would take a NaN for a zero and hide it
     if grad_entropy_N is not None:
-        grad_entropy = tl.load(grad_entropy_N + rows, mask=rows < num_tokens, other=0.0)
+        grad_entropy = _of_rows(grad_entropy_N, rows, num_tokens)
         used |= grad_entropy != 0
+    if grad_kl_N is not None:
+        grad_kl = _of_rows(grad_kl_N, rows, num_tokens)
+        used |= grad_kl != 0
+    if grad_reverse_kl_N is not None:
+        grad_reverse_kl = _of_rows(grad_reverse_kl_N, rows, num_tokens)
+        used |= grad_reverse_kl != 0
+    if grad_collision_N is not None:
+        grad_collision = _of_rows(grad_collision_N, rows, num_tokens)
+        used |= grad_collision != 0
     if tl.sum(used.to(tl.int32), axis=0) == 0:
         nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=BUFFER)
         if DESCRIPTORS:
@@ -261,17 +259,34 @@ def logits_gradient_kernel(
 
     logits = _logits_tile(hidden, head, bias, first_row, first_col, num_tokens, hidden_stride, head_stride, V, D,
                           LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
+    if ref_head is not None:
+        ref_logits = _logits_tile(
+            ref_hidden, ref_head, ref_bias, first_row, first_col, num_tokens, ref_hidden_stride, ref_head_stride, V, E,
+            LOGIT_SCALE, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, ACCUMULATE, OPERAND, PRECISION, DESCRIPTORS)
     targets = tl.load(targets_N + rows, mask=rows < num_tokens, other=-1)
-    top = tl.load(top_N + rows, mask=rows < num_tokens, other=0.0)
-    inverse_total = tl.load(inverse_total_N + rows, mask=rows < num_tokens, other=0.0)
+    top = _of_rows(top_N, rows, num_tokens)
+    inverse_total = _of_rows(inverse_total_N, rows, num_tokens)
     # d logp / d logits = onehot - p. The onehot goes in before any rounding: 1 - p of a sure token is all its gradient.
     onehot = (cols[None, :] == targets[:, None]).to(ACCUMULATE)
     centred = logits - top[:, None]
     p = tl.exp(centred) * inverse_total[:, None]
     gradient = coefficients[:, None] * (onehot - p)
     if grad_entropy_N is not None:
-        mean = tl.load(mean_N + rows, mask=rows < num_tokens, other=0.0)
+        mean = _of_rows(mean_N, rows, num_tokens)
         gradient -= grad_entropy[:, None] * (p * (tl.maximum(centred, LEAST) - mean[:, None]))
+    if grad_collision_N is not None:
+        over_squares = _of_rows(over_squares_N, rows, num_tokens)
+        gradient += 2.0 * grad_collision[:, None] * (p * (tl.exp(centred) * over_squares[:, None] - 1.0))
+    if grad_reverse_kl_N is not None:
+        lead = _of_rows(lead_N, rows, num_tokens)
+        # What has no probability, or no upstream gradient, gets 0 even where a logit is infinite.
+        nothing = (p == 0) | (grad_reverse_kl == 0)[:, None]
+        slope = p * ((logits - ref_logits) - lead[:, None])
+        gradient += tl.where(nothing, 0.0, grad_reverse_kl[:, None] * slope)
+    if grad_kl_N is not None:
+        ref_top = _of_rows(ref_top_N, rows, num_tokens)
+        q = tl.exp(ref_logits - ref_top[:, None]) * _of_rows(ref_inverse_total_N, rows, num_tokens)[:, None]
+        gradient += grad_kl[:, None] * (p - q)
     if SOFTCAP is not None:
         gradient *= 1.0 - (logits / SOFTCAP) * (logits / SOFTCAP)
     if LOGIT_SCALE is not None:

@@ -1,9 +1,9 @@
 """The fused op in Triton: its launchers, its autograd function and `weighted_logratio_triton`.
 
-What is computed, and why so, stands at the top of tile_kernels.py, which holds the kernels.
+What is computed, and why so, stands at the top of tile_kernels.py; the kernels are there and in token_kernels.py.
 
-Legend: N response tokens, D hidden size, V vocabulary, S sequences (one after another along N), L tiles of a row of
-logits, W columns of a wave, C columns of the cache, R blocks of rows. Needs torch and triton only.
+Legend: N response tokens, D hidden size, E the reference's, V vocabulary, S sequences (one after another along N), L
+tiles of a row of logits, W columns of a wave, C columns of the cache, R blocks of rows. Needs torch and triton only.
 """
 
 import contextlib
@@ -18,13 +18,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from twdpo.kernels.tile_kernels import (
-    finish_tokens_kernel,
-    kept_gradient_kernel,
-    logits_gradient_kernel,
-    sum_sequences_kernel,
-    tile_statistics_kernel,
-)
+from twdpo.kernels.tile_kernels import kept_gradient_kernel, logits_gradient_kernel, tile_statistics_kernel
+from twdpo.kernels.tiles import INTERPRETED_TILES, Softmax, Tile, Tiles, default_tiles
+from twdpo.kernels.token_kernels import finish_tokens_kernel, sum_sequences_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
 WAVE_MIB = 160  # buffer for the gradients of one wave's logits
@@ -32,36 +28,6 @@ TOKEN_BLOCK = 32  # tokens of one program of the finishing kernel
 TILE_BLOCK = 64  # tiles it reads at a time
 KEPT_ROWS = 32  # tokens of one program of the kernel that reads the cache
 SUM_BLOCK = 1024  # tokens that a sequence's sum reads at a time
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a logits tile is computed. Results do not depend on it beyond the rounding of fp32 sums."""
-
-    block_n: int  # tokens
-    block_v: int  # vocabulary entries
-    block_d: int  # hidden units a step of the inner loop
-    num_warps: int
-    num_stages: int
-    group_n: int = 16  # row blocks that share a tile of the head while it is in the L2 cache
-    descriptors: bool = False  # load through the tensor memory accelerator (compute capability 9.0 and up)
-
-
-class Tiles(NamedTuple):
-    """Of the two kernels that make logits. One block_d, so that both make the same bits."""
-
-    statistics: Tile
-    gradient: Tile
-
-
-# By element size in bytes, then the smallest compute capability. 12.x has less than half the shared memory of 9.0.
-SMALL = Tile(128, 128, 32, 8, 4)
-TILES = {
-    2: {(12, 0): Tiles(SMALL, SMALL), (0, 0): Tiles(SMALL, SMALL),
-        (9, 0): Tiles(Tile(128, 256, 64, 8, 3, descriptors=True), Tile(128, 256, 64, 8, 4, descriptors=True))},
-    4: {(0, 0): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))},
-}
-INTERPRETED_TILES = Tiles(Tile(64, 128, 64, 1, 1), Tile(64, 128, 64, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -76,12 +42,28 @@ class Plan:
     head_cache_gib: float = 0.0
 
 
-class Softmax(NamedTuple):
-    """What a token's softmax is made from again, [N] each; see tile_kernels.py."""
+class TileSums(NamedTuple):
+    """What tile_statistics_kernel finds of each tile, [L, N]; None for what no term asks for."""
 
-    top_N: torch.Tensor  # the largest logit
-    inverse_total_N: torch.Tensor  # 1 / sum of exp(logit - top)
-    mean_N: torch.Tensor | None  # of logit - top; for the entropy alone
+    top_LN: torch.Tensor
+    total_LN: torch.Tensor
+    expected_LN: torch.Tensor | None
+    squares_LN: torch.Tensor | None
+    ref_top_LN: torch.Tensor | None
+    ref_total_LN: torch.Tensor | None
+    kl_LN: torch.Tensor | None
+    reverse_kl_LN: torch.Tensor | None
+
+
+class Reference(NamedTuple):
+    """What the reference's logits are made of; nothing where no term compares with it."""
+
+    hidden_NE: torch.Tensor | None = None
+    head_VE: torch.Tensor | None = None
+    bias_V: torch.Tensor | None = None
+
+
+NO_REFERENCE = Reference()
 
 
 class Kept(NamedTuple):
@@ -101,20 +83,13 @@ class Wave(NamedTuple):
     sums_RW: torch.Tensor | None
 
 
-def default_tiles(dtype: torch.dtype, capability: tuple[int, int], aligned: bool = True) -> Tiles:
-    """The tiles for operands of this dtype on a GPU of this compute capability.
-
-    aligned: whether rows of both operands start at multiples of 16 bytes, as the tensor memory accelerator asks.
-    """
-    choices = TILES[dtype.itemsize]
-    tiles = choices[max(least for least in choices if least <= capability)]
-    # Without the accelerator the addresses of a large tile would not fit the registers.
-    return choices[0, 0] if tiles.statistics.descriptors and not aligned else tiles
-
-
 def _has_aligned_rows(*matrices) -> bool:
     return all(matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
                for matrix in matrices)
+
+
+def _with_dense_rows(matrix):
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def _accumulation_dtype(operand_dtype: torch.dtype) -> torch.dtype:
@@ -136,77 +111,83 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _tile_arguments(hidden_ND, head_VD, plan: Plan, tile: Tile) -> tuple[tuple, dict]:
-    """(the two operands as a tile kernel takes them, its constants)."""
-    descriptors = tile.descriptors and _has_aligned_rows(hidden_ND, head_VD)
-    operands = (hidden_ND, head_VD)
+def _tile_arguments(hidden_ND, head_VD, bias_V, reference: Reference, plan: Plan, tile: Tile
+                    ) -> tuple[tuple, tuple[int, ...], dict]:
+    """(both models' operands as a tile kernel takes them, strides of their matrices, its constants)."""
+    compares = reference.head_VE is not None
+    models = [(hidden_ND, head_VD, bias_V), reference]
+    matrices = [matrix for model in models for matrix in model[:2] if matrix is not None]
+    descriptors = tile.descriptors and _has_aligned_rows(*matrices)
     if descriptors:
-        operands = (TensorDescriptor.from_tensor(hidden_ND, [tile.block_n, tile.block_d]),
-                    TensorDescriptor.from_tensor(head_VD, [tile.block_v, tile.block_d]))
+        blocks = [tile.block_n, tile.block_d], [tile.block_v, tile.block_d]
+        models = [(*map(TensorDescriptor.from_tensor, model[:2], blocks), model[2]) if model[0] is not None else model
+                  for model in models]
     accumulate = _triton_dtype(_accumulation_dtype(hidden_ND.dtype))
     # The interpreter's bf16 products are wrong.
     operand = accumulate if INTERPRETED else _triton_dtype(hidden_ND.dtype)
     tf32 = hidden_ND.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     constants = dict(
-        V=head_VD.shape[0], D=head_VD.shape[1], LOGIT_SCALE=plan.logit_scale, SOFTCAP=plan.softcap,
+        V=head_VD.shape[0], D=head_VD.shape[1], E=reference.head_VE.shape[1] if compares else 0,
+        LOGIT_SCALE=plan.logit_scale, SOFTCAP=plan.softcap,
         BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP_N=tile.group_n,
         ACCUMULATE=accumulate, OPERAND=operand, PRECISION="tf32" if tf32 else "ieee", DESCRIPTORS=descriptors,
         num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return operands, constants
+    strides = tuple(matrix.stride(0) for matrix in matrices) + (() if compares else (0, 0))
+    return (*models[0], *models[1]), strides, constants
 
 
-def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan):
+def forward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan: Plan,
+            reference: Reference = NO_REFERENCE):
     """(ratio_S, logps_N, Softmax, {name: [N]} of the terms that `plan` asks for, Kept or None).
 
     offsets: int64 [S + 1], first token of each sequence and N, on the device.
     """
-    num_tokens, num_tiles = len(hidden_ND), triton.cdiv(len(head_VD), plan.tiles.statistics.block_v)
-    accumulate = _accumulation_dtype(hidden_ND.dtype)
+    num_tokens, accumulate = len(hidden_ND), _accumulation_dtype(hidden_ND.dtype)
+    compares, terms = reference.head_VE is not None, plan.terms
+    tile = plan.tiles.reference if compares else plan.tiles.statistics
 
-    def empty(*shape: int, dtype: torch.dtype = accumulate) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = accumulate) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=hidden_ND.device) if wanted else None
 
-    logps_N, top_N, inverse_total_N, weighted_N = (empty(num_tokens) for _ in range(4))
-    ratio_S = empty(len(scale_S))
-    terms = {name: empty(num_tokens, dtype=torch.bool if name == "top1" else accumulate) for name in plan.terms}
-    with_entropy = "entropy" in terms
-    mean_N, kept = empty(num_tokens) if with_entropy else None, None
+    logps_N, weighted_N, ratio_S = empty(num_tokens), empty(num_tokens), empty(len(scale_S))
+    values = {name: empty(num_tokens, dtype=torch.bool if name == "top1" else accumulate) for name in terms}
+    asked = ("entropy" in terms, "collision" in terms, compares, compares, "reverse_kl" in terms)
+    softmax, kept = Softmax(*(empty(num_tokens, wanted=wanted) for wanted in (True, True, *asked))), None
     if num_tokens:
-        top_LN, total_LN = empty(num_tiles, num_tokens), empty(num_tiles, num_tokens)
-        expected_LN = empty(num_tiles, num_tokens) if with_entropy else None
+        num_tiles = triton.cdiv(len(head_VD), tile.block_v)
+        sums = TileSums(*(empty(num_tiles, num_tokens, wanted=wanted)
+                          for wanted in (True, True, *asked[:4], "kl" in terms, "reverse_kl" in terms)))
         # No tile owns a target that is not in the vocabulary: its log-prob is NaN, not what memory happened to hold.
         target_logits_N = torch.full_like(logps_N, float("nan"))
-        kept = launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N,
-                                 plan)
+        kept = launch_statistics(hidden_ND, head_VD, bias_V, targets_N, sums, target_logits_N, plan, tile, reference)
         finish_tokens_kernel[(triton.cdiv(num_tokens, TOKEN_BLOCK),)](
-            top_LN, total_LN, expected_LN, target_logits_N, ref_logps_N, weights_N, logps_N, top_N, inverse_total_N,
-            mean_N, weighted_N, terms.get("entropy"), terms.get("top1"), num_tokens, L=num_tiles,
+            *sums, *softmax, target_logits_N, ref_logps_N, weights_N, logps_N, weighted_N,
+            *map(values.get, ("entropy", "top1", "kl", "reverse_kl", "collision")), num_tokens, L=num_tiles,
             TOKEN_BLOCK=TOKEN_BLOCK, TILE_BLOCK=TILE_BLOCK, ACCUMULATE=_triton_dtype(accumulate))
     sum_sequences(weighted_N, offsets, scale_S, ratio_S)
-    return ratio_S, logps_N, Softmax(top_N, inverse_total_N, mean_N), terms, kept
+    return ratio_S, logps_N, softmax, values, kept
 
 
-def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N,
-                      plan: Plan) -> Kept | None:
+def launch_statistics(hidden_ND, head_VD, bias_V, targets_N, sums: TileSums, target_logits_N, plan: Plan, tile: Tile,
+                      reference: Reference) -> Kept | None:
     """Fill the tensors with what tile_statistics_kernel finds; what the plan's cache holds, if that is a tile."""
-    (num_tiles, num_tokens), tile, dtype = top_LN.shape, plan.tiles.statistics, _kept_dtype(hidden_ND.dtype)
-    operands, constants = _tile_arguments(hidden_ND, head_VD, plan, tile)
-    sums = 0 if bias_V is None else triton.cdiv(num_tokens, KEPT_ROWS) * top_LN.element_size()  # of turn_kept
-    tile_bytes = tile.block_v * (num_tokens * dtype.itemsize + sums)
+    (num_tiles, num_tokens), dtype = sums.top_LN.shape, _kept_dtype(hidden_ND.dtype)
+    operands, strides, constants = _tile_arguments(hidden_ND, head_VD, bias_V, reference, plan, tile)
+    sum_bytes = 0 if bias_V is None else triton.cdiv(num_tokens, KEPT_ROWS) * sums.top_LN.element_size()  # of turn_kept
+    tile_bytes = tile.block_v * (num_tokens * dtype.itemsize + sum_bytes)
     kept_tiles = int(min(plan.head_cache_gib * 2**30 / tile_bytes, num_tiles))
     first_kept, kept = num_tiles - kept_tiles, None
     if kept_tiles:
         first_col = first_kept * tile.block_v
         exps_NC = torch.empty(num_tokens, kept_tiles * tile.block_v, dtype=dtype, device=hidden_ND.device)
-        kept = Kept(exps_NC[:, :len(head_VD) - first_col], top_LN[first_kept:], target_logits_N, first_col)
+        kept = Kept(exps_NC[:, :len(head_VD) - first_col], sums.top_LN[first_kept:], target_logits_N, first_col)
     for first, end, exps_NC in ((0, first_kept, None), (first_kept, num_tiles, kept.exps_NC if kept else None)):
         if exps_NC is not None and constants["DESCRIPTORS"]:
             exps_NC = TensorDescriptor.from_tensor(exps_NC, [tile.block_n, tile.block_v])
         if end > first:
             tile_statistics_kernel[(triton.cdiv(num_tokens, tile.block_n) * (end - first),)](
-                *operands, bias_V, targets_N, top_LN, total_LN, expected_LN, target_logits_N, exps_NC, num_tokens,
-                *((first, end) if kept else (None, None)), hidden_ND.stride(0), head_VD.stride(0),
-                KEPT=_triton_dtype(dtype), **constants)
+                *operands, targets_N, *sums, target_logits_N, exps_NC, num_tokens,
+                *((first, end) if kept else (None, None)), *strides, KEPT=_triton_dtype(dtype), **constants)
     return kept
 
 
@@ -224,9 +205,9 @@ def wave_columns(num_tokens: int, vocabulary: int, element_size: int, wave_mib: 
     return triton.cdiv(triton.cdiv(vocabulary, waves), block_v) * block_v
 
 
-def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N,
-             kept: Kept | None, plan: Plan, needs: tuple[bool, bool, bool]):
-    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and dL/dentropy; None where `needs` says no."""
+def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, upstream: dict[str, torch.Tensor],
+             kept: Kept | None, plan: Plan, needs: tuple[bool, bool, bool], reference: Reference = NO_REFERENCE):
+    """(dL/dhidden, dL/dhead, dL/dbias) for coefficients dL/dlogps and those of terms; None where `needs` says no."""
     accumulate, device = softmax.top_N.dtype, softmax.top_N.device
     needs_hidden, needs_head, needs_bias = needs
     grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=accumulate, device=device) if needs_hidden else None
@@ -235,10 +216,12 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficien
                                   for operand, needed in ((head_VD, needs_head), (bias_V, needs_bias))))
     grad_head_VD = torch.empty_like(head_VD) if needs_head else None
     grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-    if grad_entropy_N is not None:
-        kept = None  # the entropy's gradient needs the logits themselves: 11 bits of their exps are too few
-    waves = waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax, coefficients_N, grad_entropy_N, plan,
-                             kept.first_col if kept else len(head_VD))
+    if upstream:
+        kept = None  # gradients of terms need the logits themselves: 11 bits of their exps are too few
+    if upstream.keys().isdisjoint(("kl", "reverse_kl")):
+        reference = NO_REFERENCE
+    waves = waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax, coefficients_N, upstream, plan,
+                             kept.first_col if kept else len(head_VD), reference)
     if kept:
         waves = itertools.chain(
             waves, [turn_kept(kept, bias_V, targets_N, softmax, coefficients_N, hidden_ND.dtype, plan)])
@@ -254,24 +237,26 @@ def backward(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficien
     return None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_head_VD, grad_bias_V
 
 
-def waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, grad_entropy_N,
-                     plan: Plan, end_col: int) -> Iterator[Wave]:
+def waves_made_again(hidden_ND, head_VD, bias_V, targets_N, softmax: Softmax, coefficients_N, upstream, plan: Plan,
+                     end_col: int, reference: Reference) -> Iterator[Wave]:
     """Gradients of columns 0 .. end_col, all waves in one buffer."""
-    num_tokens, tile, dtype = len(hidden_ND), plan.tiles.gradient, _buffer_dtype(hidden_ND.dtype)
     if not end_col:
         return
+    tile = plan.tiles.gradient if reference.head_VE is None else plan.tiles.reference
+    num_tokens, dtype = len(hidden_ND), _buffer_dtype(hidden_ND.dtype)
     width = wave_columns(num_tokens, end_col, dtype.itemsize, plan.wave_mib, tile.block_v)
     buffer_NW, row_blocks = hidden_ND.new_empty(num_tokens, width, dtype=dtype), triton.cdiv(num_tokens, tile.block_n)
     sums_RW = None if bias_V is None else softmax.top_N.new_empty(row_blocks, width)
-    operands, constants = _tile_arguments(hidden_ND, head_VD, plan, tile)
+    operands, strides, constants = _tile_arguments(hidden_ND, head_VD, bias_V, reference, plan, tile)
     for first in range(0, end_col, width):
         end = min(first + width, end_col)
         out = gradient_NW = buffer_NW[:, :end - first]
         if constants["DESCRIPTORS"]:
             out = TensorDescriptor.from_tensor(gradient_NW, [tile.block_n, tile.block_v])
         logits_gradient_kernel[(row_blocks * triton.cdiv(end - first, tile.block_v),)](
-            *operands, bias_V, targets_N, *softmax, coefficients_N, grad_entropy_N, out, sums_RW, num_tokens, first,
-            end, hidden_ND.stride(0), head_VD.stride(0), width, BUFFER=_triton_dtype(dtype), **constants)
+            *operands, targets_N, *softmax, coefficients_N,
+            *map(upstream.get, ("entropy", "kl", "reverse_kl", "collision")), out, sums_RW, num_tokens, first, end,
+            *strides, width, BUFFER=_triton_dtype(dtype), **constants)
         yield Wave(first, gradient_NW, sums_RW)
 
 
@@ -325,7 +310,8 @@ class WeightedLogratio(torch.autograd.Function):
     """(ratio_S, logps_N, then the terms of the plan): all but top1 with gradients for any upstream."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan):
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, seq_lens_S, plan,
+                *reference):
         # The kernels index these by stride 1.
         targets_N, ref_logps_N, weights_N, scale_S = (
             tensor.contiguous() for tensor in (targets_N, ref_logps_N, weights_N, scale_S))
@@ -333,11 +319,12 @@ class WeightedLogratio(torch.autograd.Function):
         # Pageable memory is staged before the copy returns: the host does not wait for the device.
         offsets = torch.nn.functional.pad(seq_lens_S.cumsum(0), (1, 0)).to(hidden_ND.device, non_blocking=True)
         ratio_S, logps_N, softmax, terms, ctx.kept = forward(
-            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan)
+            hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, offsets, scale_S, plan,
+            Reference(*reference))
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-                              *softmax)
+                              *reference, *softmax)
         ctx.plan = plan
-        ctx.set_materialize_grads(False)  # an entropy that nothing is asked of costs the backward pass nothing
+        ctx.set_materialize_grads(False)  # a term that nothing is asked of costs the backward pass nothing
         if "top1" in terms:
             ctx.mark_non_differentiable(terms["top1"])
         return ratio_S, logps_N, *terms.values()
@@ -346,53 +333,58 @@ class WeightedLogratio(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_ratio_S, grad_logps_N, *grad_terms):
         (hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, scale_S, offsets, logps_N,
-         *softmax) = ctx.saved_tensors
+         *more) = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_ratio_S = logps_N.new_zeros(len(scale_S)) if grad_ratio_S is None else grad_ratio_S
         grad_logps_N = torch.zeros_like(logps_N) if grad_logps_N is None else grad_logps_N
-        grad_entropy_N = dict(zip(ctx.plan.terms, grad_terms)).get("entropy")
+        upstream = {name: grad_N.contiguous() for name, grad_N in zip(ctx.plan.terms, grad_terms)
+                    if grad_N is not None}
         scaled_N = (grad_ratio_S * scale_S).repeat_interleave(offsets.diff(), output_size=len(logps_N))
         grad_operands = (None, None, None)
         if any(needs[:3]):
             coefficients_N = grad_logps_N + scaled_N * weights_N
             kept, ctx.kept = ctx.kept, None  # used up: a second pass over the graph makes all logits again
-            grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.contiguous()
-            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*softmax), coefficients_N,
-                                     grad_entropy_N, kept, ctx.plan, needs[:3])
+            grad_operands = backward(hidden_ND, head_VD, bias_V, targets_N, Softmax(*more[3:]), coefficients_N,
+                                     upstream, kept, ctx.plan, needs[:3], Reference(*more[:3]))
         ratio_N = logps_N - ref_logps_N
         grad_scale_S = None
         if needs[6]:
             grad_scale_S = torch.empty_like(scale_S, dtype=grad_ratio_S.dtype)
             sum_sequences(weights_N * ratio_N, offsets, grad_ratio_S.contiguous(), grad_scale_S)
         return (*grad_operands, None, -scaled_N * weights_N if needs[4] else None,
-                scaled_N * ratio_N if needs[5] else None, grad_scale_S, None, None)
+                scaled_N * ratio_N if needs[5] else None, grad_scale_S, *[None] * 5)
 
 
 def weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S, bias_V=None,
                              logit_scale: float | None = None, softcap: float | None = None,
-                             terms: tuple[str, ...] = (), head_cache_gib: float = 0.0, tiles: Tiles | None = None,
-                             wave_mib: float = WAVE_MIB):
+                             terms: tuple[str, ...] = (), head_cache_gib: float = 0.0, ref_states=None,
+                             tiles: Tiles | None = None, wave_mib: float = WAVE_MIB):
     """(ratio_S, logps_N, {name: [N]} of `terms`), all but top1 differentiable.
 
     hidden_ND [N, D], head_VD [V, D], bias_V [V] or None: bf16, fp16 or fp32 of one dtype on one CUDA device (fp64 too
     under TRITON_INTERPRET=1). targets_N: int64 in [0, V); an entry outside gives NaN. ref_logps_N, weights_N: [N].
-    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64). terms: "entropy" in nats,
-    "top1" (bool): whether no token is likelier than the target. head_cache_gib: most that the forward pass keeps for
-    the backward pass, GiB; nothing under no_grad or a softcap, whose slope it does not hold. tiles: None picks them by
-    dtype and device. wave_mib: size of the backward pass's buffer, MiB. The host never waits for the device.
+    seq_lens_S: int64 [S] on the CPU, sums to N. scale_S: [S]. Outputs fp32 (fp64 for fp64). terms: as
+    twdpo.logratio.TERMS; kl and reverse_kl need ref_states, (hidden_NE, head_VE, bias_V or None), E any hidden size.
+    head_cache_gib: most that the forward pass keeps for the backward pass, GiB; nothing under no_grad, beside a term of
+    the reference, or under a softcap, whose slope it does not hold. tiles: None picks them by dtype and device.
+    wave_mib: size of the backward pass's buffer, MiB. The host never waits for the device.
     `twdpo.logratio.weighted_logratio` checks the operands and terms and refuses a DTensor: call that.
     """
-    hidden_ND, head_VD = (matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-                          else matrix.contiguous() for matrix in (hidden_ND, head_VD))
+    hidden_ND, head_VD = _with_dense_rows(hidden_ND), _with_dense_rows(head_VD)
+    reference, matrices = NO_REFERENCE, [hidden_ND, head_VD]
+    if "kl" in terms or "reverse_kl" in terms:
+        ref_bias_V = None if ref_states[2] is None else ref_states[2].contiguous()
+        reference = Reference(*map(_with_dense_rows, ref_states[:2]), ref_bias_V)
+        matrices += reference[:2]
     if tiles is None:
         tiles = INTERPRETED_TILES
         if not INTERPRETED:
             tiles = default_tiles(hidden_ND.dtype, torch.cuda.get_device_capability(hidden_ND.device),
-                                  _has_aligned_rows(hidden_ND, head_VD))
+                                  _has_aligned_rows(*matrices))
     needs_gradient = any(operand is not None and operand.requires_grad for operand in (hidden_ND, head_VD, bias_V))
-    keeps = softcap is None and needs_gradient and torch.is_grad_enabled()
+    keeps = softcap is None and needs_gradient and torch.is_grad_enabled() and reference.head_VE is None
     plan = Plan(logit_scale, softcap, tiles, wave_mib, terms, head_cache_gib if keeps else 0.0)
     with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device; autograd sets it for the backward
         ratio_S, logps_N, *values = WeightedLogratio.apply(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N,
-                                                           weights_N, scale_S, seq_lens_S, plan)
+                                                           weights_N, scale_S, seq_lens_S, plan, *reference)
     return ratio_S, logps_N, dict(zip(terms, values))

@@ -9,13 +9,15 @@ import pytest
 import torch
 from precision_of_tests import assert_as_exact, assert_exact
 
-from twdpo import logratio
+from twdpo import chunked_logps, logratio
 from twdpo.logratio import TERMS, HeadOptions, weighted_logratio_chunked, weighted_logratio_spec
 
 kernel = pytest.importorskip("twdpo.kernels.weighted_logratio")
-# Of two shapes, as on a GPU.
-SMALL_TILES = kernel.Tiles(kernel.Tile(16, 32, 16, 4, 1, group_n=2), kernel.Tile(32, 16, 16, 4, 1, group_n=2))
+# Of several shapes, as on a GPU.
+SMALL_TILES = kernel.Tiles(kernel.Tile(16, 32, 16, 4, 1, group_n=2), kernel.Tile(32, 16, 16, 4, 1, group_n=2),
+                           kernel.Tile(32, 32, 16, 4, 1, group_n=2))
 
+DIFFERENTIABLE = ("entropy", "kl", "reverse_kl", "collision")
 OPTIONS = [HeadOptions(), HeadOptions(softcap=1.5), HeadOptions(logit_scale=0.7),
            HeadOptions(softcap=2.0, logit_scale=3.0)]
 
@@ -24,18 +26,24 @@ def triton_op(*args, options=None, tiles=SMALL_TILES, **given):
     """The kernel with the signature of the others; on the GPU if there is one, with results back on the CPU."""
     options = options or HeadOptions()
     if not kernel.INTERPRETED:
-        tensors = {name: value.cuda() for name, value in given.items()
-                   if isinstance(value, torch.Tensor) and name != "seq_lens_S"}
-        given = given | tensors
+        given = on_tensors(given, torch.Tensor.cuda) | {"seq_lens_S": given["seq_lens_S"]}
     outputs = kernel.weighted_logratio_triton(*args, **given, logit_scale=options.logit_scale, softcap=options.softcap,
                                               tiles=tiles)
     return outputs[0].cpu(), outputs[1].cpu(), {name: value.cpu() for name, value in outputs[2].items()}
 
 
-
 def one_shape(*shape, **more):
-    """Tiles of one shape for both kernels."""
-    return kernel.Tiles(*2 * (kernel.Tile(*shape, **more),))
+    """Tiles of one shape for all kernels."""
+    return kernel.Tiles(*3 * (kernel.Tile(*shape, **more),))
+
+
+def on_tensors(given: dict, function) -> dict:
+    """The operands with the function's result in place of each tensor, those of the reference included."""
+    def change(value):
+        if isinstance(value, tuple):
+            return tuple(map(change, value))
+        return function(value) if isinstance(value, torch.Tensor) else value
+    return {name: change(value) for name, value in given.items()}
 
 
 triton_op_large_tiles = partial(triton_op, tiles=one_shape(64, 128, 64, 8, 1))
@@ -49,13 +57,17 @@ interpreted = pytest.mark.skipif(not kernel.INTERPRETED, reason="fp64 kernels ru
 
 def set_chunk_columns(monkeypatch, columns: int) -> None:
     """Chunks of at most this many vocabulary entries."""
-    monkeypatch.setattr(logratio, "KEEP_BYTES", 0)
-    monkeypatch.setattr(logratio, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(logratio, "CHUNK_COLUMNS", columns)
+    monkeypatch.setattr(chunked_logps, "KEEP_BYTES", 0)
+    monkeypatch.setattr(chunked_logps, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(chunked_logps, "CHUNK_COLUMNS", columns)
 
 
 def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True) -> dict:
-    num_tokens = sum(seq_lens)
+    """The reference's hidden states are larger than the policy's, and it has a bias where the policy has one."""
+    num_tokens, generator = sum(seq_lens), torch.Generator().manual_seed(1)
+
+    def fixed(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
     return {
         "hidden_ND": torch.randn(num_tokens, hidden, dtype=dtype, requires_grad=True),
         "head_VD": torch.randn(vocabulary, hidden, dtype=dtype, requires_grad=True),
@@ -65,6 +77,8 @@ def operands(seq_lens, vocabulary=37, hidden=11, dtype=torch.float64, bias=True)
         "seq_lens_S": torch.tensor(seq_lens),
         "scale_S": torch.rand(len(seq_lens)) + 1,
         "bias_V": torch.randn(vocabulary, dtype=dtype, requires_grad=True) if bias else None,
+        "ref_states": (fixed(num_tokens, hidden + 5), fixed(vocabulary, hidden + 5),
+                       fixed(vocabulary) if bias else None),
     }
 
 
@@ -83,8 +97,8 @@ def gradients(op, given: dict, options=None, terms=()) -> dict[str, torch.Tensor
 
 def double(given: dict) -> dict:
     """The same operands in fp64."""
-    return given | {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in given.items()
-                    if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return on_tensors(given, lambda value: value.detach().double().requires_grad_(value.requires_grad)
+                      if value.is_floating_point() else value)
 
 
 def assert_equal_to_specification(op, given: dict, options=None, terms=(), floor: float = 2e-6) -> None:

@@ -18,7 +18,7 @@ from twdpo.config import TrainConfig
 from twdpo.dist import DTYPES, Process
 from twdpo.inputs import Inputs
 from twdpo.log import StageClock
-from twdpo.logratio import segment_sum, weighted_logratio_spec
+from twdpo.logratio import segment_sum, weighted_logratio, weighted_logratio_spec
 from twdpo.losses import LOSSES, dpo
 from twdpo.models.policy import load_policy
 from twdpo.needs import ReferenceStates, open_context
@@ -52,7 +52,7 @@ def made_run(directory: Path, process: Process, config: TrainConfig, packs: bool
     objective = bind_objective(dpo_kl, WEIGHTS["uniform"], "uniform")
     rows = RowOptions(packs, config.micro_batch_tokens)
     policy = load_policy(directory, DTYPES[config.dtype], process, config.checkpointing, config.replicate)
-    need = ReferenceStates(process)
+    need = ReferenceStates(process, None)
     model = SimpleNamespace(folder=directory, fingerprint="made")
     need.prepare_with_policy(config, Inputs(model, EXAMPLES, {}, "", "", ""), policy, rows)
     with torch.no_grad():
@@ -76,9 +76,9 @@ def made_twice(*operands):
     return checkpoint(weighted_logratio_spec, *operands, use_reentrant=False, preserve_rng_state=False)
 
 
-def gradients(run: train.Run) -> dict[str, torch.Tensor]:
-    """Of a global batch of all examples, whole; after an evaluation of it. All ranks."""
-    with patch("twdpo.models.policy.weighted_logratio", made_twice):
+def gradients(run: train.Run, remake: bool = True) -> dict[str, torch.Tensor]:
+    """Of a global batch of all examples, whole; after an evaluation of it. remake: with `made_twice`. All ranks."""
+    with patch("twdpo.models.policy.weighted_logratio", made_twice if remake else weighted_logratio):
         return _gradients(run)
 
 

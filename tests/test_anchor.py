@@ -143,7 +143,7 @@ def test_log_probs_and_their_gradient_are_those_of_plain_forwards(packs, toy_mod
 def test_a_prompt_without_room_is_a_bad_row_and_little_room_is_said(process, chat, examples, monkeypatch, capsys):
     model = SimpleNamespace(config=None, chat=chat)
     inputs = Inputs(model, examples, {}, "", "", "")
-    need = needs.Anchors(process)
+    need = needs.Anchors(process, None)
     longest = max(len(example.prompt_ids) for example in examples)
     monkeypatch.setattr(needs, "context_length", lambda config: longest)
     found = need.check(TrainConfig(), inputs)

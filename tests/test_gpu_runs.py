@@ -209,12 +209,8 @@ def test_a_compiled_run(tmp_path, calls):
     assert calls.varlen and not calls.sdpa
 
 
-@pytest.mark.parametrize("flags", [
-    ["--loss", "twdpo", "--token-stats"], ["--loss", "simpo", "--checkpointing", "full"],
-    ["--loss", "kto_pair", "--no-sync", "--micro-batch-tokens", "400", "--checkpointing", "attention"],
-], ids=" ".join)
-def test_a_step_waits_where_it_says(flags, tmp_path, monkeypatch):
-    """Twice: for its metrics and for the gradient's norm. In the first step more is read, and compiled."""
+def waits_of_steps(monkeypatch) -> list[list[str]]:
+    """What each step of the runs that follow waits for; it is filled as they go."""
     waits, original = [], train.train_step
 
     def counted(run):
@@ -228,6 +224,16 @@ def test_a_step_waits_where_it_says(flags, tmp_path, monkeypatch):
         waits.append([str(warning.message) for warning in seen if "synchronizing" in str(warning.message)])
         return row
     monkeypatch.setattr(train, "train_step", counted)
+    return waits
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss", "twdpo", "--token-stats"], ["--loss", "simpo", "--checkpointing", "full"],
+    ["--loss", "kto_pair", "--no-sync", "--micro-batch-tokens", "400", "--checkpointing", "attention"],
+], ids=" ".join)
+def test_a_step_waits_where_it_says(flags, tmp_path, monkeypatch):
+    """Twice: for its metrics and for the gradient's norm. In the first step more is read, and compiled."""
+    waits = waits_of_steps(monkeypatch)
     train.main([*flags_of_a_run(tmp_path, **{"max-steps": 3, "weights": "uniform"}), *flags])
     assert [len(step) for step in waits[1:]] == [2, 2], waits
 

@@ -28,7 +28,7 @@ GIB = 2**30
 # The tile of the kernel that makes logits again reaches over the first column that is kept, or ends before it.
 TILES = pytest.mark.parametrize("tiles", [
     SMALL_TILES,
-    kernel.Tiles(kernel.Tile(16, 32, 16, 4, 1), kernel.Tile(16, 64, 16, 4, 1)),
+    kernel.Tiles(*(kernel.Tile(16, block_v, 16, 4, 1) for block_v in (32, 64, 32))),
     one_shape(16, 32, 16, 4, 1, descriptors=True),
 ], ids=["small", "wide", "descriptors"])
 
@@ -123,7 +123,7 @@ def test_each_input_alone_may_need_a_gradient(needs, caches):
     assert len(caches) == 2 and caches[0] is caches[1]
 
 
-@pytest.mark.parametrize("terms", [(), ("entropy", "top1")])
+@pytest.mark.parametrize("terms", [(), ("entropy", "top1", "collision")])
 def test_what_the_forward_gives_is_the_same_bits_and_so_is_every_run(terms):
     given = operands([20, 30], vocabulary=131, hidden=40, dtype=torch.float32)
     cached = partial(triton_op, head_cache_gib=room(2, given))
@@ -155,13 +155,20 @@ def test_a_second_backward_pass_makes_all_logits_again(caches):
         torch.testing.assert_close(kept, expected)
 
 
-def test_an_entropy_with_a_gradient_makes_all_logits_again(caches):
+@pytest.mark.parametrize("term", ["entropy", "collision"])
+def test_a_term_with_a_gradient_makes_all_logits_again(term, caches):
     given = operands([20, 13], vocabulary=131, dtype=torch.float32)
-    plain, cached = (gradients(partial(triton_op, head_cache_gib=gib), given, terms=("entropy",)) for gib in (0.0, 1.0))
+    plain, cached = (gradients(partial(triton_op, head_cache_gib=gib), given, terms=(term,)) for gib in (0.0, 1.0))
     assert all(torch.equal(value, cached[name]) for name, value in plain.items())
-    ratio_S, _, values = triton_op(**given, terms=("entropy",), head_cache_gib=1.0)
-    torch.autograd.grad(ratio_S.sum(), given["hidden_ND"])  # nothing is asked of the entropy
+    ratio_S, _, values = triton_op(**given, terms=(term,), head_cache_gib=1.0)
+    torch.autograd.grad(ratio_S.sum(), given["hidden_ND"])  # nothing is asked of the term
     assert len(caches) == 4 and caches[2] is caches[3]
+
+
+def test_nothing_is_kept_beside_a_reference(caches):
+    given = operands([20, 13], vocabulary=131, dtype=torch.float32)
+    plain, cached = (gradients(partial(triton_op, head_cache_gib=gib), given, terms=("kl",)) for gib in (0.0, 1.0))
+    assert all(torch.equal(value, cached[name]) for name, value in plain.items()) and caches == [None, None]
 
 
 def test_capped_logits_are_made_again(caches):

@@ -32,6 +32,7 @@ from precision_of_tests import assert_as_exact
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from twdpo import dist, logratio
+from twdpo.kernels.tiles import TILES
 from twdpo.logratio import TERMS, weighted_logratio, weighted_logratio_chunked, weighted_logratio_spec
 
 # Lanes past the end of a tensor compute on zeros.
@@ -284,14 +285,15 @@ def test_the_kernel_asks_for_no_precision_by_the_old_interface_and_restores_what
 
 
 def test_tiles_without_the_accelerator_are_small():
-    for large, small in zip(*(kernel.default_tiles(torch.bfloat16, (9, 0), aligned) for aligned in (True, False))):
-        assert large.descriptors and large.block_v == 256 and not small.descriptors and small.block_v == 128
+    large, small = (kernel.default_tiles(torch.bfloat16, (9, 0), aligned) for aligned in (True, False))
+    assert all(tile.descriptors for tile in large) and not any(tile.descriptors for tile in small)
+    assert [[tile.block_v for tile in tiles] for tiles in (large, small)] == [[256, 256, 128], [128] * 3]
 
 
-def test_both_kernels_of_a_gpu_make_the_same_bits():
+def test_all_kernels_of_a_gpu_make_the_same_bits():
     """The inner loop's step decides in which order a logit is summed."""
-    for choices in kernel.TILES.values():
-        assert all(tiles.statistics.block_d == tiles.gradient.block_d for tiles in choices.values())
+    for choices in TILES.values():
+        assert all(len({tile.block_d for tile in tiles}) == 1 for tiles in choices.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -315,7 +317,7 @@ def test_an_unknown_term_is_refused_and_a_repeated_one_is_one(op):
 
 
 def test_the_cpu_takes_the_chunked_path(monkeypatch):
-    monkeypatch.setattr(logratio, "weighted_logratio_chunked", lambda *args: args[-1])
+    monkeypatch.setattr(logratio, "weighted_logratio_chunked", lambda *args: args[9])
     assert weighted_logratio(**operands([2, 3]), terms=("top1",)) == ("top1",)
 
 
@@ -332,10 +334,17 @@ def test_the_cpu_takes_the_chunked_path(monkeypatch):
     ({"targets_N": torch.zeros(5, 1, dtype=torch.int64)}, r"targets is torch.int64 of shape \(5, 1\)"),
     ({"seq_lens_S": torch.tensor([2.0, 3.0])}, "seq_lens is torch.float32"),
     ({"seq_lens_S": torch.tensor([-2, 7])}, r"sequences of \[-2, 7\] tokens"),
+    ({"ref_states": (torch.ones(5, 4), torch.ones(36, 4), None)}, r"the reference's head is \(36, 4\)"),
+    ({"ref_states": (torch.ones(4, 4), torch.ones(37, 4), None)}, r"the reference's hidden is \(4, 4\)"),
+    ({"ref_states": (torch.ones(5, 3), torch.ones(37, 4), None)}, r"the reference's hidden is \(5, 3\)"),
+    ({"ref_states": (torch.ones(5, 4), torch.ones(37), None)}, r"the reference's head is of shape \(37,\)"),
+    ({"ref_states": (torch.ones(5, 4), torch.ones(37, 4), torch.ones(1))}, r"the reference's bias is \(1,\)"),
+    ({"ref_states": (*2 * (torch.ones(5, 4).double(),), None)}, "and those of the reference, are .*: cast them to one"),
+    ({"ref_states": None}, "the term 'kl' compares with the reference: give ref_states"),
 ])
 def test_operands_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        weighted_logratio(**operands([2, 3], dtype=torch.float32) | changes)
+        weighted_logratio(**operands([2, 3], dtype=torch.float32) | changes, terms=("kl",))
 
 
 def test_a_dtensor_is_refused():
@@ -343,8 +352,11 @@ def test_a_dtensor_is_refused():
     try:
         given = operands([2, 3], dtype=torch.float32)
         mesh = init_device_mesh(process.device.type, (1,))
-        head = DTensor.from_local(given["head_VD"], mesh, [Replicate()])
+        head, *ref_states = (DTensor.from_local(tensor, mesh, [Replicate()])
+                             for tensor in (given["head_VD"], *given["ref_states"]))
         with pytest.raises(ValueError, match="DTensor"):
             weighted_logratio(**given | {"head_VD": head})
+        with pytest.raises(ValueError, match="DTensor.* the reference's head"):
+            weighted_logratio(**given | {"ref_states": tuple(ref_states)}, terms=("kl",))
     finally:
         dist.stop()

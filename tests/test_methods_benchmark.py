@@ -48,19 +48,30 @@ def tiny(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_what_reads_the_policy_in_the_step_runs(tiny):
+    """Hidden states, log-probs and input gradients of the policy; the reference's distributions; what it writes."""
+    flags = ["--pairs", "8", "--seeds", "1", "--betas", "1"]
+    rows = tiny("--sources", "otpo,selective,tidpo", *flags) + tiny("--losses", "tdpo2,wpo,tidpo", *flags)
+    assert [row["source"] for row in rows] == ["otpo", "selective", "tidpo"] + 3 * ["uniform"]
+    assert all(row.keys() == KEYS and row["drift"] > 0 for row in rows)
+    assert rows[0]["planted_lift"] != 1 and rows[3]["planted_lift"] == pytest.approx(1)
+
+
+@pytest.mark.slow
 def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
-    names = ["uniform", "attention_surprise", "tis", "cdpo", "oracle"]
+    names = ["uniform", "attention_surprise", "attention_contrast", "tis", "cdpo", "oracle"]
     flags = ["--sources", ",".join(names), "--pairs", "8", "--seeds", "2", "--betas", "1,2"]
     rows = tiny(*flags)
     assert [(row["source"], row["seed"]) for row in rows] == [(name, seed) for name in names for seed in (0, 1)]
     assert all(row.keys() == KEYS and row["loss"] == "twdpo" and row["pairs"] == 8 for row in rows)
     lifts = {row["source"]: row["planted_lift"] for row in rows}
     assert lifts["uniform"] == pytest.approx(1) and lifts["oracle"] > lifts["attention_surprise"] > 2
+    assert lifts["attention_surprise"] > lifts["attention_contrast"] > 1
     betas = [pytest.approx(factor * PRESETS["toy"]["beta"]) for factor in (1, 2)]
     assert all(0 < row["drift"] and 0 <= row["accuracy"] <= 1 and row["beta"] in betas for row in rows)
     for first, second in zip(rows[0::2], rows[1::2]):  # another seed, other pairs
         assert first["drift"] != second["drift"]
-    assert (tmp_path / "methods.svg").read_text().count("<circle") == 5
+    assert (tmp_path / "methods.svg").read_text().count("<circle") == 6
     monkeypatch.setattr(methods, "train_arm", None)
     assert tiny(*flags) == rows
     with pytest.raises(TypeError):  # another toy beta is another arm
@@ -102,7 +113,7 @@ def test_a_loss_without_a_reference_is_measured_against_it_all_the_same(tiny):
 def test_what_is_chosen():
     every = methods.choose_arms("", "")
     assert {loss for loss, _ in every} == set(LOSSES) and len(every) == len(set(every))
-    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized", "attention_difference"}
+    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized"}
     assert methods.choose_arms("dpo, ipo", "decay,ld") == [(loss, source) for loss in ("dpo", "ipo")
                                                            for source in ("decay", "ld")]
 

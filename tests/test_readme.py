@@ -20,7 +20,8 @@ PAGES += (ROOT / "docs").glob("*.md")
 IMPORT_ORDER = """
     flags config files dist plugins toy/grammar data_files messages pairs forms dataset chat printed tokens examples
     aux_prompts rows weights_file align postprocess judge/verbalized importance transport weights authors_columns batch
-    kernels/tile_kernels kernels/weighted_logratio logratio loss_parts vocabulary_losses losses loss_sum objective
+    kernels/tile_kernels kernels/token_kernels kernels/tiles kernels/weighted_logratio chunked_logps logratio
+    loss_parts vocabulary_losses losses loss_sum objective
     leave_out metrics models/source models/varlen models/attention models/build models/shards
     models/policy models/attribution models/reference models/generate models/anchor models/memory
     judge/prompt judge/judge judge/extraction judge/verbalize logps

@@ -3,17 +3,20 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import test_host_waits
 import torch
 from models_of_tests import MODELS, build
 from processes_of_tests import run_and_die, run_ranks
-from reference_of_tests import DRIFT, gradients, in_bfloat16, made_run, save_model
+from reference_of_tests import DRIFT, dpo_kl, gradients, in_bfloat16, made_run, save_model
 from runs_of_tests import assert_close_rows, read_rows
 from safetensors.torch import load_file
 from test_model import plain_logps
 from test_packing import EXAMPLES
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -22,9 +25,11 @@ from twdpo import logps
 from twdpo.batch import collate
 from twdpo.config import TrainConfig
 from twdpo.flags import InputError
-from twdpo.logps import read_places, store_states
+from twdpo.logps import STATES, StoredStates, read_places, store_states, write_cache
+from twdpo.losses import LOSSES
+from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.policy import load_policy
-from twdpo.models.reference import keep_head, load_reference, response_logps_of
+from twdpo.models.reference import Reference, StoredReference, keep_head, load_reference, response_logps_of
 from twdpo.rows import MicroBatch, RowOptions, evaluation_batches
 
 ALL = MicroBatch((0, 1, 2, 3))
@@ -134,6 +139,20 @@ def test_one_process_in_bfloat16_has_the_gradients_of_one_that_shards_nothing(pl
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
+def test_a_backward_pass_gathers_its_head_and_none_of_its_layers(tmp_path, process, monkeypatch):
+    run = made_run(save_model(tmp_path / "model"), process, TrainConfig(**flags(tmp_path, dtype="bfloat16")))
+    layers = set(run.context.passes[0].__self__.reference.model.model.layers)
+    gathered, original = [], FSDPParamGroup.unshard
+
+    def unshard(group, *args, **options):
+        in_backward = torch._C._current_graph_task_id() != -1
+        gathered.append((in_backward, group.modules[0] in layers))
+        return original(group, *args, **options)
+    monkeypatch.setattr(FSDPParamGroup, "unshard", unshard)
+    gradients(run)
+    assert (False, True) in gathered and (True, False) in gathered and (True, True) not in gathered
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path, process):
     expected = expected_gradients(save_model(tmp_path / "model"), process, tmp_path)
@@ -160,7 +179,7 @@ def test_hidden_states_are_stored_once_and_read_by_the_pair(tmp_path, process, c
     size = sum(len(example.chosen.ids) + len(example.rejected.ids) for example in EXAMPLES[:2]) * 32 * 4
     assert f"{size / 2**30:.3g} GiB for 2 pairs, 128 bytes a response token; {size / 2**30:.3g} GiB are not yet in" in (
         capsys.readouterr().out)
-    for place in read_places(tmp_path / "cache", "states_ND").values():
+    for place in read_places(tmp_path / "cache", STATES).values():
         assert size < place.path.stat().st_size < size + 1000
     states = store(tmp_path / "model", process, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the second holds the two that were missing
@@ -199,15 +218,31 @@ def test_a_pass_that_is_cut_keeps_what_it_has_written(tmp_path, process, monkeyp
     monkeypatch.setattr(logps, "write_cache", write_twice)
     with pytest.raises(KeyboardInterrupt):
         store(save_model(tmp_path / "model"), process, tmp_path / "cache")
-    assert len(read_places(tmp_path / "cache", "states_ND")) == 2
+    assert len(read_places(tmp_path / "cache", STATES)) == 2
     store(tmp_path / "model", process, tmp_path / "cache")
-    assert len(calls) == 5 and len(read_places(tmp_path / "cache", "states_ND")) == 4
+    assert len(calls) == 5 and len(read_places(tmp_path / "cache", STATES)) == 4
 
 
 def test_a_missing_file_of_another_process_is_one_message(tmp_path, process, monkeypatch):
     monkeypatch.setattr(logps, "write_cache", lambda *_: None)
     with pytest.raises(InputError, match="4 of 4 pairs that other processes have written are not in"):
         store(save_model(tmp_path / "model"), process, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_does_not_wait_for_it(place, tmp_path, monkeypatch):
+    """On a device without values; hidden states come from ordinary memory."""
+    monkeypatch.setattr(train, "sum_over_processes", lambda totals, device: totals)
+    monkeypatch.setitem(LOSSES, "dpo_kl", dpo_kl)
+    run = test_host_waits.made_run("dpo_kl")
+    model = build("llama", ATTENTION_NAME).to("meta", torch.bfloat16).requires_grad_(False)
+    write_cache(tmp_path, STATES, {example.pair.key: tuple(torch.randn(len(side.ids), 32).bfloat16() for side in
+                                                           (example.chosen, example.rejected)) for example in EXAMPLES})
+    reference = {"memory": lambda: Reference(model),
+                 "disk": lambda: StoredReference(model.lm_head, StoredStates(read_places(tmp_path, STATES)))}[place]()
+    run.context = replace(run.context, passes=(lambda policy, run, batch: reference(batch, run),))
+    for packs in (True, False):
+        test_host_waits.step(run, packs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

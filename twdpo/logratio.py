@@ -4,39 +4,24 @@
 without them: the Triton kernel of kernels/weighted_logratio.py on CUDA, elsewhere `ChunkedLogps`, which goes through
 the vocabulary in chunks. Both write each row of the head's gradient once.
 
-Legend: N response tokens, D hidden size, V vocabulary, W vocabulary entries of a chunk, S sequences.
+Legend: N response tokens, D hidden size, E the reference's, V vocabulary, S sequences.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-# One chunk's logits [N, W] take at most this, but W >= CHUNK_COLUMNS. Logits that fit KEEP_BYTES whole are one chunk,
-# kept for the backward pass. Times: benchmarks/loss_kernel.py.
-CHUNK_BYTES = 16 * 2**20
-CHUNK_COLUMNS = 256
-KEEP_BYTES = 32 * 2**20
+from twdpo.chunked_logps import OF_REFERENCE, ChunkedLogps, HeadOptions, accumulation_dtype
 
 # What the op gives beside log-probs where it is asked to, of the policy's distribution p and the reference's q at a
 # response token, in nats: the entropy of p; whether no token is likelier than the target (bool, without gradient);
 # KL(q || p); KL(p || q); log of the sum of p^2. What is of q needs `ref_states`, and has no gradient there.
 TERMS = ("entropy", "top1", "kl", "reverse_kl", "collision")
-OF_REFERENCE = ("kl", "reverse_kl")
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 LOGPS_VERSION = 2  # raise it when log-probs change by more than rounding: cached reference log-probs are then redone
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What the model does between `hidden @ head.T` and its logits; None: nothing."""
-
-    logit_scale: float | None = None  # logits are multiplied by it (Cohere; Granite by the inverse of its scaling)
-    softcap: float | None = None  # softcap * tanh(logits / softcap) (Gemma-2)
 
 
 def logits_of(hidden_ND, head_VD, bias_V, options: HeadOptions) -> torch.Tensor:
@@ -49,10 +34,6 @@ def logits_of(hidden_ND, head_VD, bias_V, options: HeadOptions) -> torch.Tensor:
     if options.softcap is not None:
         logits_NV = options.softcap * torch.tanh(logits_NV / options.softcap)
     return logits_NV
-
-
-def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def segment_sum(values_N: torch.Tensor, seq_lens_S: torch.Tensor) -> torch.Tensor:
@@ -131,18 +112,17 @@ def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq
     fp32 (fp64 for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't
     fit, for a DTensor, for an unknown term, and for a cache below 0 or of capped logits.
     """
-    check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
     options, terms = options or HeadOptions(), check_terms(terms, ref_states)
+    ref_states = reference_of(terms, ref_states)
+    check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S, *ref_states)
     check_head_cache(head_cache_gib, options)
-    if set(terms) & {"collision", *OF_REFERENCE}:
-        return weighted_logratio_spec(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                      bias_V, options, terms, head_cache_gib, ref_states)
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float64:
         from twdpo.kernels.weighted_logratio import weighted_logratio_triton  # Triton exists where CUDA does
         return weighted_logratio_triton(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                        bias_V, options.logit_scale, options.softcap, terms, head_cache_gib)
+                                        bias_V, options.logit_scale, options.softcap, terms, head_cache_gib,
+                                        ref_states)
     return weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
-                                     bias_V, options, terms)
+                                     bias_V, options, terms, 0.0, ref_states)
 
 
 def check_terms(terms: tuple[str, ...], ref_states=None) -> tuple[str, ...]:
@@ -155,6 +135,13 @@ def check_terms(terms: tuple[str, ...], ref_states=None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(terms))
 
 
+def reference_of(terms: tuple[str, ...], ref_states) -> tuple[torch.Tensor | None, ...]:
+    """The reference's (hidden_NE, head_VE, bias_V) without gradient; three times None if no term compares with it."""
+    if set(terms).isdisjoint(OF_REFERENCE):
+        return None, None, None
+    return tuple(None if tensor is None else tensor.detach() for tensor in ref_states)
+
+
 def check_head_cache(head_cache_gib: float, options: HeadOptions) -> None:
     """Raise ValueError for a cache below 0, or of logits that are capped."""
     if not 0 <= head_cache_gib < math.inf:
@@ -164,28 +151,38 @@ def check_head_cache(head_cache_gib: float, options: HeadOptions) -> None:
                          f"{options.softcap:g}), as their gradient needs more than it holds")
 
 
-def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S) -> None:
+def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
+                   ref_hidden_NE=None, ref_head_VE=None, ref_bias_V=None) -> None:
     """Raise ValueError for operands that don't fit together. No host-device sync."""
-    operands = [operand for operand in (hidden_ND, head_VD, bias_V) if operand is not None]
+    operands = [operand for operand in (hidden_ND, head_VD, bias_V, ref_hidden_NE, ref_head_VE, ref_bias_V)
+                if operand is not None]
     if any(isinstance(operand, DTensor) for operand in operands):
         raise ValueError("weighted_logratio got a DTensor: call it inside the forward of the module that owns the "
-                         "head, where FSDP2 has gathered it (full_tensor() would give a wrong gradient)")
+                         "head, where FSDP2 has gathered it (full_tensor() would give a wrong gradient); give it the "
+                         "reference's head as its own module gathered it")
     if hidden_ND.dtype not in OPERAND_DTYPES:
         raise ValueError(f"hidden states are {hidden_ND.dtype}: they must be one of "
                          f"{', '.join(map(str, OPERAND_DTYPES))}")
     if len({operand.dtype for operand in operands}) > 1:
-        raise ValueError(f"hidden states, head and bias are {', '.join(str(operand.dtype) for operand in operands)}: "
-                         "cast them to one dtype")
+        raise ValueError(f"hidden states, head and bias{'' if ref_head_VE is None else ', and those of the reference,'}"
+                         f" are {', '.join(str(operand.dtype) for operand in operands)}: cast them to one dtype")
     for name, tensor in (("targets", targets_N), ("seq_lens", seq_lens_S)):
         if tensor.dtype != torch.int64 or tensor.ndim != 1:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: it must be a vector of int64")
-    if head_VD.ndim != 2:
-        raise ValueError(f"head is of shape {tuple(head_VD.shape)}: it must be [V, D]")
+    for name, head in (("head", head_VD), ("the reference's head", ref_head_VE)):
+        if head is not None and head.ndim != 2:
+            raise ValueError(f"{name} is of shape {tuple(head.shape)}: it must be [V, D]")
     num_tokens = len(targets_N)
     shapes = {"hidden": (hidden_ND, (num_tokens, head_VD.shape[1])), "ref_logps": (ref_logps_N, (num_tokens,)),
               "weights": (weights_N, (num_tokens,)), "scale": (scale_S, (len(seq_lens_S),))}
     if bias_V is not None:
         shapes["bias"] = bias_V, head_VD.shape[:1]
+    if ref_head_VE is not None:
+        units = ref_head_VE.shape[1]
+        shapes |= {"the reference's head": (ref_head_VE, (len(head_VD), units)),
+                   "the reference's hidden": (ref_hidden_NE, (num_tokens, units))}
+    if ref_bias_V is not None:
+        shapes["the reference's bias"] = ref_bias_V, head_VD.shape[:1]
     for name, (tensor, expected) in shapes.items():
         if tensor.shape != expected:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, which doesn't fit a head of {tuple(head_VD.shape)}, "
@@ -198,153 +195,10 @@ def check_operands(hidden_ND, head_VD, bias_V, targets_N, ref_logps_N, weights_N
 
 def weighted_logratio_chunked(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq_lens_S, scale_S,
                               bias_V=None, options: HeadOptions | None = None, terms: tuple[str, ...] = (),
-                              head_cache_gib: float = 0.0):
+                              head_cache_gib: float = 0.0, ref_states=None):
     """`weighted_logratio` in torch alone, on any device. head_cache_gib has no effect: what it keeps is KEEP_BYTES."""
-    terms = check_terms(terms)
-    logps_N, *values = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(), terms)
+    terms = check_terms(terms, ref_states)
+    logps_N, *values = ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, options or HeadOptions(), terms,
+                                          *reference_of(terms, ref_states))
     ratio_S = combine(logps_N, ref_logps_N, weights_N, seq_lens_S, scale_S)
     return ratio_S, logps_N, dict(zip(terms, values))
-
-
-class ChunkedLogps(torch.autograd.Function):
-    """(log_softmax(logits)[n, targets[n]], then the terms) by chunks of the vocabulary; backward makes each chunk's
-    logits again. The entropy's formula stands in kernels/tile_kernels.py.
-
-    Chunks of tokens would read and write the head's whole gradient once a chunk.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, options, terms):
-        num_tokens, vocabulary = len(targets_N), len(head_VD)
-        logps_dtype = accumulation_dtype(hidden_ND)
-        width, fits = chunk_columns(num_tokens, vocabulary, logps_dtype)
-        buffer = hidden_ND.new_empty(num_tokens * width, dtype=logps_dtype)
-        # Stays NaN for a target outside the vocabulary.
-        target_logits_N = hidden_ND.new_full((num_tokens,), float("nan"), dtype=logps_dtype)
-        # The log-sum-exp is kept as maximum and sum: one fp32 number would round away log p of a sure token.
-        top_parts, total_parts, expected_parts = [], [], []
-        for first in range(0, vocabulary, width):
-            logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
-            inside_N, places_N = targets_in_chunk(targets_N, first, logits_NW.shape[1])
-            target_logits_N = torch.where(inside_N, logits_NW.gather(-1, places_N[:, None])[:, 0], target_logits_N)
-            # Finite, as -inf - -inf would be NaN.
-            top_parts.append(logits_NW.amax(dim=-1).clamp_min(torch.finfo(logps_dtype).min))
-            exps_NW = logits_NW.sub_(top_parts[-1][:, None]).exp_()
-            total_parts.append(exps_NW.sum(dim=-1))
-            if "entropy" in terms:
-                expected_parts.append(torch.xlogy(exps_NW, exps_NW).sum(dim=-1))
-        top_CN = torch.stack(top_parts)
-        top_N = top_CN.amax(dim=0)
-        below_CN = top_CN - top_N
-        totals_CN = torch.stack(total_parts) * below_CN.exp()
-        total_N = totals_CN.sum(dim=0)
-        mean_N, values = None, {}
-        if "entropy" in terms:
-            # A chunk counted from its own maximum.
-            expected_CN = torch.stack(expected_parts) * below_CN.exp() + totals_CN * below_CN
-            mean_N = expected_CN.sum(dim=0) / total_N
-            values["entropy"] = total_N.log() - mean_N
-        if "top1" in terms:
-            values["top1"] = target_logits_N >= top_N
-            ctx.mark_non_differentiable(values["top1"])
-        kept = fits and options.softcap is None and any(ctx.needs_input_grad)
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, top_N, 1 / total_N, mean_N,
-                              exps_NW if kept else None)
-        ctx.options, ctx.terms, ctx.width = options, terms, width
-        ctx.set_materialize_grads(False)  # an entropy that nothing is asked of costs the backward pass nothing
-        return (target_logits_N - top_N) - total_N.log(), *(values[name] for name in terms)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_N, *grad_terms):
-        hidden_ND, head_VD, bias_V, targets_N, top_N, inverse_total_N, mean_N, kept_exps_NV = ctx.saved_tensors
-        options, width = ctx.options, ctx.width
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=top_N.dtype) if needs_hidden else None
-        grad_head_VD = torch.empty_like(head_VD) if needs_head else None
-        grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        buffer = top_N.new_empty(len(top_N) * width)
-        grad_N = torch.zeros_like(top_N) if grad_N is None else grad_N
-        grad_entropy_N = dict(zip(ctx.terms, grad_terms)).get("entropy")
-        scale_N = -grad_N * inverse_total_N
-        for first in range(0, len(head_VD), width):
-            slope_NW = None
-            if kept_exps_NV is not None:
-                exps_NW, gradient_NW = kept_exps_NV, buffer.view_as(kept_exps_NV)
-            else:
-                logits_NW = logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options, first, width)
-                if options.softcap is not None:
-                    slope_NW = 1 - (logits_NW / options.softcap) ** 2
-                exps_NW = gradient_NW = logits_NW.sub_(top_N[:, None]).exp_()
-            entropy_NW = None
-            if grad_entropy_N is not None:
-                entropy_NW = entropy_gradient(exps_NW, mean_N, grad_entropy_N * inverse_total_N)
-            # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
-            torch.mul(exps_NW, scale_N[:, None], out=gradient_NW)
-            inside_N, places_N = targets_in_chunk(targets_N, first, gradient_NW.shape[1])
-            gradient_NW.scatter_add_(-1, places_N[:, None], torch.where(inside_N, grad_N, 0)[:, None])
-            if entropy_NW is not None:
-                gradient_NW += entropy_NW
-            if slope_NW is not None:
-                gradient_NW *= slope_NW
-            if options.logit_scale is not None:
-                gradient_NW *= options.logit_scale
-            rows = slice(first, first + width)
-            if needs_bias:
-                grad_bias_V[rows] = gradient_NW.sum(dim=0)
-            gradient_NW = gradient_NW.to(hidden_ND.dtype)
-            if needs_head:
-                torch.mm(gradient_NW.T, hidden_ND, out=grad_head_VD[rows])
-            if needs_hidden:
-                add_product(grad_hidden_ND, gradient_NW, head_VD[rows])
-        return (None if grad_hidden_ND is None else grad_hidden_ND.to(hidden_ND.dtype), grad_head_VD, grad_bias_V,
-                None, None, None)
-
-
-def entropy_gradient(exps_NW, mean_N, scale_N) -> torch.Tensor:
-    """scale * d entropy / d logits, times each token's sum of exps: -exps * (log exps - mean), 0 where exps is."""
-    return (exps_NW * mean_N[:, None]).sub_(torch.xlogy(exps_NW, exps_NW)).mul_(scale_N[:, None])
-
-
-def chunk_columns(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """(vocabulary entries of a chunk, evened out over the chunks; whether all logits are small enough to be kept)."""
-    column_bytes = max(1, num_tokens * dtype.itemsize)
-    if vocabulary * column_bytes <= KEEP_BYTES:
-        return vocabulary, True
-    num_chunks = -(-vocabulary // max(CHUNK_BYTES // column_bytes, CHUNK_COLUMNS))
-    return -(-vocabulary // num_chunks), False
-
-
-def logits_of_chunk(buffer, hidden_ND, head_VD, bias_V, options: HeadOptions, first: int, width: int) -> torch.Tensor:
-    """Logits of vocabulary entries first .. first + width, [N, W], in `buffer`."""
-    head_WD = head_VD[first:first + width]
-    logits_NW = buffer[:len(hidden_ND) * len(head_WD)].view(len(hidden_ND), len(head_WD))
-    if hidden_ND.dtype == logits_NW.dtype:
-        torch.mm(hidden_ND, head_WD.T, out=logits_NW)
-    elif hidden_ND.is_cuda:
-        torch.mm(hidden_ND, head_WD.T, out_dtype=logits_NW.dtype, out=logits_NW)
-    else:
-        logits_NW.copy_(hidden_ND @ head_WD.T)
-    if bias_V is not None:
-        logits_NW += bias_V[first:first + width]
-    if options.logit_scale is not None:
-        logits_NW *= options.logit_scale
-    if options.softcap is not None:
-        logits_NW.div_(options.softcap).tanh_().mul_(options.softcap)
-    return logits_NW
-
-
-def targets_in_chunk(targets_N, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whether each target is in the chunk, its place there; any place if it is not)."""
-    places_N = targets_N - first
-    return (places_N >= 0) & (places_N < width), places_N.clamp(0, width - 1)
-
-
-def add_product(total, left, right) -> None:
-    """total += left @ right, where `total` may be fp32 and the factors bf16 or fp16."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left @ right

@@ -132,14 +132,14 @@ class AttentionAgainst(Attention):
         if not against:
             raise InputError(f"{name_of(source)} needs --weights-options against=VALUE: a judge prompt or a folder")
         stored = Path(against).is_dir() or against.endswith(".jsonl")
-        self.config = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
+        self.changes = {"weights": against} if stored else {"weights": "", "judge_prompt": against}
         try:
-            return super().check(replace(config, **self.config), inputs)
+            return super().check(replace(config, **self.changes), inputs)
         except InputError as error:
             raise InputError(f"--weights-options against={against}: {error}") from error
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Inputs:
-        return super().prepare(replace(config, **self.config), inputs)
+        return super().prepare(replace(config, **self.changes), inputs)
 
     def provide(self) -> dict[str, object]:
         return {"attention_against": self.file}

@@ -95,7 +95,8 @@ def triplet(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, marg
     relu(sum of (a_t - w_t)^2 - sum of (a_t - l_t)^2 + margin): a_t, w_t, l_t are the log-ratios at position t of an
     answer that the policy writes from the prompt, of the chosen and of the rejected one, without weights, each sum over
     the positions that both answers have; gradient through all three. (The paper gives no margin; this is the code's.)
-    Generates 64 tokens a pair in every step; the reference in memory.
+    Alone it never starts, as all log-ratios are 0 then and so is its gradient. Generates 64 tokens a pair in every
+    step; the reference in memory.
     """
     gaps = (logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())
     anchors = (batch.anchor.logps_M - batch.anchor.ref_logps_M).split(batch.anchor.seq_lens_P.tolist())

@@ -96,7 +96,7 @@ def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
 attention_surprise.needs = ("attention", "ref")
 
 
-def attention_difference(batch, context: WeightContext, *, against: str) -> torch.Tensor:
+def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.Tensor:
     """What the judge looks at for its question and not for another one: max(0, a - b), b its attention of `against`.
 
     Salience that any question has is taken off (this project; no paper). against: another judge prompt, as
@@ -116,7 +116,7 @@ def attention_difference(batch, context: WeightContext, *, against: str) -> torc
     return torch.from_numpy(np.concatenate(weights)).float()
 
 
-attention_difference.needs = ("attention", "attention_against")
+attention_contrast.needs = ("attention", "attention_against")
 
 
 def verbalized(batch, context: WeightContext) -> torch.Tensor:
@@ -295,7 +295,7 @@ WEIGHTS = {
     "uniform": uniform,
     "attention": attention,
     "attention_surprise": attention_surprise,
-    "attention_difference": attention_difference,
+    "attention_contrast": attention_contrast,
     "verbalized": verbalized,
     "decay": decay,
     "ld": ld,

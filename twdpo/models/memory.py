@@ -283,7 +283,8 @@ def settle_memory(config: TrainConfig, model_config, compute_dtype: torch.dtype,
     checkpointing, tokens = choose(cost, process.world_size, memory, config, reference)
     if not tokens:
         raise InputError(f"the model does not fit {process.world_size} device(s) of {memory:.0f} GiB by the memory "
-                         "plan (--plan): use more of them, or set --micro-batch-tokens and --checkpointing to try")
+                         "plan (--plan): use more of them, or set --micro-batch-tokens and --checkpointing to try"
+                         + ", or --ref-states disk, without a second model" * (reference == "memory"))
     return checkpointing, tokens
 
 
