@@ -33,8 +33,8 @@ folder=$(realpath -m "${OUT:-$repository/runs/gpu-$(date +%Y%m%d-%H%M%S)}")
 cd "$repository" || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
-parts=(tests op step attention extraction toy trl)
-declare -A share=([tests]=95 [op]=75 [step]=110 [attention]=35 [extraction]=60 [toy]=45 [trl]=60)
+parts=(tests op step attention extraction online toy trl)
+declare -A share=([tests]=95 [op]=75 [step]=110 [attention]=35 [extraction]=60 [online]=60 [toy]=45 [trl]=60)
 scratch=$(mktemp -d)
 running=
 trap 'rm -rf "$scratch"' EXIT
@@ -88,6 +88,8 @@ command_of() {
     attention) command=("$python" benchmarks/attention.py --out "$folder/attention.json") ;;
     extraction) command=("$python" benchmarks/extraction.py --ragged --seconds 3 --minutes "$inner"
         --out "$folder/extraction.json") ;;
+    online) command=("$python" benchmarks/online_costs.py --shape llama-3.2-1b --pairs 16 --seconds 4 --minutes "$inner"
+        --out "$folder/online_costs.json") ;;
     toy) command=("$python" train.py --output-dir "$scratch/toy" --cache-dir "$scratch/cache") ;;
     trl) command=("$python" benchmarks/train_step.py --shape llama-3.2-1b --only ours,precomputed
         --checkpointing none full --steps 4 --out "$folder/trl.json") ;;

@@ -90,12 +90,19 @@ def of_toy(folder: Path) -> list[str]:
     return [text + (f", planted lift {lift:.2f}" if lift is not None else "")]
 
 
+def of_online(folder: Path) -> list[str]:
+    return [f"{row['way']}: " + (row.get("note") or f"{row['times_dpo']:.2f} x dpo's step" + (
+        f", the source {row['source_share']:.1%}" if "source_share" in row else ""))
+        for row in read_json(folder / "online_costs.json").get("rows", ())]
+
+
 PARTS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "tests": ("GPU tests", of_tests),
     "op": ("the fused op", of_op),
     "step": ("a training step", lambda folder: of_steps(folder, "train_step")),
     "attention": ("new lengths", of_attention),
     "extraction": ("extraction, real lengths", of_extraction),
+    "online": ("what reads the policy", of_online),
     "toy": ("the default run", of_toy),
     "trl": ("TRL at 1B", lambda folder: of_steps(folder, "trl")),
 }

@@ -97,13 +97,13 @@ def model_config(shape: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=8192, rope_theta=500000.0)
 
 
-def prepare(flags: argparse.Namespace, shape: str, work: Path) -> None:
-    """Write model, tokenizer and pairs that every way reads; on a GPU of the model only its config."""
+def prepare(flags: argparse.Namespace, shape: str, work: Path, with_weights: bool = False) -> None:
+    """Write model, tokenizer and pairs that every way reads; of a large model only its config, unless with_weights."""
     tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else build_tokenizer()
     config = model_config(shape)
     config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
     torch.manual_seed(0)
-    if shape == "20m":
+    if with_weights or shape == "20m":
         AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
     else:
         config.save_pretrained(work / "model")

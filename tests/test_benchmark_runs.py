@@ -19,6 +19,7 @@ import extraction
 import gpu_table
 import harness
 import loss_kernel
+import online_costs
 import train_step
 from twdpo import dist
 from twdpo.chat import Chat
@@ -250,7 +251,8 @@ def test_without_a_gpu_it_says_what_it_would_run(tmp_path):
     assert sum(limits) == 360 and all(limit >= 20 for limit in limits)
     parsers = {"loss_kernel.py": lambda flags: loss_kernel.parse(flags, CUDA),
                "attention.py": lambda flags: attention.parse(flags, CUDA),
-               "extraction.py": lambda flags: extraction.parse(flags, CUDA), "train_step.py": train_step.parse}
+               "extraction.py": lambda flags: extraction.parse(flags, CUDA), "train_step.py": train_step.parse,
+               "online_costs.py": online_costs.parse}
     parsed = 0
     for line in lines:
         command = line.split(f"{sys.executable} ")[1]
@@ -258,7 +260,7 @@ def test_without_a_gpu_it_says_what_it_would_run(tmp_path):
             if command.startswith(f"benchmarks/{name} "):
                 parse(command.split()[1:])
                 parsed += 1
-    assert parsed == 5
+    assert parsed == 6
 
 
 STUB = """#!/bin/bash
@@ -274,7 +276,7 @@ case "$*" in
     *loss_kernel.py*) echo "no row yet"; setsid sleep 300 & echo $! > "$STRAGGLER"; sleep 60 ;;
     *attention.py*) echo '{"rows": [{"way": "ours", "note": "out of memory"}]}' > "${@: -1}" ;;
     *extraction.py*) kill -9 $$ ;;
-    *train_step.py*) exit 3 ;;
+    *train_step.py*|*online_costs.py*) exit 3 ;;
     "train.py --output-dir"*)
         mkdir -p "$3" && echo '{"step": 64, "eval/reward_accuracy": 0.97}' > "$3/metrics.jsonl" ;;
 esac
@@ -302,12 +304,13 @@ def test_a_part_that_fails_or_hangs_does_not_hold_up_the_others(tmp_path, stub):
     assert ran.returncode == 0, ran.stderr
     assert ends_of(tmp_path / "out") == {
         "tests": "failed: exit code 1", "op": "ended by its limit", "step": "failed: exit code 3", "attention": "ok",
-        "extraction": "killed: exit code 137", "toy": "ok", "trl": "left out: trl and datasets can't be imported"}
+        "extraction": "killed: exit code 137", "online": "failed: exit code 3", "toy": "ok",
+        "trl": "left out: trl and datasets can't be imported"}
     table = (tmp_path / "out/table.txt").read_text()
     assert ran.stdout.endswith(table) and table.startswith(f"results in {tmp_path / 'out'}\n")
     assert "1 failed, 35 passed in 71.20s" in table and ran.stdout.count("no row yet") == 1
     assert "FAILED tests/test_gpu.py::test_x" in table and "held-out accuracy 0.970" in table
-    assert table.count("it left no result") == 3 and "ours: out of memory" in table
+    assert table.count("it left no result") == 4 and "ours: out of memory" in table
     again = gpu_sh("0.5", **stub)
     assert again.returncode == 2 and "holds an earlier run" in again.stderr and not again.stdout
 
