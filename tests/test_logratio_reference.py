@@ -122,6 +122,22 @@ def test_what_one_model_alone_rules_out(op, monkeypatch):
 
 
 @IMPLEMENTATIONS
+def test_a_part_of_the_vocabulary_that_both_rule_out_in_two_ways(op, monkeypatch):
+    """By a bias of -inf in one model, by logits far below all others in the other: neither direction is infinite."""
+    set_chunk_columns(monkeypatch, 10)
+    given = operands([4, 5], vocabulary=100, dtype=torch.float32)
+    given["targets_N"] %= 20
+
+    def biased(bias, ref_bias):
+        bias_V, ref_bias_V = (torch.where(torch.arange(100) < 20, 0.0, each) for each in (bias, ref_bias))
+        return given | {"bias_V": bias_V.requires_grad_(), "ref_states": (*given["ref_states"][:2], ref_bias_V)}
+    exact = gradients(weighted_logratio_spec, double(biased(-1e4, -1e4)), terms=COMPARED)
+    for biases in ((-torch.inf, -1e4), (-1e4, -torch.inf)):
+        for name, value in gradients(op, biased(*biases), terms=COMPARED).items():
+            torch.testing.assert_close(value.double(), exact[name], atol=1e-3, rtol=1e-4)
+
+
+@IMPLEMENTATIONS
 def test_what_is_not_finite_shows(op):
     """A NaN of either model, and a NaN upstream: no number hides them."""
     given = operands([20, 20], dtype=torch.float32)

@@ -108,7 +108,8 @@ def weighted_logratio(hidden_ND, head_VD, targets_N, ref_logps_N, weights_N, seq
     weights_N: [N] fp32. seq_lens_S: int64 on the CPU, sums to N. scale_S: [S] fp32. terms: of TERMS. head_cache_gib:
     most that the forward pass keeps for the backward pass on CUDA, GiB, so that it makes fewer logits again.
     ref_states: for `kl` and `reverse_kl` (hidden_NE, head_VE, bias_V or None) of the reference, which does to its
-    logits what the policy does; E, its hidden size, may be another; no gradient goes there. Outputs
+    logits what the policy does; E, its hidden size, may be another; no gradient goes there. Beside these two terms
+    log-probs are summed in other parts of the vocabulary: their last bit may differ from what they are alone. Outputs
     fp32 (fp64 for fp64 operands), top1 bool and without gradient. Raises ValueError for shapes and dtypes that don't
     fit, for a DTensor, for an unknown term, and for a cache below 0 or of capped logits.
     """
@@ -136,10 +137,8 @@ def check_terms(terms: tuple[str, ...], ref_states=None) -> tuple[str, ...]:
 
 
 def reference_of(terms: tuple[str, ...], ref_states) -> tuple[torch.Tensor | None, ...]:
-    """The reference's (hidden_NE, head_VE, bias_V) without gradient; three times None if no term compares with it."""
-    if set(terms).isdisjoint(OF_REFERENCE):
-        return None, None, None
-    return tuple(None if tensor is None else tensor.detach() for tensor in ref_states)
+    """The reference's (hidden_NE, head_VE, bias_V), or three times None if no term compares with it."""
+    return (None, None, None) if set(terms).isdisjoint(OF_REFERENCE) else tuple(ref_states)
 
 
 def check_head_cache(head_cache_gib: float, options: HeadOptions) -> None:
