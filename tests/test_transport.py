@@ -186,3 +186,17 @@ def test_iterations_are_enough_and_half_of_them_are_not(monkeypatch):
 def test_settings_out_of_reach_are_one_message(reg, reg_m, message):
     with pytest.raises(InputError, match=message):
         count_iterations(reg, reg_m)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_and_nobody_waits_for_it():
+    hidden_ND, lengths = random_pairs(20, 300)
+    expected = transport_shares(hidden_ND.bfloat16(), lengths, reg=0.1, reg_m=0.2, cost_scale="padded_max")
+    on_gpu = hidden_ND.bfloat16().cuda()
+    transport_shares(on_gpu, lengths, reg=0.1, reg_m=0.2)  # what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = transport_shares(on_gpu, lengths, reg=0.1, reg_m=0.2, cost_scale="padded_max")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=0)
