@@ -37,6 +37,17 @@ def test_plan_by_hand(place, cost, machine, expected):
     assert plan["peak"] - without["peak"] == expected + hidden
 
 
+def test_the_plan_counts_a_second_forward_and_the_gradients_that_wait_for_the_first():
+    """As much as a micro-batch's activations again, and every gradient whole in the compute dtype."""
+    plain, plan = (plan_memory(COST, 2, 1000, "full", reference=each) for each in ("memory", "anchors"))
+    more = plan["anchors' forward"] - plan_memory(COST, 2, 0, "full", reference="anchors")["anchors' forward"]
+    assert plan["peak"] - plain["peak"] == plan["anchors' forward"] == more + 2 * COST.params
+    assert more == pytest.approx(1000 * (COST.num_layers * COST.hidden_size * 2 + COST.saved_bytes / COST.num_layers
+                                         + COST.working_bytes))
+    objective = bind_objective(LOSSES["tidpo"], WEIGHTS["uniform"], "uniform")
+    assert objective.place_of_reference(TrainConfig()) == "anchors"
+
+
 def test_a_run_plans_with_it(monkeypatch, toy_model, capsys):
     """Fewer tokens fit beside it, by the flags and by the loss."""
     large = replace(COST, saved_bytes=1e6, params=4 * 10**9, layers_params=33 * 10**8, head_params=6 * 10**8)

@@ -68,9 +68,11 @@ class Objective:
         return "ref" in loss_needs(self.loss)
 
     def place_of_reference(self, config: TrainConfig) -> str:
-        """Where the reference itself is that the objective needs, `memory` or `disk`; "": it needs no more than its
-        log-probs."""
-        return config.ref_states if {"ref_states", "anchor"} & self.needs else ""
+        """Where the reference itself is that the objective needs, `memory` or `disk`, or `anchors`: in memory, beside
+        a second forward over what the policy writes; "": no more of it than its log-probs."""
+        if "anchor" in self.needs:
+            return "anchors"
+        return config.ref_states if "ref_states" in self.needs else ""
 
     @property
     def is_online(self) -> bool:

@@ -195,7 +195,7 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
     """Bytes of one process at the peak of a training step, by what they are for; "peak" is their sum.
 
     num_tokens: of a micro-batch. shards: processes that share one copy of the parameters (0: all of them). reference:
-    where a loss on whole distributions has it, memory or disk ("": nowhere).
+    twdpo.objective.Objective.place_of_reference.
     """
     shards, width = shards or world_size, cost.compute_bytes
     kept = {"none": cost.num_layers, "selective": -(-cost.num_layers // 2)}.get(checkpointing, 0)
@@ -221,6 +221,10 @@ def plan_memory(cost: ModelCost, world_size: int, num_tokens: int, checkpointing
         "gathered embedding, norm, head": gathered,
         "layers and fused op": max(in_backward, at_its_end),
     }
+    if reference == "anchors":
+        # Of the second forward, taken to be as long. Its gradients wait, whole, for those of the first.
+        is_whole = world_size == 1 and width == 4
+        parts["anchors' forward"] = num_tokens * activations + (0 if is_whole else width * cost.params)
     if reference:
         parts["frozen reference"] = reference_bytes(cost, world_size, shards, reference)
     return parts | {"peak": sum(parts.values())}
@@ -349,8 +353,8 @@ def find_model_config(config: TrainConfig):
 def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
     """Operations of a forward and a backward pass over a micro-batch: 6 for each acting parameter and token, the head
     on response tokens alone, attention on what each token sees; a third of it for a forward of the reference, of whose
-    layers nothing runs when its hidden states are on disk. Nothing that is computed again is counted. Dense models;
-    sliding windows are counted as if they were not there. reference: as of `plan_memory`."""
+    layers nothing runs when its hidden states are on disk. Nothing that is computed again is counted, and nothing of
+    anchors. Dense models; sliding windows are counted as if they were not there. reference: as of `plan_memory`."""
     lengths = [len(example.prompt_ids) + len(response.ids) for example in batch.examples
                for response in (example.chosen, example.rejected)]
     shared = [pieces[0][1] - pieces[0][0] if len(pieces) > 1 else 0 for pieces in batch.ranges]
@@ -358,7 +362,7 @@ def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
     seen = sum(length ** 2 - before ** 2 for length, before in zip(lengths, shared)) / 2
     layers = 6.0 * cost.layers_params * tokens + 12.0 * cost.heads_width * seen
     head = 6.0 * cost.head_params * len(batch.targets_N)
-    return layers * (4 / 3 if reference == "memory" else 1) + head * (4 / 3 if reference else 1)
+    return layers * (4 / 3 if reference == "memory" else 1) + head * (4 / 3 if reference in ("memory", "disk") else 1)
 
 
 def peak_tflops(device: torch.device) -> float | None:
