@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes_of_tests import run_ranks
 from runs_of_tests import assert_close_rows, read_rows
-from test_online import WAYS
 from transformers import AutoModelForCausalLM
 
 import train
@@ -28,7 +26,6 @@ from twdpo.rows import MicroBatch
 from twdpo.tokens import tokenize_pairs
 from twdpo.weights import WEIGHTS, WeightContext
 
-FEW = {"twdpo.needs.ANCHOR_TOKENS": 8}
 ANCHORED = """
 import torch
 from twdpo.losses import LOSSES, dpo
@@ -165,15 +162,6 @@ def flags(tmp_path, monkeypatch) -> list[str]:
     return ["--import", str(tmp_path / "anchored.py"), "--loss", "anchored", "--lr", "1e-4"]
 
 
-def test_packed_plain_and_accumulated_are_one_run(tmp_path, run_arguments, flags):
-    for name, more in WAYS.items():
-        train.main([*run_arguments(tmp_path / name, max_steps=2, eval_every=2, **more), *flags])
-    packed = read_rows(tmp_path / "packed")
-    assert packed[1]["drift"] == pytest.approx(1, abs=1e-4)  # before the first update all log-ratios are 0
-    for name in ("plain", "accumulated"):
-        assert_close_rows(read_rows(tmp_path / name), packed)
-
-
 def test_everything_at_once_loads_one_reference(tmp_path, run_arguments, flags, monkeypatch):
     """Anchors, the reference's distributions and input gradients; a resumed run goes on as the whole one."""
     calls, load = [], needs.load_reference
@@ -188,13 +176,3 @@ def test_everything_at_once_loads_one_reference(tmp_path, run_arguments, flags, 
     rows = read_rows(tmp_path / "run")
     train.main([*arguments, "--resume", str(tmp_path / "run" / "checkpoints" / "step-0000002")])
     assert_close_rows(read_rows(tmp_path / "run"), rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--no-sync", "--checkpointing", "selective"]], ids=" ".join)
-def test_two_processes_are_one(more, tmp_path, run_arguments, flags):
-    """Several micro-batches a process, two forwards of the policy before each backward pass."""
-    arguments = {"max_steps": 2, "eval_every": 2, "micro_batch_tokens": 150}
-    train.main([*run_arguments(tmp_path / "one", **arguments), *flags])
-    run_ranks("train", [*run_arguments(tmp_path / "two", **arguments), *flags, *more], constants=FEW)
-    assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))

@@ -159,12 +159,3 @@ def test_shards_gradients_are_those_without_the_pass(flags, tmp_path, run_argume
     run_ranks("train", [*run_arguments(tmp_path / "without", **arguments), *flags, "--loss", "dpo", "--weights",
                         "prior", "--import", str(tmp_path / "prior.py")])
     assert_close_rows(read_rows(tmp_path / "with"), read_rows(tmp_path / "without"))
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path, run_arguments):
-    arguments = {"max_steps": 3, "micro_batch_tokens": 150, "loss": "dpo", "weights": "tidpo",
-                 "weights_options": "lam=1"}
-    train.main(run_arguments(tmp_path / "one", **arguments))
-    run_ranks("train", run_arguments(tmp_path / "two", **arguments))
-    assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))

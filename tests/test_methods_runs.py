@@ -23,7 +23,18 @@ METHODS = {
                           "weights_options": "lam=0.2,sigma_div=8,prior=sum1,scope=all"},
     "a sum": {"loss": "twdpo+0.5*tdpo2+0.2*sft", "weights": "decay"},
 }
+FEW = {"twdpo.needs.ANCHOR_TOKENS": 8}
 methods = pytest.mark.parametrize("flags", METHODS.values(), ids=METHODS)
+# Each thing that they read of the policy or the reference, once.
+some = pytest.mark.parametrize("flags", [METHODS[name] for name in ("tdpo2 from disk", "otpo", "tidpo of the code",
+                                                                  "a sum")])
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Of an anchor."""
+    for name, value in FEW.items():
+        monkeypatch.setattr(name, value)
 
 
 @methods
@@ -47,12 +58,12 @@ def test_a_resumed_run_is_the_whole_one(flags, tmp_path, run_arguments):
 
 
 @pytest.mark.slow
-@methods
+@some
 def test_two_processes_are_one(flags, tmp_path, run_arguments):
     """With recomputation, and gradients reduced at the last micro-batch alone."""
     flags = flags | {"max_steps": 3, "eval_every": 2, "micro_batch_tokens": 250, "checkpointing": "full"}
     train.main(run_arguments(tmp_path / "one", **flags))
-    run_ranks("train", [*run_arguments(tmp_path / "two", **flags), "--no-sync"])
+    run_ranks("train", [*run_arguments(tmp_path / "two", **flags), "--no-sync"], constants=FEW)
     assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))
 
 

@@ -1,16 +1,13 @@
 """Sources that read the policy in the step (otpo, selective), and tgdpo: by hand, and in whole runs."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import test_host_waits
 import torch
-from processes_of_tests import run_and_die, run_ranks
 from runs_of_tests import assert_close_rows, read_rows
 from test_methods import SCORES, ZEROS, weights
-from test_online import WAYS
 
 import train
 from twdpo import objective as objective_module
@@ -27,10 +24,6 @@ from twdpo.rows import MicroBatch
 from twdpo.tokens import tokenize_pairs
 from twdpo.transport import transport_shares
 from twdpo.weights import WEIGHTS, WeightContext
-
-SOURCES = {"otpo": ["--weights", "otpo", "--weights-options", "reg=0.1,cost_scale=padded_max"],
-           "selective": ["--weights", "selective"]}
-
 
 # --- by hand
 
@@ -164,51 +157,6 @@ def test_no_source_waits_but_where_weights_are_checked(source, packs, monkeypatc
         loss_P, _ = train.run_pairs(run, batch, {})
         loss_P.sum().backward()
     assert loss_P.device == test_host_waits.META and run.objective.is_online
-
-
-# --- in whole runs
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_packed_plain_and_accumulated_are_one_run(source, tmp_path, run_arguments):
-    for name, more in WAYS.items():
-        train.main([*run_arguments(tmp_path / name, max_steps=4, loss="dpo", **more), *SOURCES[source]])
-    packed = read_rows(tmp_path / "packed")
-    for name in ("plain", "accumulated"):
-        assert_close_rows(read_rows(tmp_path / name), packed)
-    train.main(run_arguments(tmp_path / "uniform", max_steps=4, loss="dpo", weights="uniform", **WAYS["packed"]))
-    uniform = [row["loss"] for row in read_rows(tmp_path / "uniform") if "grad_norm" in row]
-    losses = [row["loss"] for row in packed if "grad_norm" in row]
-    assert math.isclose(losses[0], uniform[0], abs_tol=1e-5) and abs(losses[-1] - uniform[-1]) > 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-def test_two_processes_recomputing_are_one(source, tmp_path, run_arguments):
-    arguments = {"max_steps": 4, "micro_batch_tokens": 250, "checkpointing": "full", "loss": "dpo"}
-    train.main([*run_arguments(tmp_path / "one", **arguments), *SOURCES[source]])
-    run_ranks("train", [*run_arguments(tmp_path / "two", **arguments), *SOURCES[source]])
-    assert_close_rows(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_killed_run_resumes_as_the_one_that_never_stopped(source, tmp_path, run_arguments):
-    argv = [[*run_arguments(tmp_path / folder, loss="dpo", save_every=2, max_steps=4, micro_batch_tokens=200),
-             *SOURCES[source]] for folder in ("whole", "run")]
-    train.main(argv[0])
-    run_and_die("train", argv[1], "train.train_step", 4)
-    train.main([*argv[1], "--resume"])
-    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-def test_in_bfloat16_shards_and_with_statistics(source, tmp_path, run_arguments):
-    for folder, more in (("bf16", {"dtype": "bfloat16", "loss": "dpo"}), ("kto", {"loss": "kto_pair"})):
-        train.main([*run_arguments(tmp_path / folder, max_steps=2, micro_batch_tokens=150, **more), *SOURCES[source]])
-        rows = [row for row in read_rows(tmp_path / folder) if "grad_norm" in row]
-        assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(row["loss"]) for row in rows)
 
 
 def test_tgdpo_guides_a_run(tmp_path, run_arguments, toy_model):
