@@ -94,7 +94,8 @@ class ChunkedLogps(torch.autograd.Function):
                     slope_NW = 1 - (logits_NW / options.softcap) ** 2
                 if compares:
                     ref_logits_NW = logits_of_chunk(buffers[1], *reference, options, first, width)
-                    lead_NW = torch.sub(logits_NW, ref_logits_NW, out=part(buffers[2], logits_NW))
+                    if "reverse_kl" in upstream:
+                        lead_NW = torch.sub(logits_NW, ref_logits_NW, out=part(buffers[2], logits_NW))
                     ref_exps_NW = ref_logits_NW.sub_(softmax.ref_top_N[:, None]).exp_()
                 exps_NW = gradient_NW = logits_NW.sub_(softmax.top_N[:, None]).exp_()
             set_logits_gradient(gradient_NW, exps_NW, ref_exps_NW, lead_NW, softmax, upstream,
@@ -118,7 +119,7 @@ class ChunkedLogps(torch.autograd.Function):
 def sums_of_chunk(logits_NW, ref_logits_NW, lead_NW, terms, ruled_out: bool) -> dict[str, torch.Tensor]:
     """{name: [N]} of what a chunk adds to each token; the logits become exponentials, counted from the chunk's top.
 
-    lead_NW: logits minus the reference's; used up. ruled_out: whether a logit may be -inf.
+    lead_NW: logits minus the reference's. ruled_out: whether a logit may be -inf.
     """
     def exps_of(logits_NW):
         # Finite, as -inf - -inf would be NaN.
@@ -135,9 +136,9 @@ def sums_of_chunk(logits_NW, ref_logits_NW, lead_NW, terms, ruled_out: bool) -> 
         sums["ref_total"] = ref_exps_NW.sum(dim=-1)
         for name, each_NW in (("reverse_kl", exps_NW), ("kl", ref_exps_NW)):
             if name in terms:
-                impossible_NW = each_NW == 0 if ruled_out else None
-                product_NW = each_NW.mul_(lead_NW)
-                sums[name] = (product_NW.masked_fill_(impossible_NW, 0) if ruled_out else product_NW).sum(dim=-1)
+                # 0 times what may be infinite is 0 here.
+                possible_NW = lead_NW.masked_fill(each_NW == 0, 0) if ruled_out else lead_NW
+                sums[name] = torch.bmm(each_NW[:, None], possible_NW[:, :, None])[:, 0, 0]  # no tensor of products
     return sums
 
 
@@ -197,12 +198,13 @@ def set_logits_gradient(gradient_NW, exps_NW, ref_exps_NW, lead_NW, softmax: Sof
         terms.append(lead_NW.masked_fill_(nothing_NW, 0))
     if "kl" in upstream:
         scale_N = scale_N + upstream["kl"] * softmax.inverse_total_N
-        terms.append(ref_exps_NW.mul_(-(upstream["kl"] * softmax.ref_inverse_total_N)[:, None]))
     # d logp / d logits = onehot - p, times the upstream gradient; the target's term before any rounding.
     torch.mul(exps_NW, scale_N[:, None], out=gradient_NW)
     gradient_NW.scatter_add_(-1, places_N[:, None], torch.where(inside_N, grad_N, 0)[:, None])
     for term_NW in terms:
         gradient_NW += term_NW
+    if "kl" in upstream:
+        gradient_NW.addcmul_(ref_exps_NW, -(upstream["kl"] * softmax.ref_inverse_total_N)[:, None])
 
 
 def entropy_gradient(exps_NW, mean_N, scale_N) -> torch.Tensor:
