@@ -7,7 +7,7 @@
 Every way is a run that `train.prepare` made, with its reference and what else it needs. They train one policy, a step
 each in turns on the same pairs, so that a busy moment falls on all. `times dpo` is the median of the rounds' ratios,
 with the 20th and 80th percentile. `source` is the share of a step's time that the weight source itself takes (of `otpo`
-the transport), from two more steps with a wait for the device before and after it. `extra MiB` is a step's peak above
+the transport), from one more step with a wait for the device before and after it. `extra MiB` is a step's peak above
 what was there before it, so without a reference in memory. fp32 on a CPU, bf16 on fp32 parameters on a GPU. A way whose
 loss or source is not there is a row that says so. The last line is JSON.
 """
@@ -92,7 +92,7 @@ def make_run(name: str, flags: argparse.Namespace, work: Path, process: dist.Pro
     return run
 
 
-def source_share(run: train.Run, steps: int = 2) -> float:
+def source_share(run: train.Run, steps: int = 1) -> float:
     """The share of the time of steps that the source takes, with a wait before and after it."""
     source, spent = run.objective.source, []
 
@@ -117,7 +117,7 @@ def source_share(run: train.Run, steps: int = 2) -> float:
 
 def make_rows(names: list[str], flags: argparse.Namespace, work: Path, process: dist.Process, report: Report
               ) -> dict[str, train.Run]:
-    """The runs of ways that can run, each after a step; what can't is a row."""
+    """The runs of ways that can run; what can't is a row."""
     runs: dict[str, train.Run] = {}
     for name in names:
         note = missing(WAYS[name])
@@ -129,8 +129,6 @@ def make_rows(names: list[str], flags: argparse.Namespace, work: Path, process: 
         print(f"{name}: {note or 'ready'}", flush=True)
         if note:
             report.add({"model": flags.shape, "way": name, "micro_batch": f"{flags.tokens} tokens", "note": note})
-    for run in runs.values():
-        train.train_step(run)
     return runs
 
 
@@ -138,13 +136,16 @@ def measure(runs: dict[str, train.Run], flags: argparse.Namespace, report: Repor
     """A row each."""
     device = runs[BASE].process.device
     steps: dict[str, Callable] = {name: partial(train.train_step, run) for name, run in runs.items()}
+    steps[BASE]()  # makes the optimizer's state
+    extra = {name: peak_memory_mib(step, device) for name, step in steps.items()}
+    print("steps in turns", flush=True)
     times = interleave(steps, device, flags.seconds, deadline)
     for name, run in runs.items():
         ratios = [own / base for own, base in zip(times[name], times[BASE])]
         low, high = spread(ratios)
         row = {"model": flags.shape, "way": name, "micro_batch": f"{flags.tokens} tokens", "rounds": len(ratios),
                "step_seconds": statistics.median(times[name]) / 1e3, "times_dpo": statistics.median(ratios),
-               "times_dpo_low": low, "times_dpo_high": high, "extra_mib": peak_memory_mib(steps[name], device)}
+               "times_dpo_low": low, "times_dpo_high": high, "extra_mib": extra[name]}
         if run.objective.is_online:
             row["source_share"] = source_share(run)
         report.add(row)
