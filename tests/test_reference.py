@@ -7,12 +7,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import test_host_waits
 import torch
 from models_of_tests import MODELS, build
 from processes_of_tests import run_and_die, run_ranks
 from reference_of_tests import DRIFT, dpo_kl, gradients, in_bfloat16, made_run, save_model
 from runs_of_tests import assert_close_rows, read_rows
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_model import plain_logps
 from test_packing import EXAMPLES
@@ -213,6 +215,16 @@ def test_a_damaged_file_is_made_again_and_a_full_disk_is_one_message(tmp_path, p
     with pytest.raises(InputError, match=r"GiB are free: name another --cache-dir, or use --ref-states memory"):
         store(tmp_path / "model", process, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_that_fills_meanwhile_is_one_message(tmp_path, process, monkeypatch):
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(InputError, match=r"states-.*No space left on device.*make room, or name another --cache-dir"):
+        store(save_model(tmp_path / "model"), process, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_pass_that_is_cut_keeps_what_it_has_written(tmp_path, process, monkeypatch):

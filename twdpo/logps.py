@@ -128,7 +128,8 @@ def read_logps(folder: Path, wanted: set[int]) -> dict[int, Logps]:
 
 
 def write_cache(folder: Path, kind: str, values: Sides) -> None:
-    """One file of the cache, written atomically; its name holds a hash of its keys."""
+    """One file of the cache, written atomically; its name holds a hash of its keys. Raises InputError when it can't be
+    written: what others write may fill a disk meanwhile."""
     keys = sorted(values)
     tensors = {
         "key_E": torch.tensor(keys, dtype=torch.int64),
@@ -136,7 +137,11 @@ def write_cache(folder: Path, kind: str, values: Sides) -> None:
         kind: torch.cat([side for key in keys for side in values[key]]),
     }
     path = folder / f"{kind.split('_')[0]}-{hash_json(keys)[:16]}.safetensors"
-    write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+    try:
+        write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} can't be written ({error}): what stands in {folder} already is kept and found again; "
+                         "make room, or name another --cache-dir") from error
 
 
 def read_places(folder: Path, kind: str) -> dict[int, Place]:
