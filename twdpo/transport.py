@@ -42,7 +42,7 @@ def count_iterations(reg: float, reg_m: float, dtype: torch.dtype = torch.float3
         raise InputError(f"{given}: reg must be at least {LEAST_REG}, reg_m more than 0")
     count = math.log(2 / reg / torch.finfo(dtype).eps) / (2 * math.log1p(reg / reg_m))
     if count > MOST_ITERATIONS:
-        raise InputError(f"{given}: {count:,.0f} iterations, more than {MOST_ITERATIONS}; reg_m / reg must be less")
+        raise InputError(f"{given}: {count:,.4g} iterations, more than {MOST_ITERATIONS}; reg_m / reg must be less")
     return max(1, math.ceil(count))
 
 
