@@ -1,5 +1,7 @@
 """Sums of losses: --loss dpo+0.2*sft."""
 
+from functools import partial
+
 import pytest
 import torch
 from runs_of_tests import assert_close_rows, read_rows
@@ -12,6 +14,7 @@ from twdpo.loss_parts import loss_needs
 from twdpo.loss_sum import find_loss, options_bound
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective, settings_of_loss
+from twdpo.plugins import inherit_attributes
 from twdpo.weights import WEIGHTS
 
 
@@ -74,6 +77,20 @@ def test_options_go_to_whom_they_name():
     loss = find_loss("simpo+0.5*cpo", "gamma_ratio=0.5,cpo.nll=0.25,simpo.nll=0.125", LOSSES)
     assert options_bound(loss, "nll") == [0.125, 0.25] and options_bound(loss, "gamma_ratio") == [0.5]
     assert options_bound(loss, "nll_over") == ["sequence"] and options_bound(LOSSES["dpo"], "margin") == [False]
+
+
+def test_parts_are_logged_as_the_table_calls_them(monkeypatch):
+    """Several names of one function are several losses."""
+    monkeypatch.setitem(LOSSES, "rpo", partial(LOSSES["dpo"], nll=1.0))
+    monkeypatch.setitem(LOSSES, "again", LOSSES["tdpo2"])
+    inherit_attributes(LOSSES)
+    batch = Batch()
+    batch.terms, batch.means = {"kl": torch.rand(6)}, {}
+    loss_P, metrics = find_loss("dpo+0.5*rpo+tdpo2+again", "", LOSSES)(batch.ratio(LOGPS), LOGPS, batch,
+                                                                      TrainConfig(beta=B))
+    parts = [metrics[f"loss_{name}"] for name in ("dpo", "rpo", "tdpo2", "again")]
+    torch.testing.assert_close(loss_P, parts[0] + 0.5 * parts[1] + parts[2] + parts[3])
+    assert {"kl_chosen", "kl_chosen_again"} <= metrics.keys()
 
 
 def parse(*argv) -> TrainConfig:
