@@ -73,6 +73,17 @@ def test_statistics_of_each():
                                value(LOSSES["dpo"], Batch()) + value(LOSSES["kto_pair"], Batch(), alone))
 
 
+def test_statistics_that_are_none(monkeypatch):
+    """Alone such a loss runs, and so it does in a sum."""
+    def plain(ratio_S, logps_N, batch, config):
+        return LOSSES["dpo"](ratio_S, logps_N, batch, config)
+    plain.statistics = None
+    monkeypatch.setitem(LOSSES, "plain", plain)
+    assert not hasattr(find_loss("dpo+plain", "", LOSSES), "statistics")
+    assert set(find_loss("kto_pair+plain", "", LOSSES).statistics(Batch().ratio(LOGPS), LOGPS, Batch())) == {
+        (0, "chosen"), (0, "rejected")}
+
+
 def test_options_go_to_whom_they_name():
     loss = find_loss("simpo+0.5*cpo", "gamma_ratio=0.5,cpo.nll=0.25,simpo.nll=0.125", LOSSES)
     assert options_bound(loss, "nll") == [0.125, 0.25] and options_bound(loss, "gamma_ratio") == [0.5]

@@ -94,7 +94,7 @@ def sum_losses(text: str, spelled: list[Part], bound: list[Callable]) -> Callabl
         total_P, metrics = 0.0, {}
         for number, (factor, name, part) in enumerate(parts):
             ratio, logps, own = given(part, ratio_S, logps_N, batch)
-            if hasattr(part, "statistics"):
+            if getattr(part, "statistics", None):
                 own = changed(own, means={each: value for (place, each), value in batch.means.items()
                                           if place == number})
             loss_P, more = part(ratio, logps, own, config)
@@ -104,7 +104,7 @@ def sum_losses(text: str, spelled: list[Part], bound: list[Callable]) -> Callabl
         return total_P, metrics
 
     def statistics(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch) -> dict:
-        return {(number, name): value for number, part in enumerate(bound) if hasattr(part, "statistics")
+        return {(number, name): value for number, part in enumerate(bound) if getattr(part, "statistics", None)
                 for name, value in part.statistics(*given(part, ratio_S, logps_N, batch)).items()}
 
     loss.__name__, loss.parts = text, bound
@@ -114,7 +114,7 @@ def sum_losses(text: str, spelled: list[Part], bound: list[Callable]) -> Callabl
         loss.norm = next(iter(norms))
     if source := getattr(bound[0], "default_source", ""):
         loss.default_source = source
-    if any(hasattr(part, "statistics") for part in bound):
+    if any(getattr(part, "statistics", None) for part in bound):
         loss.statistics = statistics
     return loss
 
