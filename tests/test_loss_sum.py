@@ -104,6 +104,11 @@ def test_parts_are_logged_as_the_table_calls_them(monkeypatch):
     assert {"kl_chosen", "kl_chosen_again"} <= metrics.keys()
 
 
+def test_a_name_with_a_plus_is_a_name(monkeypatch):
+    monkeypatch.setitem(LOSSES, "dpo+nll", LOSSES["hinge"])
+    assert find_loss(" dpo+nll", "", LOSSES) is LOSSES["hinge"]
+
+
 def parse(*argv) -> TrainConfig:
     return parse_config(TrainConfig, ["--model", "toy", *argv], "test", settings_of_loss)
 
