@@ -147,6 +147,15 @@ def test_conflicting_norms_are_refused(monkeypatch):
         find_loss("twdpo+shared", "", LOSSES)
 
 
+def test_the_norm_is_the_first_losss():
+    """dpo takes a source's own: what twdpo would make of weights that are not of mean 1 is another loss's."""
+    loss = find_loss("dpo+twdpo", "", LOSSES)
+    assert bind_objective(loss, WEIGHTS["attention"], "attention").norm == "mean1"
+    with pytest.raises(InputError, match="takes weights as decay gives them, none, and twdpo normalises them as mean1"):
+        bind_objective(loss, WEIGHTS["decay"], "decay")
+    assert bind_objective(find_loss("twdpo+dpo", "", LOSSES), WEIGHTS["decay"], "decay").norm == "mean1"
+
+
 def test_a_run_of_a_sum(tmp_path, run_arguments):
     """How the batch is split changes nothing, statistics among it; each part is logged."""
     flags = {"loss": "dpo+0.5*sft+0.5*kto_pair", "weights": "decay", "max_steps": 3, "eval_every": 0,

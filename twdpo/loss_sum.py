@@ -112,8 +112,7 @@ def sum_losses(text: str, spelled: list[Part], bound: list[Callable]) -> Callabl
     loss.__name__, loss.parts = text, bound
     loss.needs = tuple(dict.fromkeys(need for part in bound for need in loss_needs(part)))
     loss.terms = tuple(dict.fromkeys(term for part in bound for term in stated(part, "terms", ())))
-    if norms:
-        loss.norm = next(iter(norms))
+    loss.norm, loss.norms = getattr(bound[0], "norm", None), norms
     if source := getattr(bound[0], "default_source", ""):
         loss.default_source = source
     if any(getattr(part, "statistics", None) for part in bound):
