@@ -1,5 +1,7 @@
 """Sums of losses: --loss dpo+0.2*sft."""
 
+from functools import partial
+
 import pytest
 import torch
 from runs_of_tests import assert_close_rows, read_rows
@@ -12,6 +14,7 @@ from twdpo.loss_parts import loss_needs
 from twdpo.loss_sum import find_loss, options_bound
 from twdpo.losses import LOSSES
 from twdpo.objective import bind_objective, settings_of_loss
+from twdpo.plugins import inherit_attributes
 from twdpo.weights import WEIGHTS
 
 
@@ -70,10 +73,40 @@ def test_statistics_of_each():
                                value(LOSSES["dpo"], Batch()) + value(LOSSES["kto_pair"], Batch(), alone))
 
 
+def test_statistics_that_are_none(monkeypatch):
+    """Alone such a loss runs, and so it does in a sum."""
+    def plain(ratio_S, logps_N, batch, config):
+        return LOSSES["dpo"](ratio_S, logps_N, batch, config)
+    plain.statistics = None
+    monkeypatch.setitem(LOSSES, "plain", plain)
+    assert not hasattr(find_loss("dpo+plain", "", LOSSES), "statistics")
+    assert set(find_loss("kto_pair+plain", "", LOSSES).statistics(Batch().ratio(LOGPS), LOGPS, Batch())) == {
+        (0, "chosen"), (0, "rejected")}
+
+
 def test_options_go_to_whom_they_name():
     loss = find_loss("simpo+0.5*cpo", "gamma_ratio=0.5,cpo.nll=0.25,simpo.nll=0.125", LOSSES)
     assert options_bound(loss, "nll") == [0.125, 0.25] and options_bound(loss, "gamma_ratio") == [0.5]
     assert options_bound(loss, "nll_over") == ["sequence"] and options_bound(LOSSES["dpo"], "margin") == [False]
+
+
+def test_parts_are_logged_as_the_table_calls_them(monkeypatch):
+    """Several names of one function are several losses."""
+    monkeypatch.setitem(LOSSES, "rpo", partial(LOSSES["dpo"], nll=1.0))
+    monkeypatch.setitem(LOSSES, "again", LOSSES["tdpo2"])
+    inherit_attributes(LOSSES)
+    batch = Batch()
+    batch.terms, batch.means = {"kl": torch.rand(6)}, {}
+    loss_P, metrics = find_loss("dpo+0.5*rpo+tdpo2+again", "", LOSSES)(batch.ratio(LOGPS), LOGPS, batch,
+                                                                      TrainConfig(beta=B))
+    parts = [metrics[f"loss_{name}"] for name in ("dpo", "rpo", "tdpo2", "again")]
+    torch.testing.assert_close(loss_P, parts[0] + 0.5 * parts[1] + parts[2] + parts[3])
+    assert {"kl_chosen", "kl_chosen_again"} <= metrics.keys()
+
+
+def test_a_name_with_a_plus_is_a_name(monkeypatch):
+    monkeypatch.setitem(LOSSES, "dpo+nll", LOSSES["hinge"])
+    assert find_loss(" dpo+nll", "", LOSSES) is LOSSES["hinge"]
 
 
 def parse(*argv) -> TrainConfig:
@@ -112,6 +145,15 @@ def test_conflicting_norms_are_refused(monkeypatch):
     monkeypatch.setitem(LOSSES, "shared", shared)
     with pytest.raises(InputError, match="twdpo normalises weights as mean1 and shared normalises weights as pair_min"):
         find_loss("twdpo+shared", "", LOSSES)
+
+
+def test_the_norm_is_the_first_losss():
+    """dpo takes a source's own: what twdpo would make of weights that are not of mean 1 is another loss's."""
+    loss = find_loss("dpo+twdpo", "", LOSSES)
+    assert bind_objective(loss, WEIGHTS["attention"], "attention").norm == "mean1"
+    with pytest.raises(InputError, match="takes weights as decay gives them, none, and twdpo normalises them as mean1"):
+        bind_objective(loss, WEIGHTS["decay"], "decay")
+    assert bind_objective(find_loss("twdpo+dpo", "", LOSSES), WEIGHTS["decay"], "decay").norm == "mean1"
 
 
 def test_a_run_of_a_sum(tmp_path, run_arguments):

@@ -8,8 +8,10 @@ from test_losses import LOGPS, B, Batch, log_sigmoid
 
 from twdpo.batch import Anchor
 from twdpo.config import TrainConfig
+from twdpo.flags import InputError
 from twdpo.loss_parts import loss_needs
 from twdpo.losses import LOSSES
+from twdpo.objective import list_objectives
 from twdpo.plugins import bind_options, stated
 from twdpo.vocabulary_losses import VOCABULARY_LOSSES
 
@@ -125,3 +127,17 @@ def test_they_are_finite_at_their_limits(name, size):
     loss_P, _ = LOSSES[name](ratio_S + 0 * logps_N.sum(), logps_N, batch, TrainConfig(beta=B))
     (grad_N,) = torch.autograd.grad(loss_P.sum(), logps_N)
     assert loss_P.isfinite().all() and grad_N.isfinite().all()
+
+
+def test_needs_that_do_not_take_the_options_are_one_message(monkeypatch):
+    """And what follows from an option without a default stops no --help-losses."""
+    def strong(ratio_S, logps_N, batch, config, *, strength: float, other: int = 1):
+        """A loss."""
+    strong.needs = lambda strength, **_: ("ref", "ref_states") if strength > 0 else ("ref",)
+    monkeypatch.setitem(LOSSES, "strong", strong)
+    assert "A loss; strength=VALUE, other=1; by its options" in list_objectives()
+    assert loss_needs(bind_options(strong, "strength=0", "--loss-options")) == ("ref",)
+    strong.needs = lambda strength: ("ref",)
+    with pytest.raises(InputError, match="strong.needs can't be called with the options of strong by name, strength, "
+                                         "other: .*'other'"):
+        loss_needs(bind_options(strong, "strength=0", "--loss-options"))

@@ -12,13 +12,15 @@ import torch
 from twdpo.flags import InputError
 from twdpo.logratio import combine
 from twdpo.loss_parts import loss_needs
-from twdpo.plugins import bind_options, bound_options, name_of, options_of, stated
+from twdpo.plugins import bind_options, bound_options, options_of, stated
 
 Part = tuple[float, str]
 
 
 def parse_sum(text: str, losses: Mapping[str, Callable]) -> list[Part]:
     """(factor, name) of each loss. Raises InputError for a name that is not there, twice there, or a bad factor."""
+    if text.strip() in losses:  # whatever a fork has in a name
+        return [(1.0, text.strip())]
     parts: list[Part] = []
     for piece in text.split("+"):
         factor, star, name = piece.rpartition("*")
@@ -43,9 +45,9 @@ def find_loss(text: str, options: str, losses: Mapping[str, Callable]) -> Callab
     """The loss that --loss and --loss-options name, its options bound; of a sum of several one function. Raises
     InputError."""
     parts = parse_sum(text, losses)
-    bound = [(factor, bind_options(losses[name], of_part, "--loss-options"))
-             for (factor, name), of_part in zip(parts, split_options(parts, options, losses))]
-    return bound[0][1] if parts == [(1.0, text.strip())] else sum_losses(text, bound)
+    bound = [bind_options(losses[name], of_part, "--loss-options")
+             for (_, name), of_part in zip(parts, split_options(parts, options, losses))]
+    return bound[0] if parts == [(1.0, text.strip())] else sum_losses(text, parts, bound)
 
 
 def split_options(parts: list[Part], options: str, losses: Mapping[str, Callable]) -> list[str]:
@@ -72,10 +74,12 @@ def split_options(parts: list[Part], options: str, losses: Mapping[str, Callable
     return [",".join(of_each[name]) for name in names]
 
 
-def sum_losses(text: str, parts: list[tuple[float, Callable]]) -> Callable:
-    """One loss of several. Raises InputError when two of them want different norms."""
-    has_reference = any("ref" in loss_needs(part) for _, part in parts)
-    norms = {part.norm: name_of(part) for _, part in parts if getattr(part, "norm", None)}
+def sum_losses(text: str, spelled: list[Part], bound: list[Callable]) -> Callable:
+    """One loss of several, which the log calls as the table does. Raises InputError when two of them want different
+    norms."""
+    parts = [(factor, name, part) for (factor, name), part in zip(spelled, bound)]
+    has_reference = any("ref" in loss_needs(part) for part in bound)
+    norms = {part.norm: name for _, name, part in parts if getattr(part, "norm", None)}
     if len(norms) > 1:
         raise InputError(f"--loss {text}: " + " and ".join(f"{name} normalises weights as {norm}"
                                                          for norm, name in norms.items())
@@ -90,30 +94,28 @@ def sum_losses(text: str, parts: list[tuple[float, Callable]]) -> Callable:
 
     def loss(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config):
         total_P, metrics = 0.0, {}
-        for number, (factor, part) in enumerate(parts):
+        for number, (factor, name, part) in enumerate(parts):
             ratio, logps, own = given(part, ratio_S, logps_N, batch)
-            if hasattr(part, "statistics"):
-                own = changed(own, means={name: value for (place, name), value in batch.means.items()
+            if getattr(part, "statistics", None):
+                own = changed(own, means={each: value for (place, each), value in batch.means.items()
                                           if place == number})
             loss_P, more = part(ratio, logps, own, config)
             total_P = total_P + factor * loss_P
-            metrics |= {f"loss_{name_of(part)}": loss_P.detach()}
-            metrics |= {name if name not in metrics else f"{name}_{name_of(part)}": value
-                        for name, value in more.items()}
+            metrics |= {f"loss_{name}": loss_P.detach()}
+            metrics |= {each if each not in metrics else f"{each}_{name}": value for each, value in more.items()}
         return total_P, metrics
 
     def statistics(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch) -> dict:
-        return {(number, name): value for number, (_, part) in enumerate(parts) if hasattr(part, "statistics")
+        return {(number, name): value for number, part in enumerate(bound) if getattr(part, "statistics", None)
                 for name, value in part.statistics(*given(part, ratio_S, logps_N, batch)).items()}
 
-    loss.__name__, loss.parts = text, [part for _, part in parts]
-    loss.needs = tuple(dict.fromkeys(need for _, part in parts for need in loss_needs(part)))
-    loss.terms = tuple(dict.fromkeys(term for _, part in parts for term in stated(part, "terms", ())))
-    if norms:
-        loss.norm = next(iter(norms))
-    if source := getattr(parts[0][1], "default_source", ""):
+    loss.__name__, loss.parts = text, bound
+    loss.needs = tuple(dict.fromkeys(need for part in bound for need in loss_needs(part)))
+    loss.terms = tuple(dict.fromkeys(term for part in bound for term in stated(part, "terms", ())))
+    loss.norm, loss.norms = getattr(bound[0], "norm", None), norms
+    if source := getattr(bound[0], "default_source", ""):
         loss.default_source = source
-    if any(hasattr(part, "statistics") for _, part in parts):
+    if any(getattr(part, "statistics", None) for part in bound):
         loss.statistics = statistics
     return loss
 

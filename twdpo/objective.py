@@ -232,6 +232,10 @@ def bind_objective(loss: Callable, source: Callable, source_name: str) -> Object
     if not isinstance(terms, (tuple, list)) or not set(terms) <= set(TERMS):
         raise InputError(f"{name_of(loss)}.terms is {terms!r}: it must be a tuple of {', '.join(TERMS)}")
     norm = getattr(loss, "norm", None) or getattr(source, "norm", "mean1")
+    for other, name in getattr(loss, "norms", {}).items():
+        if other != norm:  # a sum's first loss takes the source's
+            raise InputError(f"--loss {name_of(loss)}: its first loss takes weights as {source_name} gives them, "
+                             f"{norm}, and {name} normalises them as {other}; one run has one kind of weights")
     return Objective(loss, source, source_name, frozenset([*loss_needs(loss), *source_needs(source)]), norm,
                      tuple(terms), getattr(loss, "statistics", None))
 

@@ -27,9 +27,15 @@ def options_of(function: Callable) -> dict[str, object]:
 
 def stated(function: Callable, name: str, default: object) -> object:
     """What a loss or source says of itself in this attribute; where that is a function of its options, for those that
-    are set."""
+    are set. Raises InputError for one that does not take them."""
     value = getattr(function, name, default)
-    return value(**bound_options(function)) if callable(value) else value
+    if not callable(value):
+        return value
+    try:
+        return value(**bound_options(function))
+    except TypeError as error:
+        raise InputError(f"{name_of(function)}.{name} can't be called with the options of {name_of(function)} by name, "
+                         f"{', '.join(bound_options(function)) or 'of which there are none'}: {error}") from error
 
 
 def bound_options(function: Callable) -> dict[str, object]:
@@ -122,9 +128,19 @@ def summary(function: Callable) -> str:
 
 def describe(functions: Mapping[str, Callable], needs_of: Callable[[Callable], tuple[str, ...]]) -> list[list[str]]:
     """Rows of (name, what it is, what it needs, its options with their defaults)."""
-    return [[name, summary(function), ", ".join(needs_of(function)) or "-",
+    return [[name, summary(function), spell_needs(function, needs_of),
              spell_options(function).replace("none", "-")]
             for name, function in functions.items()]
+
+
+def spell_needs(function: Callable, needs_of: Callable[[Callable], tuple[str, ...]]) -> str:
+    """`need, need`, or "-"; what follows from options without a default is not known before they are set."""
+    try:
+        return ", ".join(needs_of(function)) or "-"
+    except InputError:
+        if REQUIRED in options_of(function).values():
+            return "by its options"
+        raise
 
 
 def import_files(paths: str) -> None:
