@@ -56,6 +56,18 @@ def test_which_divergences_have_a_gradient(spelled, chosen, rejected):
     assert (grad_N[[0, 1, 3]] == 0).all() == (spelled == "tdpo2")
 
 
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_tdpo_on_means_has_means_of_both(name):
+    """Weights that make means of the ratios (--length-normalize): the divergences are means a token beside them."""
+    batch = batch_with(kl=KL)
+    lens_S = batch.seq_lens_S.double()
+    batch.weights_N, batch.averaged = batch.weights_N / lens_S.repeat_interleave(batch.seq_lens_S), True
+    loss_P, metrics, _ = run(f"{name} alpha=1" if name == "tdpo2" else name, batch)
+    assert metrics["kl_rejected"].tolist() == pytest.approx([0.4, 0.55])
+    assert loss_P.tolist() == pytest.approx([-log_sigmoid(B * (0.5 + 0.5 - (0.4 - 0.15))),
+                                             -log_sigmoid(B * (0.25 - (0.55 - 0.3)))])
+
+
 def test_tisdpo_by_hand():
     """The divergence is weighted as the ratios are, and the chosen answer's is taken off."""
     batch = batch_with(reverse_kl=KL)

@@ -365,6 +365,7 @@ def sft(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     -S_w / n_w, or -S_w; beta scales the logged rewards alone. No reference.
     """
     refuse_unread(over == "sequence" and length_by == "mass", "length_by=mass", "over=sequence divides by no length")
+    refuse_unread(over == "sequence" and batch.averaged, "over=sequence", "the weights make means already")
     chosen_P = ratio_S[0::2]
     return -(chosen_P / pair_lengths(batch, length_by)[0] if over == "token" else chosen_P), {}
 

@@ -21,7 +21,7 @@ def tdpo1(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
     -log sigmoid(beta (u - (K_l - K_w))), K of KL(ref || policy), with gradient through both (its code runs this form
     unless told `if_tdpo2`, whatever its README calls it). One reference pass, and the reference in memory or on disk.
     """
-    kl_S = segment_sum(batch.terms["kl"], batch.seq_lens_S)
+    kl_S = summed_kl(batch)
     excess_P = kl_S[1::2] - kl_S[0::2]
     return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2] - excess_P), 0.0), kl_metrics(kl_S)
 
@@ -37,7 +37,7 @@ def tdpo2(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, alpha:
     -log sigmoid(beta (u - alpha (K_l - K_w))), K of KL(ref || policy), that of the chosen answer without gradient. One
     reference pass, and the reference in memory or on disk.
     """
-    kl_S = segment_sum(batch.terms["kl"], batch.seq_lens_S)
+    kl_S = summed_kl(batch)
     excess_P = kl_S[1::2] - kl_S[0::2].detach()
     return smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2] - alpha * excess_P), 0.0), kl_metrics(kl_S)
 
@@ -47,8 +47,14 @@ tdpo2.terms = ("kl",)
 tdpo2.settings = {"": {"beta": 0.1}}
 
 
+def summed_kl(batch) -> torch.Tensor:
+    """K of every answer, [S]: its mean a token where the weights make means of the ratios too."""
+    kl_S = segment_sum(batch.terms["kl"], batch.seq_lens_S)
+    return kl_S / batch.seq_lens_S.to(kl_S, non_blocking=True).clamp(min=1) if batch.averaged else kl_S
+
+
 def kl_metrics(kl_S: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Summed divergences (nats an answer) for the log."""
+    """K (nats an answer) for the log."""
     return {"kl_chosen": kl_S.detach()[0::2], "kl_rejected": kl_S.detach()[1::2]}
 
 
