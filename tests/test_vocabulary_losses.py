@@ -125,3 +125,13 @@ def test_they_are_finite_at_their_limits(name, size):
     loss_P, _ = LOSSES[name](ratio_S + 0 * logps_N.sum(), logps_N, batch, TrainConfig(beta=B))
     (grad_N,) = torch.autograd.grad(loss_P.sum(), logps_N)
     assert loss_P.isfinite().all() and grad_N.isfinite().all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ("gamma=-1", "the factor of the triplet term must be at least 0"),
+    ("gamma=0,margin=0.5", "margin=0.5 is not read: gamma=0 leaves the triplet term out"),
+    ("alpha=0.7", "alpha=0.7 is not read: it is of base=tdpo2"),
+])
+def test_options_that_tidpo_would_not_read_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(f"tidpo {options}", batch_with(kl=KL))
