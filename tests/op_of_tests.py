@@ -59,6 +59,7 @@ def set_chunk_columns(monkeypatch, columns: int) -> None:
     """Chunks of at most this many vocabulary entries."""
     monkeypatch.setattr(chunked_logps, "KEEP_BYTES", 0)
     monkeypatch.setattr(chunked_logps, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(chunked_logps, "REFERENCE_CHUNK_BYTES", 0)
     monkeypatch.setattr(chunked_logps, "CHUNK_COLUMNS", columns)
 
 

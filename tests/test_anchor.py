@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from runs_of_tests import assert_close_rows, read_rows
+from templates_of_tests import TEMPLATES, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train
@@ -17,7 +18,7 @@ from twdpo.config import TrainConfig
 from twdpo.dataset import load_dataset
 from twdpo.inputs import Inputs
 from twdpo.models.anchor import Draw, with_anchor, write_anchors
-from twdpo.models.generate import turn_ends, with_end
+from twdpo.models.generate import continuations, turn_ends, with_end
 from twdpo.models.policy import load_policy
 from twdpo.models.reference import load_reference, response_logps_of
 from twdpo.models.source import load_tokenizer
@@ -83,14 +84,35 @@ def test_an_anchor_is_the_pair_s_own(toy_model, process, chat, examples):
 
 
 def test_one_ends_with_the_end_of_its_turn(chat, monkeypatch):
-    """One token, or the text of several; without any it is whole."""
+    """One token; without any it is whole."""
     (end, *_), _ = turn_ends(chat)
     word = chat.tokenizer("the", add_special_tokens=False)["input_ids"][0]
     assert with_end(chat, [word, end, word, 0]) == [word, end] and with_end(chat, [end, end]) == [end]
     assert with_end(chat, [word, word]) == [word, word]
-    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
-    monkeypatch.setattr("twdpo.models.generate.turn_ends", lambda chat: ([1], "</s>"))
-    assert with_end(SimpleNamespace(tokenizer=tokenizer), [*b"yes</s>", 0, 0]) == [*b"yes</s>"]
+
+
+@pytest.mark.parametrize("question", ["good\n", "good"], ids=["begun by the prompt", "never"])
+def test_one_ends_with_a_text_that_its_prompt_may_begin(question, monkeypatch):
+    """What ends sooner than its neighbour has no padding of it, whatever its first token is after."""
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"], False)
+    monkeypatch.setattr("twdpo.models.generate.turn_ends", lambda chat: ([1], "\nUSER:"))
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in (question, question)]
+    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in ("USER:", "well. well. well. well.")]
+
+    def generate(input_ids, stopping_criteria, generation_config, **options):
+        """As transformers': a row that has ended is padded."""
+        ids, running_P = input_ids, torch.ones(2, dtype=torch.bool)
+        for place in range(len(texts[1])):
+            written_P = torch.tensor([text[place] if place < len(text) else 7 for text in texts])
+            ids = torch.cat([ids, torch.where(running_P, written_P, 0)[:, None]], dim=1)
+            running_P &= ~stopping_criteria(ids, None)
+        return ids
+    model = torch.nn.Linear(1, 1)
+    found = continuations(model, SimpleNamespace(tokenizer=tokenizer), rows, len(texts[1]), generate)
+    if question == "good\n":
+        assert found == texts
+    else:
+        assert found[1] == texts[1] and len(found[0]) == len(found[1])
 
 
 @pytest.mark.parametrize("packs", [True, False])

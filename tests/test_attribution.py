@@ -115,6 +115,13 @@ def test_gradients_of_zero_are_shared_out_evenly():
     assert part == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_not_taken_for_even_ones(value):
+    """So that what checks the weights of a source stops the run."""
+    (part,) = weights_of(Importance(([1.0], [value, 1.0])), "lam=1")
+    assert not all(map(math.isfinite, part))
+
+
 @pytest.mark.parametrize("options, message", [("lam=1.5", "lam=1.5: the share of the gradients must be in"),
                                               ("sigma_div=0", "sigma_div=0.0: it must be above 0")])
 def test_options_out_of_range_are_one_message(options, message):

@@ -153,3 +153,13 @@ def test_needs_that_do_not_take_the_options_are_one_message(monkeypatch):
     with pytest.raises(InputError, match="strong.needs can't be called with the options of strong by name, strength, "
                                          "other: .*'other'"):
         loss_needs(bind_options(strong, "strength=0", "--loss-options"))
+
+
+@pytest.mark.parametrize("options, message", [
+    ("gamma=-1", "the factor of the triplet term must be at least 0"),
+    ("gamma=0,margin=0.5", "margin=0.5 is not read: gamma=0 leaves the triplet term out"),
+    ("alpha=0.7", "alpha=0.7 is not read: it is of base=tdpo2"),
+])
+def test_options_that_tidpo_would_not_read_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(f"tidpo {options}", batch_with(kl=KL))

@@ -15,6 +15,7 @@ from twdpo.kernels.tiles import Softmax
 # One chunk's logits [N, W] take at most this, but W >= CHUNK_COLUMNS. Logits that fit KEEP_BYTES whole are one chunk,
 # kept for the backward pass. Times: benchmarks/loss_kernel.py.
 CHUNK_BYTES = 16 * 2**20
+REFERENCE_CHUNK_BYTES = 8 * 2**20  # of three tensors: both models' logits, and their difference
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
 
@@ -217,7 +218,8 @@ def chunk_columns(num_tokens: int, vocabulary: int, dtype: torch.dtype, num_buff
     column_bytes = max(1, num_tokens * dtype.itemsize * num_buffers)
     if vocabulary * column_bytes <= KEEP_BYTES:
         return vocabulary, True
-    num_chunks = -(-vocabulary // max(CHUNK_BYTES // column_bytes, CHUNK_COLUMNS))
+    most = CHUNK_BYTES if num_buffers == 1 else REFERENCE_CHUNK_BYTES
+    num_chunks = -(-vocabulary // max(most // column_bytes, CHUNK_COLUMNS))
     return -(-vocabulary // num_chunks), False
 
 

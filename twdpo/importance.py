@@ -54,7 +54,7 @@ def hybrid_importance(gradient_T: torch.Tensor, lam: float, sigma_div: float, ha
     place_T = torch.arange(num, device=gradient_T.device, dtype=torch.float32) - (num - 1) / 2
     prior_T = torch.exp(-0.5 * (place_T / sigma).square())
     total = gradient_T.sum()
-    share_T = torch.where(total > 0, gradient_T / total, 1 / num)
+    share_T = torch.where(total == 0, 1 / num, gradient_T / total)  # not finite: the weights say so
     if not has_mean_1:
         return lam * share_T + (1 - lam) * prior_T
     return num * (lam * share_T + (1 - lam) * prior_T / prior_T.sum())

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 
 from twdpo.logratio import segment_sum
-from twdpo.loss_parts import Loss, smoothed
+from twdpo.loss_parts import Loss, refuse_unread, smoothed
 
 ALPHA = 0.5  # of TDPO2 and of what is built on it
+MARGIN = 1e-3  # of the triplet term
 
 
 def tdpo1(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config) -> Loss:
@@ -95,7 +96,7 @@ wpo.terms = ("collision",)
 wpo.settings = {"": {"beta": 0.01}}
 
 
-def triplet(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, margin: float = 1e-3) -> Loss:
+def triplet(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, margin: float = MARGIN) -> Loss:
     """The triplet term of TI-DPO alone (Yang et al. 2025, arXiv 2505.19653), for sums of losses (tdpo2+0.001*triplet).
 
     relu(sum of (a_t - w_t)^2 - sum of (a_t - l_t)^2 + margin): a_t, w_t, l_t are the log-ratios at position t of an
@@ -122,13 +123,17 @@ def square_distance(first_T: torch.Tensor, second_T: torch.Tensor) -> torch.Tens
 
 
 def tidpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, base: Literal["dpo", "tdpo2"] = "dpo",
-          gamma: float = 0.1, margin: float = 1e-3, alpha: float = ALPHA) -> Loss:
+          gamma: float = 0.1, margin: float = MARGIN, alpha: float = ALPHA) -> Loss:
     """Token-importance guided DPO (TI-DPO, Yang et al. 2025, arXiv 2505.19653).
 
     -log sigmoid(beta u), u with the weights of the source `tidpo`, plus gamma times `triplet` with this margin. Its
     code differs: base=tdpo2 (on weighted log-ratios, with unweighted K), gamma=0.001, --beta 0.2; and see the source.
     gamma=0: no anchors. One reference pass; the reference in memory.
     """
+    if gamma < 0:
+        raise ValueError(f"gamma is {gamma:g}: the factor of the triplet term must be at least 0")
+    refuse_unread(margin != MARGIN and not gamma, f"margin={margin:g}", "gamma=0 leaves the triplet term out")
+    refuse_unread(alpha != ALPHA and base != "tdpo2", f"alpha={alpha:g}", "it is of base=tdpo2")
     loss_P, metrics = (tdpo2(ratio_S, logps_N, batch, config, alpha=alpha) if base == "tdpo2" else
                        (smoothed(config.beta * (ratio_S[0::2] - ratio_S[1::2]), 0.0), {}))
     if not gamma:

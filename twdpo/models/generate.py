@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from twdpo.chat import Chat, plain_end
 from twdpo.models.attention import ATTENTION_NAME
@@ -70,7 +70,7 @@ def generate(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, g
 def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, generate=None, **options
                   ) -> list[list[int]]:
     """The likeliest next tokens of prompts, as `options` (of transformers' generate) leave them. One that ends before
-    the longest of its batch is padded after its end, with what may be a word. Inside `writing`."""
+    the longest of its batch, with a token, is padded after it, with what may be a word. Inside `writing`."""
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -80,18 +80,32 @@ def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: i
     # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
     ends, end = turn_ends(chat)
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0,
-                                eos_token_id=ends, stop_strings=[end] if end else None)
+                                eos_token_id=ends)
     model.generation_config = settings
-    options |= {"tokenizer": chat.tokenizer} if end else {}
+    stop = TextEnd(chat.tokenizer, end) if end else None
+    options |= {"stopping_criteria": StoppingCriteriaList([stop])} if stop else {}
     output = (generate or model.generate)(input_ids=input_ids.to(device), attention_mask=mask.to(device),
                                           generation_config=settings, **options)
-    return output[:, longest:].tolist()
+    rows = output[:, longest:].tolist()
+    if stop is None or stop.stops_P is None:
+        return rows
+    return [ids[:at - longest] if at else ids for ids, at in zip(rows, stop.stops_P.tolist())]
+
+
+class TextEnd(StoppingCriteria):
+    """Ends rows at a text, which may begin in the prompt, and keeps where: what follows in a row is padding."""
+
+    def __init__(self, tokenizer, end: str):
+        self.stops_P, self.finds = None, StopStringCriteria(tokenizer, [end])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options) -> torch.Tensor:
+        found_P = self.finds(input_ids, scores)
+        before_P = torch.zeros_like(found_P, dtype=torch.long) if self.stops_P is None else self.stops_P
+        self.stops_P = torch.where(found_P & (before_P == 0), input_ids.shape[1], before_P)
+        return found_P
 
 
 def with_end(chat: Chat, ids: list[int]) -> list[int]:
     """A row of `continuations` up to its end of the turn and with it; all of one that has none."""
-    ends, end = turn_ends(chat)
-    for place, id in enumerate(ids, 1):
-        if id in ends or end and end in chat.tokenizer.decode(ids[:place]):
-            return ids[:place]
-    return ids
+    ends, _ = turn_ends(chat)
+    return next((ids[:place] for place, id in enumerate(ids, 1) if id in ends), ids)
