@@ -198,6 +198,19 @@ def test_figures_of_the_fused_op_are_those_of_the_committed_run():
                            f"{ours['peak_extra_mib']:.0f}", f"{full['peak_extra_mib']:,.0f}"]
 
 
+def test_figures_of_the_fused_op_with_kl_are_those_of_the_committed_run():
+    report = json.loads((ROOT / "benchmarks/results/cpu/loss_kernel_kl.json").read_text())
+    rows = {(row["vocabulary"], row["tokens"], row["method"]): row for row in report["rows"]}
+    table = re.findall(r"^\| V ([\d,]+), D 512, with KL \| ([\d,]+) \| (.+?) \| (.+?) MiB \| (.+?) MiB \|$", BENCHMARKS,
+                       re.MULTILINE)
+    assert len(table) == len(rows) / 2 == 4
+    for vocabulary, tokens, *figures in table:
+        case = int(vocabulary.replace(",", "")), int(tokens.replace(",", ""))
+        ours, full = rows[(*case, "twdpo, torch chunks, with KL")], rows[(*case, "full logits, with KL")]
+        assert figures == [f"{ours['forward_backward_ms'] / full['forward_backward_ms']:.2f}",
+                           f"{ours['peak_extra_mib']:.0f}", f"{full['peak_extra_mib']:,.0f}"]
+
+
 def test_figures_of_the_extraction_are_those_of_the_committed_runs():
     """Every row of the table, of a CPU and of an H200, and what is said of rollout."""
     table = re.findall(r"^\| (2 CPU cores|H200) \| ([\d,]+) \| (.+?) s \| (.+?) \| (.+?) x \| (.+?) MiB \| (.+?) \|$",
