@@ -17,7 +17,7 @@ SHARED_KIB = {"8.0": 163, "9.0": 227, "12.0": 99}  # a program's most, CUDA prog
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Without terms, with two, with a bias, with KL, and with all terms {(capability, kernel): resources}; of a process
+    """Without terms, with two and a bias, with KL, and with all terms {(capability, kernel): resources}; of a process
     where Triton does not interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no Triton here")
@@ -25,7 +25,7 @@ def compiled(tmp_path_factory) -> list[dict]:
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
                     "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     program = ("import kernel_resources\n"
-               "for flags in ([], ['--terms', 'entropy,top1'], ['--bias'], ['--terms', 'kl'],\n"
+               "for flags in ([], ['--terms', 'entropy,top1', '--bias'], ['--terms', 'kl'],\n"
                "              ['--terms', ','.join(kernel_resources.TERMS)]): kernel_resources.main(flags)")
     output = subprocess.run([sys.executable, "-c", program], env=environment, text=True, stdout=subprocess.PIPE,
                             check=True).stdout
@@ -34,10 +34,10 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_fits_its_gpu(compiled):
-    plain, _, biased, compared, _ = compiled
+    plain, _, compared, _ = compiled
     kernels = {"tile_statistics_kernel", "tile_statistics_kernel, keeping", "finish_tokens_kernel",
                "sum_sequences_kernel", "logits_gradient_kernel", "kept_gradient_kernel"}
-    assert plain.keys() == biased.keys() == {(capability, kernel) for capability in SHARED_KIB for kernel in kernels}
+    assert plain.keys() == {(capability, kernel) for capability in SHARED_KIB for kernel in kernels}
     for (capability, kernel), row in plain.items():
         assert row["shared_kib"] <= SHARED_KIB[capability], (capability, kernel)
         # A block of 64-bit addresses cost 500 bytes a thread; a few may spill without harm.
@@ -45,8 +45,6 @@ def test_every_kernel_fits_its_gpu(compiled):
     assert compared.keys() == {key for key in plain if key[1] not in OF_THE_CACHE}
     for (capability, kernel), row in compared.items():
         assert row["shared_kib"] <= SHARED_KIB[capability] and row["spilled_bytes"] <= 64, (capability, kernel)
-    for capability in SHARED_KIB:
-        assert biased[capability, "kept_gradient_kernel"]["spilled_bytes"] <= 64
 
 
 def test_hopper_uses_its_tensor_cores(compiled):
@@ -58,7 +56,7 @@ def test_hopper_uses_its_tensor_cores(compiled):
 
 def test_the_kernels_compile_with_terms(compiled):
     """Not all of them fit the registers: what goes through memory is the end of a tile, not its inner loop."""
-    plain, with_terms, _, _, with_all = compiled
+    plain, with_terms, _, with_all = compiled
     # Where the entropy is given a gradient nothing that is kept is of use; beside a reference nothing is kept.
     assert with_terms.keys() == {key for key in plain if key[1] != "kept_gradient_kernel"}
     assert with_all.keys() == {key for key in plain if key[1] not in OF_THE_CACHE}
