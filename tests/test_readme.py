@@ -207,8 +207,8 @@ def test_figures_of_the_fused_op_with_kl_are_those_of_the_committed_run():
     for vocabulary, tokens, *figures in table:
         case = int(vocabulary.replace(",", "")), int(tokens.replace(",", ""))
         ours, full = rows[(*case, "twdpo, torch chunks, with KL")], rows[(*case, "full logits, with KL")]
-        assert figures == [f"{ours['forward_backward_ms'] / full['forward_backward_ms']:.2f}",
-                           f"{ours['peak_extra_mib']:.0f}", f"{full['peak_extra_mib']:,.0f}"]
+        assert figures == [f"{1 / full['over_ours']:.2f}", f"{ours['peak_extra_mib']:.0f}",
+                           f"{full['peak_extra_mib']:,.0f}"]
 
 
 def test_figures_of_the_extraction_are_those_of_the_committed_runs():

@@ -15,7 +15,7 @@ from twdpo.kernels.tiles import Softmax
 # One chunk's logits [N, W] take at most this, but W >= CHUNK_COLUMNS. Logits that fit KEEP_BYTES whole are one chunk,
 # kept for the backward pass. Times: benchmarks/loss_kernel.py.
 CHUNK_BYTES = 16 * 2**20
-REFERENCE_CHUNK_BYTES = 8 * 2**20  # of three tensors: both models' logits, and their difference
+REFERENCE_CHUNK_BYTES = 2 * 2**20  # of three tensors: both models' logits, and their difference
 CHUNK_COLUMNS = 256
 KEEP_BYTES = 32 * 2**20
 
