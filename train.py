@@ -25,10 +25,9 @@ from twdpo.inputs import Need, check_inputs, check_pair_numbers, run_identity, s
 from twdpo.log import Log, StageClock, start_wandb, summarize
 from twdpo.losses import LOSSES
 from twdpo.metrics import (
-    Figures,
     Totals,
     add_totals,
-    largest,
+    describe_first_margin,
     means,
     pair_metrics,
     standard_errors,
@@ -276,17 +275,6 @@ def run_pairs(run: Run, batch: PairBatch, totals: Totals) -> tuple[torch.Tensor,
     return loss_P, outputs
 
 
-def describe_first_margin(figures: Figures, dtype: str) -> str:
-    """Before the first update policy and reference are one model: their largest margin, a warning if it is not 0."""
-    margin = max(largest(figures)[name] for name in ("reward_margin", "weighted_reward_margin"))
-    text = f"max |margin| at step 0: {margin:.3g}"
-    limit = 1e-4 if dtype == "float32" else 1e-2
-    if margin <= limit:
-        return text
-    return (f"warning: {text}, above {limit}: the reference log-probs are not those of the policy that starts; delete "
-            "the reference cache")
-
-
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     """Linear warmup, then cosine to 0; `step` counts from 0."""
     warmup = math.ceil(config.warmup_ratio * steps)
@@ -308,8 +296,8 @@ def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: floa
     if process.device.type == "cuda":
         row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
     if cost:
-        done = sum(flops(cost, batch, run.objective.place_of_reference(run.config)) for batch in batches
-                   if not batch.is_copy)
+        reference = run.objective.place_of_reference(run.config)
+        done = sum(flops(cost, batch, reference) for batch in batches if not batch.is_copy)
         row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
         if peak_rate := peak_tflops(process.device):
             row["mfu"] = row["tflops"] / peak_rate

@@ -68,6 +68,15 @@ def test_the_text_goes_into_the_users_turn_with_fold_system():
     assert add_prompt(chat_of("chatml"), pair, TEXT, True).messages == (("user", f"{TEXT}\n\nWhat?"),)
 
 
+@pytest.mark.parametrize("name, fold, said", [("chatml", False, ""), ("chatml", True, "as --fold-system asks"),
+                                              ("mistral", False, "as the chat template prints no system turn")])
+def test_where_the_text_goes_is_said(name, fold, said, process, capsys):
+    examples, _, _ = tokenize_pairs(chat_of(name), [make_pair(("user", "What?"))], 1000, 900)
+    prompted_examples(chat_of(name), examples, TEXT, fold, process, "tokenise positive")
+    line = f"tokenise positive: 1 of 1 pairs have the text before their first user turn's, {said}\n"
+    assert capsys.readouterr().out == (line if said else "")
+
+
 def test_what_turns_hold_beside_their_texts_moves_with_them():
     """The turn of a call of tools is one later behind a system turn."""
     call = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "fox"}}}]}

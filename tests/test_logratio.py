@@ -193,12 +193,13 @@ def test_what_is_not_finite_shows(op):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("terms", [(), ("entropy", "kl", "reverse_kl", "collision")], ids=["alone", "with terms"])
 @pytest.mark.parametrize("needs", ["hidden_ND", "head_VD", "bias_V"])
-def test_each_input_alone_may_need_a_gradient(op, needs):
+def test_each_input_alone_may_need_a_gradient(op, needs, terms):
     given = operands([2, 3], dtype=torch.float32)
     for name in ("hidden_ND", "head_VD", "bias_V"):
         given[name].requires_grad_(name == needs)
-    assert_equal_to_specification(op, given)
+    assert_equal_to_specification(op, given, terms=terms)
 
 
 @IMPLEMENTATIONS

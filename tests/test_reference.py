@@ -15,7 +15,7 @@ from processes_of_tests import run_and_die, run_ranks
 from reference_of_tests import DRIFT, dpo_kl, gradients, in_bfloat16, made_run, save_model
 from runs_of_tests import assert_close_rows, read_rows
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_model import plain_logps
 from test_packing import EXAMPLES
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -209,6 +209,12 @@ def test_a_damaged_file_is_made_again_and_a_full_disk_is_one_message(tmp_path, p
     path.write_bytes(path.read_bytes()[:-3])
     assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
     assert "is damaged" in capsys.readouterr().out
+    tensors = load_file(path)  # one that can be read, and is not what it says
+    save_file(tensors | {"states_ND": tensors["states_ND"][:-1].clone()}, path)
+    assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
+    assert "tokens, and its lengths say" in capsys.readouterr().out
+    save_file({name: tensor for name, tensor in tensors.items() if name != "states_ND"}, path)
+    assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20 if folder.exists() else 0))
     store(tmp_path / "model", process, tmp_path / "small")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=500))

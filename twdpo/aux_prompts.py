@@ -87,6 +87,10 @@ def prompted_examples(chat: Chat, examples: list[Example], text: str, fold: bool
             led[example.pair.where] = add_prompt(chat, example.pair, text, fold)
         except ValueError as error:
             bad.append(BadRow(example.pair.where, str(error), example.pair.to_row()))
+    if in_turns := sum(not (pair.messages[0][0] == "system" and pair.messages[0][1].startswith(text))
+                       for pair in led.values()):
+        process.print(f"{desc}: {in_turns} of {len(led)} pairs have the text before their first user turn's, "
+                      + ("as --fold-system asks" if fold else "as the chat template prints no system turn"))
     own = {example.pair.where: example for example in examples}
     tokenized, refused, _ = tokenize_all(chat, list(led.values()), NO_LIMIT, NO_LIMIT, process, desc)
     bad += [BadRow(row.where, f"--aux-prompts: {row.reason}", own[row.where].pair.to_row()) for row in refused]

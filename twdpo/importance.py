@@ -16,8 +16,8 @@ def tidpo(batch, context, *, lam: float = 0.7, sigma_div: float = 4.0, prior: Li
 
     W = lam I / sum I + (1 - lam) P: I_t is the L1 norm of d target / d embedding of token t, P(t) = exp(-z^2 / 2) with
     z = (t - (T - 1) / 2) / sigma, sigma = T / sigma_div. Needs a forward and a backward pass of the policy before each
-    of its forwards: about twice a step's cost. Where the paper and its released code (of which
-    `lam=0.2,sigma_div=8,prior=sum1,scope=all` gives these weights) differ:
+    of its forwards: two thirds more operations a step, and the anchors of its loss come on top. Where the paper and its
+    released code (of which `lam=0.2,sigma_div=8,prior=sum1,scope=all` gives these weights) differ:
     1. lam is 0.7 and sigma T / 4 in the paper, 0.2 and T / 8 in the code: `lam`, `sigma_div`. (beta, gamma: the loss.)
     2. The paper's prior, of peak 1 beside gradients of sum 1, outweighs them by O(T): prior=peak. The code gives it sum
        1 and a sigma of at least 1, and the mix mean 1: prior=sum1.

@@ -151,6 +151,9 @@ def read_places(folder: Path, kind: str) -> dict[int, Place]:
         try:
             with safe_open(path, "pt") as file:  # which looks at the size too
                 keys, lengths = file.get_tensor("key_E"), file.get_tensor("length_E2")
+                rows = file.get_slice(kind).get_shape()[0]
+            if rows != int(lengths.sum()):
+                raise SafetensorError(f"it holds {rows} tokens, and its lengths say {int(lengths.sum())}")
         except SafetensorError as error:
             print(f"warning: {path} is damaged ({error}): removed, what it held is computed again")
             path.unlink(missing_ok=True)  # another process may have been faster

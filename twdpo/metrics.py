@@ -104,3 +104,14 @@ def standard_errors(figures: Figures) -> dict[str, float]:
 def largest(figures: Figures) -> dict[str, float]:
     """Largest absolute value of each metric."""
     return {name: peak for name, (*_, peak) in figures.items()}
+
+
+def describe_first_margin(figures: Figures, dtype: str) -> str:
+    """Before the first update policy and reference are one model: their largest margin, a warning if it is not 0."""
+    margin = max(largest(figures)[name] for name in ("reward_margin", "weighted_reward_margin"))
+    text = f"max |margin| at step 0: {margin:.3g}"
+    limit = 1e-4 if dtype == "float32" else 1e-2
+    if margin <= limit:
+        return text
+    return (f"warning: {text}, above {limit}: the reference log-probs are not those of the policy that starts; delete "
+            "the reference cache")

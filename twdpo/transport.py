@@ -135,11 +135,11 @@ def otpo(batch, context, *, reg: float = 1.0, reg_m: float = 0.2, cost: Cost = "
          cost_scale: CostScale = "block_max") -> torch.Tensor:
     """Optimal transport between the hidden states of the two answers (OTPO, Li et al. 2025, arXiv 2505.18720).
 
-    What a token weighs is its row's or column's sum of the unbalanced plan (above), reg and reg_m being
-    the paper's epsilon_1 and epsilon_2; an answer's weights sum to the shorter answer's length. cost: `cosine` is an
-    ablation of the paper (`uniform` is another). cost_scale: what divides the costs where it is more than 1, their
-    largest (`block_max`), or that or the longest hidden state (`padded_max`: their code, where padding counts). Reads
-    the policy's hidden states, with no further forward. Theirs: --loss dpo, beta 0.01 (8B; 3B: 0.1, and reg=0.1).
+    What a token weighs is its row's or column's sum of the unbalanced plan (above), reg and reg_m being the paper's
+    epsilon_1 and epsilon_2; an answer's weights sum to the shorter answer's length. cost: `cosine` is an ablation of
+    the paper (`uniform` is another). cost_scale: what divides the costs where it is more than 1, their largest
+    (`block_max`), or that or the longest hidden state (`padded_max`: their code, where padding counts). Reads the
+    policy's hidden states, with no further forward. Theirs: --loss dpo, beta 0.01 (8B; 3B: 0.1, and reg=0.1).
     """
     return transport_shares(batch.hidden_ND, batch.seq_lens_S.tolist(), reg=reg, reg_m=reg_m, cost=cost,
                             cost_scale=cost_scale)

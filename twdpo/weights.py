@@ -11,7 +11,7 @@ Keyword-only parameters are its options (--weights-options NAME=VALUE). Attribut
            (batch.ref_logps_N, whatever the loss), "hidden" (batch.hidden_ND: the policy's hidden states that predict
            the response tokens, without gradient and not to be written to; the source is then called inside each
            forward, on the policy's device), "logps" (batch.logps_N: the policy's log-probs, likewise, known after its
-           forward), "input_gradient" (batch.input_gradients, of a pass of its own, doubles a step's cost); () is the
+           forward), "input_gradient" (batch.input_gradients, of a forward and a backward pass of its own); () is the
            default, and a function of the options is one that gives it
     A source must be a function of the pair: how pairs share a micro-batch is free.
 
