@@ -38,7 +38,7 @@ from twdpo.metrics import (
 from twdpo.models.build import check_architecture
 from twdpo.models.generate import sample_answers
 from twdpo.models.memory import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
-from twdpo.models.policy import Policy, load_policy, settle_packing
+from twdpo.models.policy import Policy, load_policy, make_optimizer, settle_packing
 from twdpo.models.source import Model
 from twdpo.needs import open_context, open_needs
 from twdpo.objective import TOKEN_STATS, Objective, find_objective, forward, list_objectives, settings_of_loss
@@ -160,12 +160,15 @@ def prepare(config: TrainConfig, process: Process) -> Run:
         need.prepare_with_policy(config, inputs, policy, rows)
     context = open_context(config, needs)
     settle_massless(config, objective, inputs, context, process, has_policy=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     if wandb_runs and wandb_runs[0]:
         wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
     run = Run(config, process, objective, model, inputs.train, inputs.evaluated, context, policy, optimizer, rows,
               inputs.steps(config), StageClock(config.profile, process.device), folder,
               run_identity(config, inputs, needs, process), wandb_runs[0] if wandb_runs else None)
+    if not any(learning_rate(step, run.steps, config) for step in range(run.steps)):
+        process.print("the learning rate is 0 in every step: warmup begins at 0 and there is nothing after it; "
+                      "--warmup-ratio 0 leaves it out")
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
     if checkpoint:
@@ -276,10 +279,11 @@ def run_pairs(run: Run, batch: PairBatch, totals: Totals) -> tuple[torch.Tensor,
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warmup, then cosine to 0; `step` counts from 0."""
+    """Linear warmup from 0, then cosine to 0; `step` counts from 0, so that the first of a warmup moves nothing: as
+    transformers' get_cosine_schedule_with_warmup."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * step / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

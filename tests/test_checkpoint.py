@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.flags import InputError
-from twdpo.models.policy import load_policy
+from twdpo.models.policy import load_policy, make_optimizer
 from twdpo.run_folder import list_checkpoints
 
 
 def make(directory, process, dtype=torch.float32):
     policy = load_policy(directory, dtype, process)
-    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    return policy, make_optimizer(policy, 1e-2, 0.1)
 
 
 def step(policy, optimizer) -> None:

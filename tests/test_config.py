@@ -38,6 +38,9 @@ def test_paper_defaults():
 def test_length_normalize_changes_the_default_beta_alone():
     assert parse("--length-normalize").beta == 2.0
     assert parse("--length-normalize", "--beta", "0.5").beta == 0.5
+    with pytest.raises(InputError, match="--preset tuned --length-normalize: no beta is known"):
+        parse("--preset", "tuned", "--length-normalize")
+    assert parse("--preset", "tuned", "--length-normalize", "--beta", "0.5").beta == 0.5
 
 
 def test_a_stored_config_gives_the_same_config(tmp_path):

@@ -49,6 +49,16 @@ def test_parameters_by_hand():
     assert cost.root_params == 2 * 96 * 32 + 32 and cost.compute_bytes == 2 and cost.heads_width == 3 * 32
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GH200 480GB", None), ("NVIDIA A10", None), ("Quadro", None),
+])
+def test_peak_rates_are_those_of_the_card_s_own_data_sheet(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert memory.peak_tflops(torch.device("cuda")) == peak and memory.peak_tflops(torch.device("cpu")) is None
+
+
 def live_bytes_of_a_real_decoder(model, length: int) -> float:
     """What `measure_decoder` counts on meta, with real tensors: bytes a token that a forward leaves alive."""
     ids = np.arange(length, dtype=np.int32) % 90

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import extract
 import train
-from twdpo.config import TrainConfig
 from twdpo.toy.grammar import toy_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,10 +421,3 @@ def test_non_finite_gradient_stops_before_the_optimizer(tmp_path, arguments):
     with pytest.raises(FloatingPointError, match="step 1"):
         train.main([*arguments(tmp_path / "run", eval_fraction=0), "--import", str(tmp_path / "bad.py"),
                     "--loss", "nan", "--weights", "uniform"])
-
-
-def test_learning_rate_warms_up_and_decays_to_zero():
-    config = TrainConfig(lr=1.0, warmup_ratio=0.2)
-    rates = [train.learning_rate(step, 10, config) for step in range(11)]
-    assert rates[:2] == [0.5, 1.0] and rates[2] == 1.0 and rates[10] == pytest.approx(0.0)
-    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:]))

@@ -127,8 +127,8 @@ class TrainConfig(SharedConfig):
     sink_k_min: int = flag(5, "objective", "the reset applies to answers of at least this many judge tokens")
 
     lr: float = flag(1e-6, "steps", "peak learning rate of AdamW (cosine to 0)")
-    warmup_ratio: float = flag(0.1, "steps", "share of the steps spent in linear warmup; 0: none")
-    weight_decay: float = flag(0.0, "steps", "AdamW's decoupled decay; 0: off")
+    warmup_ratio: float = flag(0.1, "steps", "share of the steps in linear warmup, from a rate of 0 on; 0: none")
+    weight_decay: float = flag(0.0, "steps", "AdamW's decoupled decay, not of norms and biases; 0: off")
     max_grad_norm: float = flag(1.0, "steps", "gradients are clipped to this norm; 0: off")
     batch_size: int = flag(32, "steps", "pairs a step, over all processes")
     epochs: int = flag(1, "steps", "passes over the pairs")
@@ -266,6 +266,9 @@ def parse_config(cls, argv: list[str] | None, description: str,
     settings = {key: value for key, value in PRESETS.get(preset, {}).items() if key in hints}
     more = more_settings(given, preset) if more_settings else {}
     settings |= more | given | {"preset": preset}
+    if settings.get("length_normalize") and "beta" not in given and preset.startswith("tuned"):
+        raise InputError(f"--preset {preset} --length-normalize: no beta is known for weights without |y|: give one "
+                         "with --beta")
     if settings.get("length_normalize") and "beta" not in given and "beta" not in more:
         settings["beta"] = 2.0  # paper section 4.3: Eq. 15 has no |y|, so its beta is larger
     return cls(**settings)

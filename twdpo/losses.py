@@ -68,9 +68,11 @@ def dpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *,
     return loss_P + nll * answer_nll(logps_N, batch) if nll else loss_P, {}
 
 
-# What SimPO's authors found for DPO, by model (their README): Llama-3-8B-Instruct, Llama-3-Base-8B-SFT.
+# What SimPO's authors found for DPO, by model (their README): Llama-3-8B-Instruct, Llama-3-Base-8B-SFT, the first on a
+# second set of pairs.
 dpo.settings = {"tuned": {"beta": 0.01, "lr": 7e-7, "batch_size": 128},
-                "tuned-base": {"beta": 0.01, "lr": 5e-7, "batch_size": 128}}
+                "tuned-base": {"beta": 0.01, "lr": 5e-7, "batch_size": 128},
+                "tuned-v0.2": {"beta": 0.01, "lr": 3e-7, "batch_size": 128}}
 
 
 def twdpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, label_smoothing: float = 0.0,
@@ -144,7 +146,7 @@ def simpo(ratio_S: torch.Tensor, logps_N: torch.Tensor, batch, config, *, gamma_
 
 
 simpo.needs = ()
-simpo.settings = {  # the same README; "tuned-v0.2" is of Llama-3-8B-Instruct on its second set of pairs
+simpo.settings = {  # the same README
     "": {"beta": 2.0},
     "tuned": {"beta": 2.5, "lr": 1e-6, "batch_size": 128, "loss_options": "gamma_ratio=0.55"},
     "tuned-base": {"beta": 2.0, "lr": 6e-7, "batch_size": 128, "loss_options": "gamma_ratio=0.5"},

@@ -4,6 +4,7 @@ The memory of the layers is counted by running them once on the meta device, for
 is alive.
 """
 
+import re
 import weakref
 from dataclasses import dataclass
 
@@ -27,7 +28,10 @@ from twdpo.rows import pack
 GIB = 2**30
 # Processes and the memory that CUDA reports on each. One that is not listed here is planned for when it runs.
 MACHINES = {"1 x H200": (1, 139.8), "2 x A100-80": (2, 79.2), "8 x H100-80": (8, 79.1)}
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, SXM data sheets
+# Dense bf16 by NVIDIA's data sheets, for names as CUDA gives them; the first that fits counts. A slice of a card (MIG)
+# and a card that none fits have no figure.
+PEAK_TFLOPS = {r"H200 NVL": 835.0, r"H200": 989.0, r"H100 NVL": 835.0, r"H100 PCIe": 756.0, r"H100.* HBM3": 989.0,
+               r"A100": 312.0}
 LLAMA_3_8B = ("llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                             num_attention_heads=32, num_key_value_heads=8))
 PAPER_MODELS = {  # transformers' name of the architecture, and its sizes
@@ -367,7 +371,7 @@ def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
 
 def peak_tflops(device: torch.device) -> float | None:
     """What the data sheet of a GPU says for dense bf16; None for one that is not listed here, and for a CPU."""
-    if device.type != "cuda":
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "MIG" in name:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(rf"\b{pattern}\b", name)), None)

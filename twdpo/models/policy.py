@@ -1,5 +1,6 @@
 """The policy: a causal LM in FSDP2 shards whose forward ends in weighted log-ratios."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from twdpo.models.shards import load_shards
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
 from twdpo.tokens import Example
+
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")  # parameters' names, as of transformers' Trainer
 
 
 class Policy(torch.nn.Module):
@@ -125,6 +128,17 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, c
     load_shards(policy, directory, process.device)
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
     return policy
+
+
+def make_optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over all parameters; norms and biases don't decay, by the rule of transformers' Trainer."""
+    norms = {parameter for module in policy.modules() if isinstance(module, torch.nn.LayerNorm)
+             for parameter in module.parameters()}
+    decaying, others = [], []
+    for name, parameter in policy.named_parameters():
+        (others if NO_DECAY.search(name.lower()) or parameter in norms else decaying).append(parameter)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def build_policy(model_config, compute_dtype: torch.dtype, process: Process, checkpointing: str, replicate: int,
