@@ -48,6 +48,11 @@ def test_the_difference_by_hand():
     assert weigh(judged(1, 4, 3, 2), judged(8, 2, 4, 6)) == pytest.approx([0, 0.6, 0.2, 0, 0.2])
 
 
+def test_without_renormalisation_the_sum_is_what_a_cut_has_left():
+    """Half of the first one's mass lies on a letter that training does not have."""
+    assert weigh(judged(1, 4, 3, 2, 10), judged(8, 2, 4, 6), renormalize=False) == pytest.approx([0, 0.3, 0.1, 0, 0.1])
+
+
 def test_pins_of_either_keep_their_share_and_take_no_part():
     """The sink is the first token, the other judge did not see the last letter: each is normalised over the three
     between, to 1/6, 1/2, 1/3 and 1/2, 1/4, 1/4; what is more is 1/4 and 1/12, of 3/6."""

@@ -131,8 +131,7 @@ def massless(three, process, norm: str, **flags) -> set[int]:
 
 @pytest.mark.parametrize("norm, flags, done", [
     ("mean1", {}, "as uniform"), ("pair_min", {}, "as uniform"), ("selected_mean", {}, "as uniform"),
-    ("none", {}, "nothing"), ("none", {"length_normalize": True}, "as uniform"),
-    ("none", {"length_normalize": True, "renormalize": False}, "nothing"),
+    ("none", {}, "nothing"), ("none", {"length_normalize": True}, "nothing"),
 ])
 def test_an_answer_without_weights_is_counted_with_what_becomes_of_it(norm, flags, done, three, process, capsys):
     assert massless(three, process, norm, **flags) == set()

@@ -119,8 +119,24 @@ def test_unseen_tokens_may_weigh_nothing():
     """The judge saw two of four characters; the others and the end of the turn get 0, the sum stays 1."""
     weights = attention_weights(letters(4), judged([0.1, 0.3], [0.1, 0.3]), with_sink(1, unseen="zero"))
     np.testing.assert_allclose(weights, [0.25, 0.75, 0, 0, 0], rtol=1e-6)
-    weights = attention_weights(letters(4), judged([0.1, 0.3], [0.1, 0.3]), with_sink(1, renormalize=False))
-    np.testing.assert_allclose(weights, [0.25, 0.75, 0.2, 0.2, 0.2], rtol=1e-6)
+
+
+def test_without_renormalisation_the_sum_is_what_cuts_have_left():
+    """Nothing cut: 1, whatever is pinned. Of four judged letters training keeps two, with 0.4 of the mass: weights that
+    are 0.25 and 0.75 of it (or 1/2 and 1/2 under the sink fix), and all of none."""
+    rounds = [0.1, 0.3, 0.2, 0.4], [0.1, 0.3, 0.2, 0.4]
+    for response, first in ((letters(4), [0.1, 0.3]), (letters(6), [0.2, 0.6])):
+        for changes in ({}, {"unseen": "zero"}, {"sink_k_min": 1}):
+            weights = attention_weights(response, judged(first, first), with_sink(1, renormalize=False, **changes))
+            renormalised = attention_weights(response, judged(first, first), with_sink(1, **changes))
+            np.testing.assert_allclose(weights, renormalised, rtol=1e-6)
+    cut = letters(2, end_of_turn=False)
+    np.testing.assert_allclose(attention_weights(cut, judged(*rounds), with_sink(1, renormalize=False)), [0.1, 0.3],
+                               rtol=1e-6)
+    config = with_sink(1, sink_k_min=1, renormalize=False)
+    np.testing.assert_allclose(attention_weights(cut, judged(*rounds), config), [0.2, 0.2], rtol=1e-6)
+    nothing = [0.0, 0.0, 0.2, 0.4], [0.0, 0.0, 0.2, 0.4]
+    assert not attention_weights(cut, judged(*nothing), config).any()
 
 
 def weights_of_the_authors(rounds, judge_ids, train_ids, keep_from: int = 5) -> np.ndarray:

@@ -17,11 +17,13 @@ MOST_EXPONENT = 80.0  # exp of more is not finite in fp32
 
 
 def pair_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
-    """n of both sides [P], fp32; 1 where the weights make ratios means already (--length-normalize, selected_mean)."""
-    if batch.averaged:
-        refuse_unread(length_by == "mass", "length_by=mass", "the weights make means of the ratios already")
-        return torch.ones_like(batch.scale_S[0::2]), torch.ones_like(batch.scale_S[1::2])
-    return answer_lengths(batch, length_by)
+    """What makes means of ratios of both sides [P], fp32: n, or n / |y| where they are means over |y| tokens already
+    (--length-normalize, selected_mean)."""
+    chosen_P, rejected_P = answer_lengths(batch, length_by)
+    if not batch.averaged:
+        return chosen_P, rejected_P
+    lens_S = batch.seq_lens_S.to(chosen_P, non_blocking=True)
+    return chosen_P / lens_S[0::2], rejected_P / lens_S[1::2]
 
 
 def refuse_unread(is_set: bool, option: str, why: str) -> None:
@@ -32,10 +34,10 @@ def refuse_unread(is_set: bool, option: str, why: str) -> None:
 
 def answer_lengths(batch, length_by: LengthBy) -> tuple[torch.Tensor, torch.Tensor]:
     """n of both sides [P], fp32, whatever the weights make of ratios."""
+    length_S = batch.seq_lens_S.to(batch.scale_S, non_blocking=True)
     if length_by == "mass":
-        length_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
-    else:
-        length_S = batch.seq_lens_S.to(batch.scale_S, non_blocking=True)
+        mass_S = batch.scale_S * segment_sum(batch.weights_N, batch.seq_lens_S)
+        length_S = mass_S * length_S if batch.averaged else mass_S
     return length_S[0::2].clamp(min=1e-6), length_S[1::2].clamp(min=1e-6)
 
 

@@ -89,15 +89,10 @@ class Objective:
             weights_N, scale_S = normalize(raw_N, lens, "none")[0], lens.float()
         else:
             weights_N, scale_S = normalize(raw_N, lens, norm)
-        if attended and config.multiplier == "judged":
+        if config.length_normalize and norm != "selected_mean":  # which is a mean already
+            scale_S = scale_S / lens  # Eq. 15
+        elif attended and config.multiplier == "judged":
             scale_S = judged_lengths(batch, context)
-        if config.length_normalize:
-            # Eq. 15 drops |y|: weights of sum 1 and scale 1.
-            if config.renormalize or (norm == "mean1" and not attended):
-                weights_N = normalize(weights_N, lens, "mean1")[0]
-            elif norm == "none":
-                weights_N = weights_N / lens.repeat_interleave(lens).to(weights_N, non_blocking=True)
-            scale_S = torch.ones_like(scale_S)
         if not self.has_reference:  # reference log-probs were for the source alone
             batch = replace(batch, ref_logps_N=torch.zeros_like(batch.ref_logps_N))
         device = batch.ref_logps_N.device

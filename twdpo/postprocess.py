@@ -12,11 +12,12 @@ from twdpo.weights_file import JudgedAnswer, WeightsFile, parse_layer
 
 
 def attention_weights(response: Response, judged: JudgedAnswer, config: TrainConfig) -> np.ndarray:
-    """a_t of one answer, float64 [N], sum 1 unless the config says otherwise.
+    """a_t of one answer, float64 [N], sum 1; with --no-renormalize the share of the judge's mass that the training cut
+    and the alignment have left.
 
-    Pinned to 1/n are the sink's tokens, the end of the turn, and tokens that the judge did not see; the others share
-    the rest in proportion to their aligned mass. Several layers are averaged at the end (`--layer 8,16`) or summed, as
-    the authors' code does (`8+16`).
+    Pinned to 1/n of the sum are the sink's tokens, the end of the turn, and tokens that the judge did not see; the
+    others share the rest in proportion to their aligned mass. Several layers are averaged at the end (`--layer 8,16`)
+    or summed, as the authors' code does (`8+16`).
     """
     layers_LN = [layer_weights(response, judged, attention_RJ, config) for attention_RJ in judged.attention_LRJ]
     return np.sum(layers_LN, axis=0) if parse_layer(config.layer)[1] else np.mean(layers_LN, axis=0)
@@ -40,10 +41,8 @@ def layer_weights(response: Response, judged: JudgedAnswer, attention_RJ: np.nda
         mass_N[content] = align_by_edits(mass_J, judged.ids_J, ended_N)[:num_tokens][content]
     else:
         mass_N[content] = align(mass_J, judged.ids_J, judged.spans_J2, ids_N, spans_N2, kept_text(response))
-    pinned_N = pinned_tokens(response, judged, config)
-    if not config.renormalize:
-        return np.where(pinned_N, 1 / num_tokens, mass_N)
-    return pin_and_share(mass_N, pinned_N)
+    weights_N = pin_and_share(mass_N, pinned_tokens(response, judged, config))
+    return weights_N if config.renormalize else weights_N * mass_N.sum()
 
 
 def kept_text(response: Response) -> int:

@@ -89,7 +89,7 @@ def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
     ends = np.cumsum(batch.seq_lens_S.tolist())[:-1]
     for pinned, raw, surprise in zip(attention_pins(batch, context), np.split(raw_N, ends),
                                      np.split(surprise_N, ends)):
-        weights.append(pin_and_share(raw * surprise.clip(min=0), pinned))
+        weights.append(pin_and_share(raw * surprise.clip(min=0), pinned) * raw.sum())  # --no-renormalize: less than 1
     return torch.from_numpy(np.concatenate(weights)).float()
 
 
@@ -108,11 +108,12 @@ def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.
         both = zip(context.attention[example.pair.key], context.attention_against[example.pair.key])
         for response, judged in zip((example.chosen, example.rejected), both):
             pinned_N = np.any([pinned_tokens(response, each, context.config) for each in judged], axis=0)
-            free_2N = [np.where(pinned_N, 0, attention_weights(response, each, context.config)) for each in judged]
-            mass_N, other_N = (free_N / (free_N.sum() or 1) for free_N in free_2N)
+            both_2N = [attention_weights(response, each, context.config) for each in judged]
+            mass_N, other_N = (free_N / (free_N.sum() or 1) for free_N in np.where(pinned_N, 0, both_2N))
             raw_N = (mass_N - other_N).clip(min=0)
             # Without a positive difference the answer has no weight, which is counted and said.
-            weights.append(pin_and_share(raw_N, pinned_N) if raw_N.any() or pinned_N.all() else raw_N)
+            raw_N = pin_and_share(raw_N, pinned_N) if raw_N.any() or pinned_N.all() else raw_N
+            weights.append(raw_N * both_2N[0].sum())  # less than 1 with --no-renormalize
     return torch.from_numpy(np.concatenate(weights)).float()
 
 
