@@ -48,9 +48,9 @@ def test_real_pairs_are_tokenised_as_the_template_does(shared, real_tokenizer, n
             for start, end in response.spans_N2:
                 covered[start:end] = True
             assert covered.all()
-    merged = counts["rows whose prompt and answer merge, tokenised apart"]
+    merged = counts["answers that merge with the prompt, tokenised apart"]
     spelled = counts["rows that spell a special token, tokenised in pieces"]
-    assert apart <= 2 * (merged + spelled) and merged < 0.1 * len(pairs)
+    assert apart <= merged + 2 * spelled and merged < 0.1 * len(pairs)
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMED])
@@ -143,18 +143,36 @@ def test_white_space_joined_to_the_first_word_belongs_to_the_answer():
     word = next(token[1:] for token in sorted(tokenizer.get_vocab()) if token[0] == "\u2581" and token[1:].isalpha())
     # The word carries its space mark, the CJK character can't: both sides must still leave the same prompt.
     example, counts = only_example(tokenizer, pair(chosen=word, rejected="\u732b"))
-    assert not counts["rows whose prompt and answer merge, tokenised apart"]
+    assert not counts["answers that merge with the prompt, tokenised apart"]
     assert tokenizer.decode(example.prompt_ids).endswith("[Answer]")
     assert tokenizer.convert_ids_to_tokens(example.chosen.ids.tolist()) == ["\u2581" + word, "</s>"]
     assert example.chosen.spans_N2[0].tolist() == [0, len(word)]
     assert example.rejected.spans_N2[0].tolist() == [0, 0]  # the lone space mark covers none of the answer
 
 
-def test_a_token_of_both_prompt_and_answer_makes_the_row_tokenised_apart():
+def test_an_answer_that_a_token_joins_to_the_prompt_is_tokenised_apart_alone():
     tokenizer = byte_level("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} He{% else %}{{ m.content }}"
                            "{% endif %}{% endfor %}")
     assert len(tokenizer(" Hello").input_ids) < len(tokenizer(" He").input_ids) + len(tokenizer("llo").input_ids)
     example, counts = only_example(tokenizer, pair(chosen="llo there", rejected="llo dog"))
-    assert counts["rows whose prompt and answer merge, tokenised apart"] == 1
+    assert counts["answers that merge with the prompt, tokenised apart"] == 2
     assert tokenizer.decode(example.prompt_ids) == "What? He"
     assert tokenizer.decode(example.chosen.ids) == "llo there<|eos|>"
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_the_other_answer_of_a_border_token_keeps_its_tokens(side):
+    """With space marks a text that is tokenised apart begins with another token than after its prompt."""
+    tokenizer = sentencepiece_like("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}: q{% else %}"
+                                   "{{ m.content }}</s>{% endif %}{% endfor %}")
+
+    def tokens(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    assert tokens("What?: quick")[-2:] == ["qu", "ick"] and tokens("What?: qdog")[-3:] == ["q", "do", "g"]
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    example, counts = only_example(tokenizer, pair(**{side: "uick", other: "dog"}))
+    assert counts["answers that merge with the prompt, tokenised apart"] == 1
+    kept, merged = (tokenizer.convert_ids_to_tokens(getattr(example, each).ids.tolist()) for each in (other, side))
+    assert kept == ["do", "g", "</s>"] and merged == ["\u2581", "u", "ick", "</s>"]
+    assert getattr(example, side).spans_N2[1:].tolist() == [[0, 1], [1, 4], [4, 4]]
+    assert tokenizer.convert_ids_to_tokens(example.prompt_ids.tolist()) == tokens("What?: q")

@@ -21,12 +21,13 @@ class Chat:
     """A tokenizer, and what is known of its chat template; made once, handed on.
 
     templated: texts of the data hold the template's marks already (--templated). end_ids: what ends an answer by the
-    model's generation config.
+    model's generation config. apart: answers are tokenised apart from their prompts, as TRL does (--align edits).
     """
 
     tokenizer: object
     templated: bool = False
     end_ids: frozenset[int] = frozenset()
+    apart: bool = False
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -122,7 +122,7 @@ class TrainConfig(SharedConfig):
     layer: str = flag("last", "objective", "stored: last, rollout, 8 (1-based); mean: all, 8,16; sum (authors): 8+16",
                       settled=("last", "all"))
     beta: float = flag(5e-3, "objective", "strength of the KL penalty; losses may bring theirs; --length-normalize: 2")
-    length_normalize: bool = flag(False, "objective", "divide by |y|: no such factor in Eq. 5 (Eq. 15); off: Eq. 5")
+    length_normalize: bool = flag(False, "objective", "divide an answer's sum by |y| (Eq. 15); off: do not (Eq. 5)")
     sink_k: int = flag(1, "objective", "first judge tokens whose weight is reset to 1/n (Eq. 14); 0: off")
     sink_k_min: int = flag(5, "objective", "the reset applies to answers of at least this many judge tokens")
 
@@ -174,12 +174,13 @@ class TrainConfig(SharedConfig):
     wandb: str = flag("", "output", "Weights & Biases project (WANDB_MODE=offline: no account); empty: off", free=True)
 
     align: Literal["characters", "edits"] = flag(
-        "characters", "parity", "how judge tokens meet training tokens; edits: appendix D")
+        "characters", "parity", "how judge tokens meet training tokens; edits: appendix D, of answers tokenised "
+        "apart from their prompts (authors)")
     sink_on: Literal["training", "judge"] = flag(
         "training", "parity", "the reset is made after the alignment, or before it (authors)")
     unseen: Literal["mean", "zero"] = flag("mean", "parity", "tokens that the judge did not see: 1/n, or 0 (authors)")
     renormalize: bool = flag(
-        True, "parity", "on: weights sum to 1; off: to the mass that cuts and alignment left, 1 if all of it (authors)")
+        True, "parity", "on: weights sum to 1; off: to the share of mass that cuts and alignment left (authors)")
     multiplier: Literal["answer", "judged"] = flag(
         "answer", "parity", "tokens that |y| counts: all, or those judged (authors)")
 

@@ -99,7 +99,8 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     total_rows = len(dataset.train) + len(dataset.held_out) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
-    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
+    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated,
+                       apart=config.align == "edits")
     train, held_out_sets, bad = prepare_examples(config, dataset, model.chat, process)
     train, held_out_sets, took = leave_out(config, train, held_out_sets, process)
     inputs = Inputs(model, train, held_out_sets, dataset.data, dataset.eval_data, dataset.fingerprint)

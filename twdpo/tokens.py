@@ -125,15 +125,15 @@ def tokenize_printed(chat: Chat, pair: Pair, printed: Printed, counts: Counter
         counts["rows that spell a special token, tokenised in pieces"] += 1
         return (encode_pieces(tokenizer, prompt_pieces(chat, pair, printed.prompt))[0],
                 [encode_pieces(tokenizer, [*answer_pieces(answer), (end, False)]) for answer in printed.answers])
-    prompt = printed.prompt
-    wholes = encode(tokenizer, [prompt + answer.text + end for answer in printed.answers])
+    prompt, texts = printed.prompt, [answer.text + end for answer in printed.answers]
+    wholes = [] if chat.apart else encode(tokenizer, [prompt + text for text in texts])
     if num_prompt := find_prompt(prompt, wholes):
         prompt_ids = wholes[0][0][:num_prompt]
         tails = [(ids[num_prompt:], spans_T2[num_prompt:] - len(prompt)) for ids, spans_T2 in wholes]
     else:
-        counts["rows whose prompt and answer merge, tokenised apart"] += 1
-        [(prompt_ids, _)] = encode(tokenizer, [prompt])
-        tails = encode(tokenizer, [answer.text + end for answer in printed.answers])
+        prompt_ids, tails = tokenize_apart(tokenizer, prompt, texts, wholes)
+        counts["answers that merge with the prompt, tokenised apart"] += sum(
+            ids[:len(prompt_ids)] != prompt_ids for ids, _ in wholes)
     for place, ((_, spans_T2), answer) in enumerate(zip(tails, printed.answers)):
         stops_T = spans_T2[:, 1]
         if end and not ((stops_T > answer.pieces[0][0]) & (stops_T <= len(answer.text))).any():
@@ -152,15 +152,33 @@ def answer_pieces(answer: PrintedAnswer) -> list[Piece]:
     return [*pieces, (answer.text[stop:], False)]
 
 
+def tokenize_apart(tokenizer, before: str, texts: list[str], wholes: list[tuple[list[int], np.ndarray]]
+                   ) -> tuple[list[int], list[tuple[list[int], np.ndarray]]]:
+    """As `tokenize_printed`, of a prompt `before` and either text after it, each by itself; but for those of the whole
+    sequences `wholes`, if given, that begin with the prompt's own tokens."""
+    ways = [(encode(tokenizer, [before[:stop]])[0][0], stop)
+            for stop in dict.fromkeys((len(before), len(before.rstrip())))]
+    prompt_ids, stop = next(((own, stop) for own, stop in ways if any(ids[:len(own)] == own for ids, _ in wholes)),
+                            ways[0])
+    num_prompt, tails = len(prompt_ids), []
+    for place, (apart_ids, apart_T2) in enumerate(encode(tokenizer, [before[stop:] + text for text in texts])):
+        if wholes and wholes[place][0][:num_prompt] == prompt_ids:
+            ids, spans_T2 = wholes[place]
+            tails.append((ids[num_prompt:], spans_T2[num_prompt:] - len(before)))
+        else:
+            tails.append((apart_ids, apart_T2 - (len(before) - stop)))
+    return prompt_ids, tails
+
+
 def find_prompt(before: str, wholes: list[tuple[list[int], np.ndarray]]) -> int:
-    """How many tokens of both sequences are the prompt `before`; 0 when a token holds both prompt and answer.
+    """How many tokens of both sequences are the prompt `before`; 0 when a token of one holds both prompt and answer.
 
     White space at the end of the prompt may go with the answer: some tokenizers join it to the first word.
     """
     for end in (len(before), len(before.rstrip())):
         firsts = [int(np.argmax(spans_T2[:, 1] > end)) for _, spans_T2 in wholes]
         whole = all(not before[spans_T2[first, 0]:].strip() for (_, spans_T2), first in zip(wholes, firsts))
-        if whole and wholes[0][0][:firsts[0]] == wholes[1][0][:firsts[1]]:
+        if wholes and whole and wholes[0][0][:firsts[0]] == wholes[1][0][:firsts[1]]:
             return firsts[0]
     return 0
 

@@ -31,6 +31,7 @@ class Model:
     tokenizer: object
     process: Process
     templated: bool = False  # whether the data's texts hold the template's marks already
+    apart: bool = False  # whether answers are tokenised apart from their prompts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -40,18 +41,19 @@ class Model:
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer as what makes tokens of conversations takes it."""
-        return Chat(self.tokenizer, self.templated, end_ids(self.folder))
+        return Chat(self.tokenizer, self.templated, end_ids(self.folder), self.apart)
 
 
 def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True,
-               templated: bool = False) -> Model:
+               templated: bool = False, apart: bool = False) -> Model:
     """Find a model, load its config and tokenizer; its weights are not read. Raises InputError. All ranks.
 
-    name: as `locate_model` takes it. flag: what names it, for messages.
+    name: as `locate_model` takes it. flag: what names it, for messages. templated, apart: as of Chat.
     """
     folder = process.on_main(lambda: locate_model(name, flag))
     tokenizer = load_tokenizer(folder, chat_template, needs_template)
-    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, process, templated)
+    return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, process, templated,
+                 apart)
 
 
 def locate_model(name: str, flag: str) -> Path:
