@@ -105,8 +105,9 @@ def run_arguments(toy_model, run_pairs, run_cache):
     """Flags of a small run of train.py into a folder."""
     def make(output_dir, **flags) -> list[str]:
         flags = {"model": toy_model, "data": run_pairs, "cache_dir": run_cache, "judge_prompt": "short",
-                 "max_length": 256, "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3, "beta": 0.1,
-                 "eval_every": 3, "eval_fraction": 0.2, "save_every": 0, "output_dir": output_dir} | flags
+                 "max_length": 256, "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3,
+                 "warmup_ratio": 0, "beta": 0.1, "eval_every": 3, "eval_fraction": 0.2, "save_every": 0,
+                 "output_dir": output_dir} | flags
         return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
     return make
 

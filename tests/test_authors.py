@@ -19,7 +19,7 @@ INST = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {
 
 
 def trained_weights(directory: Path, rows: list[dict], folder: Path) -> tuple[dict, list[dict]]:
-    """(ids of trained answers and what their log-ratios are multiplied with, by answers and side; the export's rows)."""
+    """(ids of trained answers and what their log-ratios are multiplied with, by answers and side; the export)."""
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--model", str(directory), "--data", str(folder / "pairs.jsonl"), "--preset", "authors"]
     extract.main([*argv, "--out", str(folder / "w"), "--export", str(folder / "rows.jsonl")])

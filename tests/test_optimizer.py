@@ -24,9 +24,9 @@ def test_rates_are_those_of_transformers_scheduler(steps, ratio):
 
 
 def test_a_run_that_moves_nothing_says_so(tmp_path, run_arguments, capsys):
-    train.main(run_arguments(tmp_path / "run", loss="dpo", max_steps=1, eval_fraction=0))
+    train.main(run_arguments(tmp_path / "run", loss="dpo", max_steps=1, eval_fraction=0, warmup_ratio=0.1))
     assert "the learning rate is 0 in every step" in capsys.readouterr().out
-    train.main(run_arguments(tmp_path / "two", loss="dpo", max_steps=2, eval_fraction=0))
+    train.main(run_arguments(tmp_path / "two", loss="dpo", max_steps=2, eval_fraction=0, warmup_ratio=0.1))
     assert "the learning rate is 0 in every step" not in capsys.readouterr().out
     assert [row["lr"] for row in read_rows(tmp_path / "two")] == [0, 1e-3]
 

@@ -69,7 +69,7 @@ class PairBatch(SequenceBatch):
     is_copy: bool  # of another micro-batch, which only keeps the processes in step
     pair_count: int  # pairs of the global batch
     chosen_tokens: int  # response tokens of its chosen answers
-    averaged: bool = False  # whether ratios are means over tokens already, by their weights
+    averaged: bool = False  # whether ratios are of one token already: divided by |y|, or means over what is selected
     means: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over its pairs, for losses that have `statistics`
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [N] each, for losses that have `terms`
     hidden_ND: torch.Tensor | None = None  # what predicts the response tokens; of a source without gradient
