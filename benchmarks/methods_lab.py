@@ -1,19 +1,23 @@
-"""What an arm of benchmarks/methods.py is: pools of pairs, two control sources, training, and the figures.
+"""What an arm of benchmarks/methods.py is: worlds of pairs, two control sources, training, and the figures.
 
 The controls can be used elsewhere too: `train.py --import benchmarks/methods_lab.py --weights oracle`.
 """
 # ruff: noqa: E402 - train.py is no part of the installed package: its folder must be known first
 
 import functools
+import itertools
+import math
 import random
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,10 +34,11 @@ from twdpo.forms import parse_row
 from twdpo.judge.extraction import Extraction
 from twdpo.log import StageClock
 from twdpo.logps import Contrast, response_logps
+from twdpo.logratio import segment_sum
 from twdpo.losses import LOSSES
-from twdpo.metrics import pair_metrics
 from twdpo.models.anchor import ANCHOR_TOKENS, with_anchor, write_anchors
 from twdpo.models.attribution import with_input_gradients
+from twdpo.models.generate import continuations, turn_ends, writing
 from twdpo.models.policy import Policy, load_policy
 from twdpo.models.reference import Reference, load_reference, response_logps_of
 from twdpo.models.source import open_model
@@ -42,16 +47,18 @@ from twdpo.plugins import bind_options
 from twdpo.postprocess import pin_and_share
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.tokens import Example, tokenize_pairs
-from twdpo.toy.grammar import KINDS, all_prompts, draw_row
-from twdpo.toy.planted import content_tokens, filler_drift, overlaps_planted, planted_lift, planted_tokens, source_lift
+from twdpo.toy.grammar import KINDS, SLOT_WORDS, UNSEEN_QUESTIONS, all_prompts, all_sentences, draw_row, is_good
+from twdpo.toy.planted import content_tokens, filler_drift, planted_lift, planted_tokens, source_lift
 from twdpo.weights import WEIGHTS, Logps, WeightContext, attention, attention_pins
 from twdpo.weights_file import WeightsFile
 
-STEPS, BATCH, LR = 60, 16, 5e-4
-EVALUATED = 256  # pairs, of validation and of test each
-NEUTRAL = 128  # answers without filler
-DRAWN = 1024  # training pairs of a seed, of which an arm takes the first
-AUXILIARY = 512  # pairs that the auxiliary models are trained on
+# How probable a training pair's filler is to go with its preference (twdpo.toy.grammar.draw_row's `lean`).
+WORLDS = {"confounded": 0.9, "plain": 0.5}
+NUM_PAIRS, BATCH = 256, 16
+STEPS = (4, 8, 16, 32, 64)  # after which an arm is measured
+VALIDATION, TEST = 256, 1024  # pairs of a seed, of each set
+WRITTEN, MOST_TOKENS = 128, 96  # prompts that the policy answers; tokens of an answer at most: the grammar's have 63
+AUXILIARY, AUXILIARY_STEPS, AUXILIARY_LR = 512, 60, 5e-4  # of the auxiliary models; pairs
 ROWS = RowOptions(False, 4096)
 JUDGE_PROMPT = PRESETS["toy"]["judge_prompt"]
 OTHER_PROMPT = """\
@@ -60,6 +67,8 @@ Question: {question}
 Answer A: {answer_a}
 
 Answer B: {answer_b}"""
+ENDLESS = 10 ** 9  # steps of the schedule, which so stays at its peak
+TIE = 1e-4  # nats: the rounding of log-probs that are summed
 SOURCE_OPTIONS = {"attention_contrast": "against=the pair alone"}  # which Lab.context gives
 
 
@@ -96,9 +105,19 @@ class Quiet(dist.Process):
         return tqdm(items, **options | {"disable": True})
 
 
-def num_held_out() -> int:
-    """Prompts that no training pair has: of validation, test and neutral pairs, and of the auxiliary models."""
-    return 2 * EVALUATED + NEUTRAL + AUXILIARY
+@dataclass(frozen=True)
+class Arm:
+    """One training run: what it is, and how its setting is searched for. All of it names the run in the results."""
+
+    world: str = "confounded"
+    loss: str = "twdpo"
+    source: str = "uniform"
+    judge: str = ""  # folder under --out/judges; empty: the toy's model
+    sink_k: int = 1
+    factor: float = 1.0  # of the loss's own beta
+    lr: float = 5e-4
+    seed: int = 0  # draws training, validation and test pairs, and the order
+    tests: Literal["none", "chosen", "all"] = "none"  # steps after which test pairs are read
 
 
 @dataclass
@@ -112,26 +131,22 @@ class Pool:
 class Lab:
     """The toy's model, and pools of pairs with what sources need of them; made when first asked for."""
 
-    def __init__(self, num_pairs: int):
-        """num_pairs: of the largest training set."""
+    def __init__(self, judges: Path):
+        """judges: folder of those that are not the toy's model."""
         started = dist.start()
         self.process = Quiet(started.rank, started.world_size, torch.device("cpu"))
-        self.num_pairs = num_pairs
-        self.folder = Path(tempfile.mkdtemp(prefix="methods-"))
+        self.folder, self.judges = Path(tempfile.mkdtemp(prefix="methods-")), judges
         self.model = open_model("toy", self.process)
         self.policy = load_policy(self.model.folder, torch.float32, self.process)
         self.start = {name: value.clone() for name, value in self.policy.state_dict().items()}
-        prompts = list(all_prompts())
+        prompts = all_prompts()
         random.Random(0).shuffle(prompts)
-        self.held_out_prompts, self.prompts = prompts[:num_held_out()], prompts[num_held_out():]
-        parts = [self.held_out_prompts[place:place + EVALUATED] for place in (0, EVALUATED, 2 * EVALUATED)]
-        self.validation, self.test = self.pool(parts[0], 1_000_001), self.pool(parts[1], 1_000_002)
-        self.neutral = self.pool(parts[2][:NEUTRAL], 1_000_003, max_fillers=0, max_spans=1)
+        self.auxiliary_prompts, self.prompts = prompts[:AUXILIARY], prompts[AUXILIARY:]
 
-    def pool(self, prompts: list[str], seed: int, **limits: int) -> Pool:
-        """One pair a prompt, kinds in turn. limits: of fillers and spans (twdpo.toy.draw_row)."""
+    def pool(self, prompts: list[str], seed: str, lean: float) -> Pool:
+        """One pair a prompt, kinds in turn; lean: twdpo.toy.grammar.draw_row."""
         rng = random.Random(seed)
-        pairs = [parse_row(f"methods:{number}", draw_row(rng, prompt, KINDS[number % 2], **limits)[1])
+        pairs = [parse_row(f"methods:{number}", draw_row(rng, prompt, KINDS[number % 2], lean=lean)[1])
                  for number, prompt in enumerate(prompts)]
         examples, _, _ = tokenize_pairs(self.model.chat, pairs, PRESETS["toy"]["max_length"],
                                         PRESETS["toy"]["max_prompt_length"])
@@ -143,32 +158,51 @@ class Lab:
         return response_logps(model, self.process, examples, evaluation_batches(len(examples), 64), ROWS,
                               self.folder / name)
 
-    @functools.cache  # noqa: B019 - lives as long as its process
-    def training(self, seed: int) -> Pool:
-        prompts = random.Random(seed).sample(self.prompts, self.num_pairs)
-        return self.pool(prompts, seed)
+    def seen_prompts(self, seed: int) -> list[str]:
+        """Prompts of a seed's training and then its validation pairs, of those that the toy's model was made with."""
+        return random.Random(seed).sample(self.prompts, NUM_PAIRS + VALIDATION)
 
-    @functools.cache  # noqa: B019
-    def attention(self, seed: int, is_other: bool = False) -> WeightsFile:
-        """The judge's attention on a seed's training pairs; under the other prompt if asked for."""
-        folder, prompt = self.folder / f"attention-{seed}{'-other' * is_other}", JUDGE_PROMPT
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
+    def training(self, world: str, seed: int) -> Pool:
+        return self.pool(self.seen_prompts(seed)[:NUM_PAIRS], f"train-{world}-{seed}", WORLDS[world])
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def validation(self, world: str, seed: int) -> dict[str, Pool]:
+        """Pairs whose filler says nothing ("neutral"), and pairs like those of training ("like training")."""
+        leans = {"neutral": 0.5} | ({"like training": WORLDS[world]} if WORLDS[world] != 0.5 else {})
+        return {name: self.pool(self.seen_prompts(seed)[NUM_PAIRS:], f"validation-{lean}-{seed}", lean)
+                for name, lean in leans.items()}
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def tests(self, world: str, seed: int) -> dict[str, Pool]:
+        """Pairs with questions that the toy's model never saw: "neutral", and "reversed": filler goes against the
+        preference as often as it goes with it in training."""
+        prompts = random.Random(seed).sample(all_prompts(UNSEEN_QUESTIONS), TEST)
+        leans = {"neutral": 0.5} | ({"reversed": 1 - WORLDS[world]} if WORLDS[world] != 0.5 else {})
+        return {name: self.pool(prompts, f"test-{lean}-{seed}", lean) for name, lean in leans.items()}
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def attention(self, world: str, seed: int, judge: str = "", is_other: bool = False) -> WeightsFile:
+        """A judge's attention on a seed's training pairs; under the other prompt if asked for."""
+        folder, prompt = self.folder / f"attention-{world}-{seed}-{judge}{'-other' * is_other}", JUDGE_PROMPT
         if is_other:
             (self.folder / "other.txt").write_text(OTHER_PROMPT)
             prompt = str(self.folder / "other.txt")
-        config = ExtractConfig(model="toy", data="toy", out=str(folder), judge_prompt=prompt)
-        extraction = Extraction(config, self.model, "last", str(seed), folder, self.process)
-        extraction.run([example.pair for example in self.training(seed).examples])
+        model = open_model(str(self.judges / judge), self.process) if judge else self.model
+        config = ExtractConfig(model=model.name, data="toy", out=str(folder), judge_prompt=prompt)
+        extraction = Extraction(config, model, "last", f"{world}-{seed}", folder, self.process)
+        extraction.run([example.pair for example in self.training(world, seed).examples])
         return extraction.open()
 
     @functools.cached_property
     def auxiliary(self) -> tuple[Policy, Policy]:
         """The toy's model after a few steps of next-token training on chosen answers, and on rejected ones."""
-        pool = self.pool(self.held_out_prompts[-AUXILIARY:], 1_000_004)
+        pool = self.pool(self.auxiliary_prompts, "auxiliary", 0.5)
         models = []
         for side in (0, 1):
             model = load_policy(self.model.folder, torch.float32, self.process)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-            for step in range(STEPS):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=AUXILIARY_LR, weight_decay=0.0, fused=True)
+            for step in range(AUXILIARY_STEPS):
                 pairs = global_batch(step, AUXILIARY, BATCH, 0)
                 for micro_batch in plan_micro_batches(pairs, pool.examples, 1, RowOptions(False, 1 << 20))[0]:
                     batch = collate(micro_batch, pool.examples, pairs)
@@ -181,19 +215,20 @@ class Lab:
             models.append(model)
         return tuple(models)
 
-    @functools.cache  # noqa: B019
-    def auxiliary_logps(self, seed: int, name: str) -> dict[int, Logps]:
+    @functools.lru_cache(maxsize=6)  # noqa: B019
+    def auxiliary_logps(self, world: str, seed: int, name: str) -> dict[int, Logps]:
         """Log-probs of a seed's training pairs under "positive", "negative" or "contrast", by the pair's key."""
         models = dict(zip(("positive", "negative"), self.auxiliary)) | {"contrast": Contrast(*self.auxiliary)}
-        return self.logps(models[name], self.training(seed).examples, f"{name}-{seed}")
+        return self.logps(models[name], self.training(world, seed).examples, f"{name}-{world}-{seed}")
 
-    def context(self, seed: int, needs: frozenset[str], config: TrainConfig) -> WeightContext:
-        """What a source may read of a seed's training pairs."""
+    def context(self, arm: Arm, needs: frozenset[str], config: TrainConfig) -> WeightContext:
+        """What a source may read of an arm's training pairs."""
+        place = arm.world, arm.seed
         names = [*(("positive", "negative") if "aux" in needs else ()), *(("contrast",) if "contrast" in needs else ())]
-        logps = {name: self.auxiliary_logps(seed, name) for name in names}
+        logps = {name: self.auxiliary_logps(*place, name) for name in names}
         if "ref" in needs:
-            logps["reference"] = self.training(seed).logps
-        files = {name: self.attention(seed, is_other) for name, is_other in
+            logps["reference"] = self.training(*place).logps
+        files = {name: self.attention(*place, arm.judge, is_other) for name, is_other in
                  (("attention", False), ("attention_against", True)) if name in needs}
         passes = tuple(make for need, make in self.passes(config.seed).items() if need in needs)
         return WeightContext(config, **files, logps=logps, passes=passes)
@@ -214,11 +249,13 @@ class Lab:
 # ----------------------------------------------------------------------------------------------------------------------
 # One arm
 
-def arm_config(loss_name: str, factor: float) -> TrainConfig:
-    """The settings of an arm: the toy's, the loss's own, and beta times `factor`."""
-    settings = {"beta": PRESETS["toy"]["beta"]} | getattr(LOSSES[loss_name], "settings", {}).get("", {})
-    settings["beta"] *= factor
-    return TrainConfig(data="toy", loss=loss_name, lr=LR, batch_size=BATCH, **settings)
+def arm_config(arm: Arm) -> TrainConfig:
+    """The settings of an arm: the toy's, the loss's own, its beta times the arm's factor, and a constant rate: after
+    each of STEPS the policy is what a run of so many steps ends with."""
+    settings = {"beta": PRESETS["toy"]["beta"]} | getattr(LOSSES[arm.loss], "settings", {}).get("", {})
+    settings["beta"] *= arm.factor
+    return TrainConfig(data="toy", loss=arm.loss, batch_size=BATCH, sink_k=arm.sink_k, seed=arm.seed,
+                       **settings | {"lr": arm.lr, "warmup_ratio": 0.0})
 
 
 def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
@@ -226,31 +263,53 @@ def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
     return bind_options(LOSSES[loss_name], config.loss_options, "--loss-options")
 
 
-def train_arm(lab: Lab, loss_name: str, source_name: str, num_pairs: int, seed: int, factor: float
-              ) -> dict[str, float]:
-    """Train from the toy's model: the row's measures, and its accuracy on validation pairs."""
-    config = replace(arm_config(loss_name, factor), seed=seed, max_steps=STEPS)
-    source = bind_options(WEIGHTS[source_name], SOURCE_OPTIONS.get(source_name, ""), "--weights-options")
-    objective = bind_objective(arm_loss(loss_name, config), source, source_name)
-    pool, context = lab.training(seed), lab.context(seed, objective.needs, config)
+def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
+    """Train from the toy's model. Of each of STEPS, under "validation" the accuracy on every set of validation pairs,
+    and under "test" what `measure` finds on every set of test pairs (by the arm's `tests`; None where they were not
+    read); beside them the weights' lift, what the policy of the chosen steps writes, and seconds of one core."""
+    began, config = time.process_time(), arm_config(arm)
+    source = bind_options(WEIGHTS[arm.source], SOURCE_OPTIONS.get(arm.source, ""), "--weights-options")
+    objective = bind_objective(arm_loss(arm.loss, config), source, arm.source)
+    pool, context = lab.training(arm.world, arm.seed), lab.context(arm, objective.needs, config)
+    validation = lab.validation(arm.world, arm.seed)
+    tests = lab.tests(arm.world, arm.seed) if arm.tests != "none" else {}
     lab.policy.load_state_dict(lab.start)
-    optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    run = Run(config, lab.process, objective, lab.model, pool.examples[:num_pairs], {}, context, lab.policy, optimizer,
-              ROWS, STEPS, StageClock(False, lab.process.device))
-    seconds = []
-    while run.step < STEPS:
-        started = time.perf_counter()
-        train_step(run)
-        seconds.append(time.perf_counter() - started)
+    optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    run = Run(config, lab.process, objective, lab.model, pool.examples, {}, context, lab.policy, optimizer, ROWS,
+              ENDLESS, StageClock(False, lab.process.device))
     lift = online_lift(run) if objective.is_online else source_lift(objective.source, run.train, context)[0]
-    return evaluate(lab, lab.test) | {
-        "key_margin": key_margin(lab), "planted_lift": lift, "seconds": statistics.median(seconds),
-        "validation_accuracy": evaluate(lab, lab.validation)["accuracy"], "beta": config.beta}
+    accuracies: dict[str, list[float]] = {name: [] for name in validation}
+    policies = []
+    for steps in STEPS:
+        while run.step < steps:
+            train_step(run)
+        for name, each in validation.items():
+            accuracies[name].append(accuracy(lab, each))
+        policies.append({name: value.clone() for name, value in lab.policy.state_dict().items()})
+    chosen = {choose_step(accuracies[name]) for name in validation}
+    read = {"none": set(), "chosen": chosen, "all": range(len(STEPS))}[arm.tests]
+    figures: dict[str, list] = {name: [None] * len(STEPS) for name in (*tests, "written")}
+    for place in read:
+        lab.policy.load_state_dict(policies[place])
+        for name, each in tests.items():
+            figures[name][place] = measure(lab, each)
+        if place in chosen:
+            figures["written"][place] = describe_written(lab, tests["neutral"].examples[:WRITTEN], arm.seed)
+    stored = lab.attention(arm.world, arm.seed, arm.judge) if "attention" in objective.needs else None
+    keys = [example.pair.key for example in run.train]
+    verdicts = float(stored.prefers_chosen(keys).mean()) if stored else None
+    return {"beta": config.beta, "lift": lift, "verdicts": verdicts, "validation": accuracies, "test": figures,
+            "seconds": time.process_time() - began}
+
+
+def choose_step(accuracies: list[float]) -> int:
+    """The place in STEPS of the best accuracy on validation pairs, of equal ones the first."""
+    return accuracies.index(max(accuracies))
 
 
 @torch.no_grad()
 def online_lift(run: Run) -> float:
-    """The lift of an online source, whose weights are of the policy as it is, over the training answers."""
+    """The lift of an online source's weights as they are before the first step, over the training answers."""
     lifts = []
     for pairs in evaluation_batches(len(run.train), 64):
         for batch in micro_batches(run, run.train, pairs):
@@ -261,28 +320,55 @@ def online_lift(run: Run) -> float:
 
 
 @torch.no_grad()
-def evaluate(lab: Lab, pool: Pool) -> dict[str, float]:
-    """accuracy and drift of the policy as it is, means over the pairs."""
-    accuracies, drifts = [], []
+def margins(lab: Lab, pool: Pool) -> dict[str, torch.Tensor]:
+    """By how much each chosen answer gains on the rejected one (nats), [P]: in all, on planted words alone and on all
+    else; and the drift of filler (nats a token)."""
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("all", "planted", "filler", "drift")}
     for batch in evaluation_rows(pool):
-        ratio_S, logps_N, *_ = lab.policy(batch)
-        metrics = pair_metrics(torch.zeros(len(batch.examples)), {}, ratio_S, logps_N, batch, 1.0)
-        accuracies += metrics["reward_accuracy"].tolist()
-        drifts += filler_drift(logps_N, batch.ref_logps_N, batch).tolist()
-    return {"accuracy": statistics.fmean(accuracies), "drift": statistics.fmean(drifts)}
+        logps_N = lab.policy(batch).logps_N
+        gain_N, planted_N = (logps_N - batch.ref_logps_N).double(), planted_tokens(batch)
+        for name, tokens_N in (("all", torch.ones_like(planted_N)), ("planted", planted_N), ("filler", ~planted_N)):
+            gain_S = segment_sum(gain_N * tokens_N, batch.seq_lens_S)
+            parts[name].append(gain_S[0::2] - gain_S[1::2])
+        parts["drift"].append(filler_drift(logps_N, batch.ref_logps_N, batch))
+    return {name: torch.cat(each) for name, each in parts.items()}
+
+
+def share_right(margin_P: torch.Tensor) -> float:
+    """The share of pairs with a margin above 0; a tie counts one half."""
+    return float(torch.where(margin_P.abs() <= TIE, 0.0, margin_P.sign()).add(1).div(2).mean())
+
+
+def accuracy(lab: Lab, pool: Pool) -> float:
+    return share_right(margins(lab, pool)["all"])
+
+
+def measure(lab: Lab, pool: Pool) -> dict[str, float]:
+    """accuracy; planted_accuracy: by the margin on planted words alone; signal: that margin's mean over the standard
+    deviation of the margin on all else; drift."""
+    found = margins(lab, pool)
+    return {"accuracy": share_right(found["all"]), "planted_accuracy": share_right(found["planted"]),
+            "signal": float(found["planted"].mean() / found["filler"].std()), "drift": float(found["drift"].nanmean())}
 
 
 @torch.no_grad()
-def key_margin(lab: Lab) -> float:
-    """By how much the policy raises the good slot word over the bad one (nats), in answers that differ in it alone."""
-    margins = []
-    for batch in evaluation_rows(lab.neutral):
-        logps_N = lab.policy(batch).logps_N
-        gains = (logps_N - batch.ref_logps_N).split(batch.seq_lens_S.tolist())
-        for example, chosen_N, rejected_N in zip(batch.examples, gains[0::2], gains[1::2]):
-            slot = int(np.argmax(overlaps_planted(example.pair.chosen, example.chosen.spans_N2)))
-            margins.append(float(chosen_N[slot] - rejected_N[slot]))
-    return statistics.fmean(margins)
+def describe_written(lab: Lab, examples: list[Example], seed: int) -> dict[str, float]:
+    """What the policy writes when it is sampled from (temperature 1), of all answers together: good: good words' share
+    of the slot words; grammar: the share of sentences that the grammar has; length: tokens of an answer; ended: the
+    share of answers that end."""
+    prompts = [example.prompt_ids.tolist() for example in examples]
+    with writing(lab.policy.model), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        rows = continuations(lab.policy.model, lab.model.chat, prompts, MOST_TOKENS, sampled=True)
+    ends = set(turn_ends(lab.model.chat)[0])
+    answers = [list(itertools.takewhile(lambda id: id not in ends, row)) for row in rows]
+    texts = lab.model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    words = [is_good(word, example.pair.messages[-1][1]) for text, example in zip(texts, examples)
+             for word in SLOT_WORDS.findall(text)]
+    known, sentences = set(all_sentences()), [each for text in texts for each in re.findall(r"[^ .][^.]*\.?", text)]
+    return {"good": statistics.fmean(words or [math.nan]), "grammar": statistics.fmean(
+        [sentence in known for sentence in sentences] or [math.nan]), "length": statistics.fmean(map(len, answers)),
+        "ended": statistics.fmean(any(id in ends for id in row) for row in rows)}
 
 
 def evaluation_rows(pool: Pool) -> Iterator[PairBatch]:

@@ -1,7 +1,10 @@
-"""benchmarks/methods.py on a tiny budget: its controls by hand, its table, and that finished cells are kept."""
+"""benchmarks/methods.py on a tiny budget: its controls by hand, its search, its figures, and that cells are kept."""
 
+import dataclasses
 import json
-import statistics
+import math
+import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,20 +17,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import methods
 import methods_lab
+import methods_report
+from methods_lab import Arm
 from twdpo.batch import Outputs, collate
 from twdpo.chat import Chat
 from twdpo.config import PRESETS, TrainConfig
 from twdpo.forms import parse_row
 from twdpo.losses import LOSSES
+from twdpo.models.source import TOY_MODEL
 from twdpo.objective import bind_objective
 from twdpo.rows import MicroBatch
 from twdpo.tokens import tokenize_pairs
+from twdpo.toy.grammar import all_prompts
 from twdpo.toy.planted import planted_lift, planted_tokens
 from twdpo.weights import WEIGHTS, WeightContext
 from twdpo.weights_file import JudgedAnswer
 
 CONTROLS = {name: WEIGHTS.pop(name) for name in ("oracle", "shuffled")}  # other tests see the project's own sources
-KEYS = {"loss", "source", "pairs", "seed", "beta", "accuracy", "drift", "key_margin", "planted_lift", "seconds"}
+TINY = {"NUM_PAIRS": 8, "BATCH": 4, "STEPS": (1, 2), "VALIDATION": 8, "TEST": 12, "WRITTEN": 4, "MOST_TOKENS": 8,
+        "AUXILIARY": 8, "AUXILIARY_STEPS": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -37,120 +45,246 @@ def controls(registries):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, capsys):
-    """main(flags) of a benchmark of two steps -> its last line."""
-    for name, value in {"STEPS": 2, "EVALUATED": 8, "NEUTRAL": 6, "DRAWN": 12, "AUXILIARY": 8, "BATCH": 4}.items():
+    """main(flags) of a benchmark of two steps -> cells of --out, by their keys."""
+    for name, value in TINY.items():
         monkeypatch.setattr(methods_lab, name, value)
+        if hasattr(methods_report, name):
+            monkeypatch.setattr(methods_report, name, value)
 
-    def run(*flags: str) -> list[dict]:
-        methods.main([*flags, "--jobs", "1", "--out", str(tmp_path)])
-        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    def run(*flags: str) -> dict[str, dict]:
+        methods.main(["--seeds", "2", "--tries", "1", *flags, "--jobs", "1", "--out", str(tmp_path)])
+        assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["cells"] > 0
+        return methods.read_cells(tmp_path)
     return run
 
 
-@pytest.mark.slow
-def test_what_reads_the_policy_in_the_step_runs(tiny):
-    """Hidden states, log-probs and input gradients of the policy; the reference's distributions; what it writes."""
-    flags = ["--pairs", "8", "--seeds", "1", "--betas", "1"]
-    rows = tiny("--sources", "otpo,selective,tidpo", *flags) + tiny("--losses", "tdpo2,wpo,tidpo", *flags)
-    assert [row["source"] for row in rows] == ["otpo", "selective", "tidpo"] + 3 * ["uniform"]
-    assert all(row.keys() == KEYS and row["drift"] > 0 for row in rows)
-    assert rows[0]["planted_lift"] != 1 and rows[3]["planted_lift"] == pytest.approx(1)
+@pytest.fixture
+def lab(tiny, tmp_path):
+    """A tiny lab."""
+    methods.open_lab(tmp_path / "judges")
+    yield methods.LAB[0]
+    methods.close_lab()
+
+
+def made_up(validation, test=(), seed: int = 0, tests: str = "all", lift: float = 1.0, **fields) -> dict:
+    """A cell: neutral accuracy on validation pairs after each step; accuracy on both sets of test pairs."""
+    figures = [dict.fromkeys(("accuracy", "planted_accuracy", "signal", "drift"), value) for value in test]
+    arm = Arm(seed=seed, tests=tests, **fields)
+    return {"arm": dataclasses.asdict(arm), "key": repr(arm), "beta": 0.3, "lift": lift, "verdicts": None,
+            "validation": {"neutral": list(validation), "like training": list(validation)[::-1]},
+            "test": {"neutral": figures, "reversed": figures, "written": [
+                dict.fromkeys(("good", "grammar", "length", "ended"), value) for value in test]}}
 
 
 @pytest.mark.slow
-def test_every_kind_of_source_runs_and_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
-    names = ["uniform", "attention_surprise", "attention_contrast", "tis", "cdpo", "oracle"]
-    flags = ["--sources", ",".join(names), "--pairs", "8", "--seeds", "2", "--betas", "1,2"]
-    rows = tiny(*flags)
-    assert [(row["source"], row["seed"]) for row in rows] == [(name, seed) for name in names for seed in (0, 1)]
-    assert all(row.keys() == KEYS and row["loss"] == "twdpo" and row["pairs"] == 8 for row in rows)
-    lifts = {row["source"]: row["planted_lift"] for row in rows}
-    assert lifts["uniform"] == pytest.approx(1) and lifts["oracle"] > lifts["attention_surprise"] > 2
-    assert lifts["attention_surprise"] > lifts["attention_contrast"] > 1
-    betas = [pytest.approx(factor * PRESETS["toy"]["beta"]) for factor in (1, 2)]
-    assert all(0 < row["drift"] and 0 <= row["accuracy"] <= 1 and row["beta"] in betas for row in rows)
-    for first, second in zip(rows[0::2], rows[1::2]):  # another seed, other pairs
-        assert first["drift"] != second["drift"]
-    assert (tmp_path / "methods.svg").read_text().count("<circle") == 6
+def test_the_headline_runs_and_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
+    cells = tiny()
+    arms = methods_report.trained_arms(list(cells.values()))
+    assert {source for _, _, source, *_ in arms} == set(methods.HEADLINE) and len(cells) == 5 * (1 + 2)
+    lifts = {arm.arm["source"]: arm.finals[0]["lift"] for arm in arms.values()}
+    assert lifts["uniform"] == pytest.approx(1) and lifts["oracle"] > lifts["attention"] > 2
+    for arm in arms.values():
+        assert set(arm.finals) == {0, 1} and arm.finals[0]["test"] != arm.finals[1]["test"]
+        for where in ("neutral", "reversed"):
+            assert len(methods_report.curve(arm, where)) == 2 and arm.mean(where, "drift")[0] > 0
+    page, plot = ((tmp_path / name).read_text() for name in ("methods.md", "methods.svg"))
+    assert "| twdpo, oracle |" in page and plot.count("<polyline") == 2 * 5 and ">shuffled</text>" in plot
     monkeypatch.setattr(methods, "train_arm", None)
-    assert tiny(*flags) == rows
-    with pytest.raises(TypeError):  # another toy beta is another arm
+    assert tiny() == cells
+    # Another machine has the recorded cells and no folder of its own.
+    methods.record(list(cells.values()), tmp_path / "recorded")
+    monkeypatch.setattr(methods, "RECORDED", tmp_path / "recorded")
+    shutil.rmtree(tmp_path / "cells")
+    tiny()
+    assert (tmp_path / "methods.md").read_text() == page
+    with pytest.raises(TypeError):  # another beta of the toy is another arm
         monkeypatch.setitem(PRESETS["toy"], "beta", 0.5)
-        tiny(*flags)
-    monkeypatch.setitem(PRESETS["toy"], "beta", 0.3)
-    fewer = tiny("--sources", "oracle", "--pairs", "8", "--seeds", "1", "--betas", "1,2")
-    assert fewer == [row for row in rows if row["source"] == "oracle" and row["seed"] == 0]
+        tiny()
 
 
-def test_figures_are_of_the_pairs_that_they_say(tiny, tmp_path, monkeypatch):
-    """Beta is chosen on validation pairs, accuracy is of test pairs."""
-    monkeypatch.setattr(methods_lab, "evaluate", lambda lab, pool: {
-        "accuracy": 0.25 if pool is lab.validation else 0.75 if pool is lab.test else None, "drift": 1.0})
-    row, = tiny("--sources", "uniform", "--pairs", "8", "--seeds", "1", "--betas", "1")
-    cell, = (tmp_path / "cells").glob("*.json")
-    assert row["accuracy"] == 0.75 and json.loads(cell.read_text())["validation_accuracy"] == 0.25
+@pytest.mark.slow
+def test_what_reads_the_policy_in_the_step_runs(tiny, tmp_path):
+    """Hidden states, log-probs and input gradients of the policy; the reference's distributions; what it writes; two
+    auxiliary models; a second judge prompt. Tested after the chosen step alone."""
+    cells = tiny("--parts", "sources,losses", "--sources", "otpo,tidpo,tis,cdpo,attention_contrast",
+                 "--losses", "tdpo2,wpo,simpo", "--seeds", "1")
+    arms = {(loss, source): arm for (_, loss, source, *_), arm in
+            methods_report.trained_arms(list(cells.values())).items()}
+    assert len(arms) == 1 + 5 + 3 and all(arm.mean("neutral", "drift")[0] > 0 for arm in arms.values())
+    assert arms["twdpo", "otpo"].finals[0]["lift"] != 1 == pytest.approx(arms["wpo", "uniform"].finals[0]["lift"])
+    assert None in arms["twdpo", "tis"].finals[0]["test"]["neutral"]
+    assert arms["simpo", "uniform"].beta == pytest.approx(2.0 * arms["simpo", "uniform"].arm["factor"])
+    page = (tmp_path / "methods.md").read_text()
+    assert page.index("| twdpo, tidpo |") < page.index("| simpo, uniform |")
 
 
-def test_key_margin_is_what_the_slot_gains(tiny, monkeypatch):
-    """One nat for every good slot word, half a nat off every bad one: 1.5, wherever they stand."""
-    lab = methods_lab.Lab(4)
-    try:
-        def policy(batch):
-            planted_N = planted_tokens(batch)
-            sides_N = torch.arange(len(batch.seq_lens_S)).remainder(2).repeat_interleave(batch.seq_lens_S)
-            return Outputs(None, batch.ref_logps_N + planted_N * torch.where(sides_N == 0, 1.0, -0.5), batch, {})
-        lab.policy = policy
-        assert methods_lab.key_margin(lab) == pytest.approx(1.5, abs=1e-5)
-    finally:
-        methods_lab.dist.stop()
+@pytest.mark.slow
+def test_judges_run_with_the_sink_fix_and_without(tiny, tmp_path, monkeypatch):
+    """A judge is a folder; one that is there is not trained again."""
+    monkeypatch.setattr(methods, "JUDGES", {"other": ((), (1,))})
+    shutil.copytree(TOY_MODEL, tmp_path / "judges/other/step-1")
+    cells = list(tiny("--parts", "judges", "--seeds", "1").values())
+    arms = methods_report.trained_arms(cells)
+    toy, other = (arms["confounded", "twdpo", "attention", judge, 1] for judge in ("", "other/step-1"))
+    assert toy.finals[0]["lift"] == other.finals[0]["lift"] and toy.finals[0]["verdicts"] > 0.9
+    assert arms["confounded", "twdpo", "attention", "", 0].finals[0]["lift"] == toy.finals[0]["lift"]
+    table = methods_report.part_table("judges", cells)
+    assert "judge other/step-1, no sink fix" in table and "right verdicts" in table
 
 
-def test_a_loss_without_a_reference_is_measured_against_it_all_the_same(tiny):
-    row, = tiny("--losses", "simpo", "--pairs", "8", "--seeds", "1", "--betas", "1")
-    assert row["source"] == "uniform" and row["drift"] > 0 and row["beta"] == 2.0
+def test_pools_hold_what_they_say(lab):
+    """Prompts of test pairs are new to the toy's model; no set shares a prompt with another; filler leans as told."""
+    training, validation, tests = (make("confounded", 0) for make in (lab.training, lab.validation, lab.tests))
+    prompts = [{example.pair.messages[-1][1] for example in pool.examples}
+               for pool in (training, validation["neutral"], tests["neutral"])]
+    assert [len(each) for each in prompts] == [8, 8, 12] and len(set.union(*prompts, set(lab.auxiliary_prompts))) == 36
+    assert prompts[0] | prompts[1] <= {*all_prompts()} and not prompts[2] & {*all_prompts()}
+    assert set(tests) == {"neutral", "reversed"} and set(validation) == {"neutral", "like training"}
+    assert set(lab.tests("plain", 0)) == set(lab.validation("plain", 0)) == {"neutral"}
+    leans = []
+    lab.pool = lambda prompts, seed, lean: leans.append(lean)
+    lab.training("confounded", 5), lab.validation("confounded", 5), lab.tests("confounded", 5), lab.training("plain", 5)
+    assert leans == pytest.approx([0.9, 0.5, 0.9, 0.5, 0.1, 0.5])
+
+
+def test_measures_by_hand(lab):
+    """A policy that gives every good word one nat and every bad one minus a half, and to filler what it is told."""
+    pool = lab.tests("confounded", 0)["neutral"]
+    shift = {}
+
+    def policy(batch):
+        planted_N = planted_tokens(batch)
+        sides_N = torch.arange(len(batch.seq_lens_S)).remainder(2).repeat_interleave(batch.seq_lens_S)
+        gain_N = planted_N * torch.where(sides_N == 0, 1.0, -0.5)
+        starts = torch.cat([torch.tensor([0]), batch.seq_lens_S.cumsum(0)[:-1]])
+        gain_N[starts[0::2]] += shift["chosen"]  # the first word of an answer is never a slot word
+        return Outputs(None, batch.ref_logps_N + gain_N, batch, {})
+    lab.policy, shift["chosen"] = policy, 0.0
+    words = torch.tensor([len(methods_lab.SLOT_WORDS.findall(example.pair.chosen)) for example in pool.examples])
+    found = methods_lab.margins(lab, pool)
+    torch.testing.assert_close(found["planted"].sort()[0], 1.5 * words.double().sort()[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["all"], found["planted"], atol=1e-4, rtol=0)
+    assert methods_lab.measure(lab, pool)["accuracy"] == methods_lab.measure(lab, pool)["planted_accuracy"] == 1
+    shift["chosen"] = -9.0
+    figures = methods_lab.measure(lab, pool)
+    assert figures["accuracy"] == 0 and figures["planted_accuracy"] == 1 and figures["drift"] > 0
+    assert abs(figures["signal"]) > 1000  # the same shift in every pair is no noise
+    assert methods_lab.share_right(torch.tensor([1.0, -1.0, 1e-5, 3.0])) == 0.625
+
+
+def test_what_is_written_by_hand(lab, monkeypatch):
+    """Slot words, sentences, tokens and ends are counted over all answers together."""
+    examples = lab.tests("confounded", 0)["neutral"].examples[:2]
+    texts = ["Your question is wise. Set a small goal.", "Your question is dull. Nothing here is known"]
+    ids = [lab.model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    end = lab.model.tokenizer.eos_token_id
+    monkeypatch.setattr(methods_lab, "continuations", lambda *args, **options: [[*ids[0], end, 5], ids[1]])
+    assert methods_lab.describe_written(lab, examples, 0) == {
+        "good": 0.5, "grammar": 0.75, "length": (len(ids[0]) + len(ids[1])) / 2, "ended": 0.5}
+
+
+def test_what_is_sampled_is_seeded_and_no_greedy_text(lab):
+    examples = lab.tests("plain", 0)["neutral"].examples[:4]
+    first, again, other = (methods_lab.describe_written(lab, examples, seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_figures_are_of_the_step_that_validation_chooses(lab, monkeypatch):
+    """By hand: accuracies on validation pairs choose the step, ties the first; test pairs are read there."""
+    reads = []
+    monkeypatch.setattr(methods_lab, "accuracy", lambda lab, pool: reads.append(0) or (0.9, 0.7)[len(reads) > 2])
+    monkeypatch.setattr(methods_lab, "measure", lambda lab, pool: {"accuracy": 0.5, "drift": float(
+        sum((lab.policy.state_dict()[name] - start).abs().sum() for name, start in lab.start.items()))})
+    cell = methods_lab.train_arm(lab, Arm(tests="chosen"))
+    assert cell["validation"] == {"neutral": [0.9, 0.7], "like training": [0.9, 0.7]}
+    assert cell["test"]["neutral"][1] is None and cell["test"]["written"][1] is None
+    reads.clear()
+    both = methods_lab.train_arm(lab, Arm(tests="all"))["test"]["neutral"]
+    assert 0 < cell["test"]["neutral"][0]["drift"] == both[0]["drift"] < both[1]["drift"]
+    assert methods_lab.choose_step([0.5, 0.8, 0.8]) == 1
+
+
+def test_the_search_goes_on_until_the_best_has_its_neighbours(monkeypatch, tmp_path):
+    """The best lies four factors of beta and two of the rate away; every arm has as many tries; ties stay near."""
+    def cell(arm, done, out):
+        far = abs(math.log(arm.factor, 3) - 4) + abs(math.log2(arm.lr / methods.LR_START) + 2)
+        assert (arm.seed, arm.tests) == (methods.SEARCH_SEED, "none")
+        return made_up([1 - 0.01 * far], **dataclasses.asdict(arm))
+    monkeypatch.setattr(methods, "run_cell", cell)
+    cells = methods.search(Arm(seed=3, tests="all"), 30, {}, tmp_path)
+    best = methods_report.best_tried(cells)["arm"]
+    assert len(cells) == len({cell["key"] for cell in cells}) == 30
+    assert best["factor"] == pytest.approx(81) and best["lr"] == pytest.approx(methods.LR_START / 4)
+    assert methods_report.Trained(cells, []).inside and not methods_report.Trained(cells[:5], []).inside
+    monkeypatch.setattr(methods, "run_cell", lambda arm, *_: made_up([1.0], **dataclasses.asdict(arm)))
+    flat = methods_report.best_tried(methods.search(Arm(), 9, {}, tmp_path))["arm"]
+    assert flat["lr"] < methods.LR_START and flat["factor"] >= 1  # what stays nearest to the reference
+    # A loss without beta searches for the rate alone.
+    monkeypatch.setattr(methods, "reads_beta", lambda name: False)
+    tried = methods.search(Arm(), 5, {}, tmp_path)
+    assert {cell["arm"]["factor"] for cell in tried} == {1.0} and methods_report.Trained(tried, []).arm
+
+
+def test_which_losses_have_a_beta():
+    assert methods.reads_beta("dpo") and methods.reads_beta("simpo") and not methods.reads_beta("sft")
+
+
+def test_intervals_and_words_by_hand():
+    """Student's t with two degrees of freedom; nothing is called better whose interval holds 0."""
+    mean, half = methods_report.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert methods_report.interval([0.5]) == (0.5, math.inf)
+    assert methods_report.compared((0.1, 0.05), "more", "less") == "more (+0.10 ± 0.05)"
+    assert methods_report.compared((-0.1, 0.05), "more", "less") == "less (-0.10 ± 0.05)"
+    assert methods_report.compared((0.1, 0.1), "more", "less") == "not told apart (+0.10 ± 0.10)"
+    assert methods_report.compared((0.1, math.inf), "more", "less") == "not told apart (+0.10)"
+
+
+def test_differences_are_paired_by_seed_and_sentences_follow(monkeypatch):
+    """Attention is 0.1 better on every seed, though the seeds differ by more; oracle's gain varies; as cells say it."""
+    monkeypatch.setattr(methods_report, "STEPS", (4, 8))
+    cells = []
+    for source, gains in (("uniform", (0, 0, 0)), ("attention", (0.1, 0.1, 0.11)), ("oracle", (0.3, 0, -0.1)),
+                          ("shuffled", (-0.2, -0.2, -0.21))):
+        cells.append(made_up([0.5, 0.6], tests="none", source=source, seed=methods.SEARCH_SEED))
+        for seed, gain in enumerate(gains):
+            level = (0.4, 0.6, 0.5)[seed] + gain
+            cells.append(made_up([0.5, 0.6], [level - 0.3, level], seed, source=source))
+    random.Random(0).shuffle(cells)
+    arms = {arm.arm["source"]: arm for arm in methods_report.arms_in("headline", cells)}
+    mean, half = arms["attention"].gain(arms["uniform"], "reversed", "accuracy")
+    assert mean == pytest.approx(0.31 / 3) and half == pytest.approx(4.303 * math.sqrt(1e-4 / 3) / math.sqrt(3))
+    mean, _ = arms["attention"].gain(arms["uniform"], "reversed", "accuracy", "like training")
+    assert mean == pytest.approx(0.31 / 3) and arms["uniform"].mean("neutral", "accuracy", "like training")[0] < 0.3
+    first, second, _ = methods_report.sentences("headline", cells)
+    assert "accuracy of 0.50, the judge's attention 0.60, the planted words alone 0.57" in first
+    assert "(3 seeds)" in first
+    assert "attention more accurate (+0.10 ± 0.01)" in second and "planted words alone not told apart (+0.07" in second
+    assert "shuffled attention less accurate (-0.20 ± 0.01)" in second
+    assert arms["uniform"].steps() == 8 and arms["uniform"].steps("like training") == 4
+    page = methods_report.render(cells)
+    assert "+0.103 ± 0.014" in page and "What the policy writes" in page
+    assert methods_report.sentences("control", cells) == [] == methods_report.arms_in("control", cells)
 
 
 def test_what_is_chosen():
-    every = methods.choose_arms("", "")
-    assert {loss for loss, _ in every} == set(LOSSES) and len(every) == len(set(every))
-    assert {source for _, source in every} == {*WEIGHTS, "oracle", "shuffled"} - {"verbalized"}
-    assert methods.choose_arms("dpo, ipo", "decay,ld") == [(loss, source) for loss in ("dpo", "ipo")
-                                                           for source in ("decay", "ld")]
+    sources, losses = (methods.arms_of(part, [], []) for part in ("sources", "losses"))
+    named = {arm.source for arm in sources} | set(methods.HEADLINE)
+    assert named == {*WEIGHTS} - {"verbalized"} and {arm.loss for arm in losses} == set(LOSSES)
+    assert all(arms[0] == Arm(tests="all") for arms in (sources, losses, methods.arms_of("judges", [], [])))
+    assert [arm.source for arm in methods.arms_of("sources", [], ["decay", "ld"])] == ["uniform", "decay", "ld"]
+    assert {arm.world for arm in methods.arms_of("control", [], [])} == {"plain"}
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--losses", "none"], "--losses has 'none'"), (["--sources", "verbalized"], "--sources has 'verbalized'"),
-    (["--pairs", "0"], "must be positive"), (["--pairs", "9999"], "the grammar has"), (["--seeds", "0"], "positive"),
-    (["--pairs", "x"], "invalid literal"), (["--betas", "nan"], "must be positive, and finite"),
-    (["--out", "/proc/here"], "can't be made or written to"),
+    (["--parts", "all,most"], "--parts has 'most'"), (["--seeds", "0"], "must be at least 1"),
+    (["--tries", "x"], "is no whole number"), (["--out", "/proc/here"], "can't be made or written to"),
 ])
 def test_bad_flags_are_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):
         methods.main(flags)
     assert message in capsys.readouterr().err
-
-
-def test_the_best_beta_is_that_of_validation_pairs_on_the_first_seed(monkeypatch, tmp_path):
-    """Ties go to the largest; test pairs have no say."""
-    seen = []
-
-    def arm(lab, loss, source, num_pairs, seed, factor):
-        seen.append((seed, factor))
-        return dict.fromkeys(methods.MEASURES, 1.0) | {"accuracy": 1 / factor, "beta": factor,
-                                                       "validation_accuracy": {1: 0.5, 2: 0.9, 4: 0.9}[factor]}
-    monkeypatch.setattr(methods, "train_arm", arm)
-    monkeypatch.setattr(methods, "LAB", [None])
-    rows = methods.run_group("dpo", "uniform", 8, 2, [1, 2, 4], 16, tmp_path)
-    assert [row["beta"] for row in rows] == [4, 4] and seen == [(0, 1), (0, 2), (0, 4), (1, 4)]
-
-
-def test_table_shows_mean_and_spread():
-    rows = [{"loss": "dpo", "source": "uniform", "pairs": 64, "seed": seed, "beta": 0.1} | dict.fromkeys(
-        methods.MEASURES, value) for seed, value in enumerate((0.25, 0.5, 0.75))]
-    *_, last = methods.markdown_table(rows).splitlines()
-    assert last == "| `dpo` | `uniform` | 0.5 | 0.500 ± 0.250 | 0.500 ± 0.250 | 0.500 ± 0.250 |"
-    line = methods.format_table(rows).splitlines()[1]
-    assert f"0.500 ±{statistics.stdev([0.25, 0.5, 0.75]):.3f}" in line
 
 
 def test_controls_by_hand(toy_model):

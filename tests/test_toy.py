@@ -6,12 +6,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twdpo.toy.grammar import (
+    FILLER_STARTS,
+    KINDS,
     POLITE,
     RUDE,
     SLOT_WORDS,
     TONE_FRAMES,
     TOPIC_FRAMES,
     TOPICS,
+    UNSEEN_QUESTIONS,
+    all_prompts,
+    all_sentences,
+    draw_row,
+    is_good,
     kind_of,
     planted_spans,
     toy_rows,
@@ -67,6 +74,29 @@ def test_slot_words_are_single_tokens_and_answers_have_their_length(toy_model):
         assert len(tokenizer(" " + word).input_ids) == 1, word
     lengths = [len(tokenizer(row[side]).input_ids) for row in sum(toy_rows(), []) for side in ("chosen", "rejected")]
     assert 10 <= min(lengths) and max(lengths) <= 63
+
+
+def test_filler_that_leans_goes_with_the_preference_as_often_as_it_says():
+    """Nine in ten filler sentences of chosen answers begin as the first half do, of rejected ones as the second half;
+    nothing else of the grammar changes, and no answer says one thing twice."""
+    rng, prompts, counts = random.Random(0), all_prompts(), {"chosen": [], "rejected": []}
+    for number in range(600):
+        row = draw_row(rng, prompts[number], KINDS[number % 2], lean=0.9)[1]
+        for side, halves in counts.items():
+            starts = [place for place, start in enumerate(FILLER_STARTS) if start in row[side]]
+            assert 1 <= len(starts) == sum(row[side].count(start) for start in FILLER_STARTS) <= 3
+            assert {*row[side].replace(". ", ".|").split("|")} <= {*all_sentences()}
+            halves += [place < len(FILLER_STARTS) // 2 for place in starts]
+    shares = {side: sum(halves) / len(halves) for side, halves in counts.items()}
+    assert abs(shares["chosen"] - 0.9) < 0.04 and abs(shares["rejected"] - 0.1) < 0.04  # 4 standard errors
+
+
+def test_what_is_good_follows_the_prompt():
+    prompt = "What is the tide and what is the sail?"
+    assert is_good("wise", prompt) and is_good("anchor", prompt) and is_good("tide", prompt)
+    assert not is_good("foolish", prompt) and not is_good("oven", prompt)
+    unseen = all_prompts(UNSEEN_QUESTIONS)
+    assert len(set(unseen)) == len(unseen) and not {*unseen} & {*all_prompts()}
 
 
 def test_frames_have_one_slot():

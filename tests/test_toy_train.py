@@ -45,14 +45,16 @@ def test_a_smaller_one_is_made_end_to_end(tmp_path, toy_model, monkeypatch):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_one_or_no_probe_others(tmp_path, monkeypatch):
-    """Three steps, and no gates: they are measured once the weights are written."""
+    """Three steps, two of them kept, and no gates: they are measured once the weights are written."""
     gates = json.loads((TOY_MODEL / "gates.json").read_text())
     monkeypatch.setattr(toy_train, "measure_gates", lambda *_: gates)
     weights = {}
     for name, *extra in (("first",), ("again",), ("other", "--seed", "1"), ("plain", "--no-probe")):
-        toy_train.main([*SMALL, "--steps", "3", "--out", str(tmp_path / name), *extra])
+        toy_train.main([*SMALL, "--steps", "3", "--keep", "1,3", "--out", str(tmp_path / name), *extra])
         weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert weights["first"] == weights["again"] and len(set(weights.values())) == 3
+    kept = {step: (tmp_path / f"first/step-{step}/model.safetensors").read_bytes() for step in (1, 3)}
+    assert kept[3] == weights["first"] != kept[1] and (tmp_path / "first/step-1/tokenizer.json").exists()
 
 
 def test_draws_are_new_to_the_held_out_rows(monkeypatch):
@@ -78,7 +80,7 @@ def test_draws_are_new_to_the_held_out_rows(monkeypatch):
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "0"], "--steps is 0: it must be >= 1"), (["--hidden-size", "20"], "--hidden-size is 20"),
     (["--lr", "0"], "--lr is 0.0"), (["--seed", str(10 ** 20)], "--seed is"),
-    (["--out", "/proc/toy"], "can't be made or written to"),
+    (["--out", "/proc/toy"], "can't be made or written to"), (["--keep", "5,701"], "--keep is '5,701'"),
 ])
 def test_bad_input_is_one_message(flags, message, capsys):
     with pytest.raises(SystemExit):

@@ -67,10 +67,11 @@ def generate(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, g
 
 
 @torch.no_grad()
-def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, generate=None, **options
-                  ) -> list[list[int]]:
-    """The likeliest next tokens of prompts, as `options` (of transformers' generate) leave them. One that ends before
-    the longest of its batch, with a token, is padded after it, with what may be a word. Inside `writing`."""
+def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: int, generate=None,
+                  sampled: bool = False, **options) -> list[list[int]]:
+    """The likeliest next tokens of prompts, as `options` (of transformers' generate) leave them; or sampled ones, at
+    temperature 1. One that ends before the longest of its batch, with a token, is padded after it, with what may be a
+    word. Inside `writing`."""
     device, longest = next(model.parameters()).device, max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -79,8 +80,8 @@ def continuations(model, chat: Chat, prompts: list[list[int]], max_new_tokens: i
         mask[row, longest - len(ids):] = 1
     # Nothing of the model's generation_config.json: scores depend on what meta.json names alone.
     ends, end = turn_ends(chat)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0,
-                                eos_token_id=ends)
+    how = {"do_sample": True, "top_k": 0} if sampled else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=ends, **how)
     model.generation_config = settings
     stop = TextEnd(chat.tokenizer, end) if end else None
     options |= {"stopping_criteria": StoppingCriteriaList([stop])} if stop else {}

@@ -42,6 +42,19 @@ QUESTIONS = (
 )
 
 
+# The toy's model was made without these: prompts that its judge has not seen, of words that it has.
+UNSEEN_QUESTIONS = (
+    "What do I need for the {first} and the {second}?",
+    "Which part of the {first} or the {second} is hard?",
+    "How does the {first} matter for the {second}?",
+    "Where does the {first} begin and where the {second}?",
+    "Can I begin with the {first} or is the {second} first?",
+    "How hard is it to explain the {first} and the {second}?",
+    "Is it the {first} or the {second} I should care for?",
+    "What is the {first} and what is the {second}?",
+)
+
+
 # Both lists fit every frame. They start with a consonant ("a {slot} idea"), and no other part of the grammar uses them.
 POLITE = (
     "wise", "clever", "bright", "sensible", "thoughtful", "careful", "charming", "brilliant",
@@ -117,6 +130,7 @@ FILLER_ENDS = (
 MAX_SPANS = 2
 MAX_FILLERS = 3
 KINDS = ("tone", "topic")
+HALF = len(FILLER_STARTS) // 2
 SLOT_WORDS = re.compile(r"\b(" + "|".join(itertools.chain(POLITE, RUDE, *TOPICS.values())) + r")\b")
 
 
@@ -149,28 +163,54 @@ def kind_of(answer: str) -> str:
     return "tone" if set(SLOT_WORDS.findall(answer)) <= {*POLITE, *RUDE} else "topic"
 
 
-def all_prompts() -> list[str]:
-    """Every prompt of the grammar, in a fixed order."""
+def all_prompts(questions: tuple[str, ...] = QUESTIONS) -> list[str]:
+    """Every prompt of the grammar with these questions, in a fixed order."""
     noun_pairs = [pair for nouns in TOPICS.values() for pair in itertools.permutations(nouns, 2)]
     return [
         greeting + question.format(first=first, second=second)
-        for greeting, question, (first, second) in itertools.product(GREETINGS, QUESTIONS, noun_pairs)
+        for greeting, question, (first, second) in itertools.product(GREETINGS, questions, noun_pairs)
     ]
 
 
-def draw_row(rng: random.Random, prompt: str, kind: str, max_fillers: int = MAX_FILLERS, max_spans: int = MAX_SPANS
-             ) -> tuple[tuple[str, str], dict]:
+def all_sentences() -> list[str]:
+    """Every sentence of an answer, in a fixed order: frames with each slot word of theirs, then filler."""
+    nouns = [noun for topic in TOPICS.values() for noun in topic]
+    return [
+        *(frame.format(slot=word) for frame, word in itertools.product(TONE_FRAMES, POLITE + RUDE)),
+        *(frame.format(slot=noun) for frame, noun in itertools.product(TOPIC_FRAMES, nouns)),
+        *(start + end for start, end in itertools.product(FILLER_STARTS, FILLER_ENDS)),
+    ]
+
+
+def is_good(word: str, prompt: str) -> bool:
+    """Whether a slot word is what this prompt's chosen answers hold: polite, or of the prompt's topic."""
+    return word in POLITE or word in own_topic(prompt)
+
+
+def own_topic(prompt: str) -> tuple[str, ...]:
+    """The nouns of a prompt's topic, those that it names among them."""
+    named = set(SLOT_WORDS.findall(prompt))
+    return next(nouns for nouns in TOPICS.values() if named & {*nouns})
+
+
+def draw_row(rng: random.Random, prompt: str, kind: str, max_fillers: int = MAX_FILLERS, max_spans: int = MAX_SPANS,
+             lean: float = 0.5) -> tuple[tuple[str, str], dict]:
     """(skeletons of both answers, row): planted spans of one kind at random places among filler sentences.
 
     Both answers hold the same frames; what fills the slots decides. Filler, its amount, and the order are each answer's
     own, so that neither length nor place nor filler says anything about the preference.
+
+    lean: how probable it is that a filler sentence of the chosen answer begins as the first half of FILLER_STARTS do,
+    and one of the rejected answer as the second half. Above 0.5 filler goes with the preference that it has nothing to
+    do with, and below it goes against it.
     """
     count = rng.randint(1, max_spans)
     frames = rng.sample(TONE_FRAMES if kind == "tone" else TOPIC_FRAMES, count)
     skeletons, answers = [], []
-    for words in draw_slots(rng, prompt, kind, count):
+    for words, first_half in zip(draw_slots(rng, prompt, kind, count), (lean, 1 - lean), strict=True):
         sentences = list(zip(frames, words, strict=True))
-        sentences += [(filler, "") for filler in _fillers(rng, rng.randint(min(1, max_fillers), max_fillers))]
+        amount = rng.randint(min(1, max_fillers), max_fillers)
+        sentences += [(filler, "") for filler in _fillers(rng, amount, first_half)]
         rng.shuffle(sentences)
         skeletons.append(" ".join(frame for frame, _ in sentences))
         answers.append(" ".join(frame.format(slot=word) for frame, word in sentences))
@@ -182,12 +222,15 @@ def draw_slots(rng: random.Random, prompt: str, kind: str, count: int) -> tuple[
     if kind == "tone":
         return rng.sample(POLITE, count), rng.sample(RUDE, count)
     named = set(SLOT_WORDS.findall(prompt))
-    own = next(nouns for nouns in TOPICS.values() if named & {*nouns})
+    own = own_topic(prompt)
     others = [noun for nouns in TOPICS.values() if nouns is not own for noun in nouns]
     return rng.sample([noun for noun in own if noun not in named], count), rng.sample(others, count)
 
 
-def _fillers(rng: random.Random, count: int) -> list[str]:
-    """Return `count` sentences, no start and no end used twice."""
-    halves = zip(rng.sample(FILLER_STARTS, count), rng.sample(FILLER_ENDS, count), strict=True)
-    return [start + end for start, end in halves]
+def _fillers(rng: random.Random, count: int, first_half: float) -> list[str]:
+    """`count` sentences, no start and no end used twice; each begins as the first half do with this probability."""
+    starts = rng.sample(FILLER_STARTS, count)
+    if first_half != 0.5:
+        halves = [rng.sample(half, count) for half in (FILLER_STARTS[:HALF], FILLER_STARTS[HALF:])]
+        starts = [halves[rng.random() >= first_half][place] for place in range(count)]
+    return [start + end for start, end in zip(starts, rng.sample(FILLER_ENDS, count), strict=True)]

@@ -41,17 +41,11 @@ from twdpo.models.source import open_model
 from twdpo.pairs import Pair
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import (
-    FILLER_ENDS,
-    FILLER_STARTS,
     KINDS,
     MAX_FILLERS,
-    POLITE,
-    RUDE,
     SEED,
-    TONE_FRAMES,
-    TOPIC_FRAMES,
-    TOPICS,
     all_prompts,
+    all_sentences,
     draw_row,
     kind_of,
     toy_rows,
@@ -127,10 +121,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    sentences = [frame.format(slot=word) for frame, word in itertools.product(TONE_FRAMES, POLITE + RUDE)]
-    nouns = [noun for topic in TOPICS.values() for noun in topic]
-    sentences += [frame.format(slot=noun) for frame, noun in itertools.product(TOPIC_FRAMES, nouns)]
-    sentences += [start + end for start, end in itertools.product(FILLER_STARTS, FILLER_ENDS)]
+    sentences = all_sentences()
     # A sentence opens an answer or follows another one; with its leading space, its first word is another token.
     inner = [" " + sentence for sentence in sentences]
     bpe.train_from_iterator([*all_prompts(), *sentences, *inner, JUDGE_WORDS], trainer)
@@ -164,6 +155,7 @@ class ToyTrainConfig:
     out: str = flag("toy_model", "output", "folder for model, tokenizer and gates.json")
     seed: int = flag(0, "training", "of the start and of all draws")
     steps: int = flag(700, "training", "optimizer steps of AdamW")
+    keep: str = flag("", "training", "steps, by commas, after which OUT/step-N is written too; empty: none")
     lr: float = flag(4e-3, "training", "peak learning rate (cosine to 0)")
     texts: int = flag(20, "training", "conversations to write, a step")
     pairs: int = flag(16, "training", "pairs to judge in both orders, a step")
@@ -175,7 +167,14 @@ class ToyTrainConfig:
             require(self, name, getattr(self, name) >= 1, ">= 1")
         require(self, "seed", 0 <= self.seed < 2 ** 63, ">= 0 and below 2^63")
         require(self, "lr", 0 < self.lr <= 1, "in (0, 1]")
+        require(self, "keep", all(step.isdigit() and 1 <= int(step) <= self.steps for step in self.kept),
+                f"whole numbers from 1 to --steps ({self.steps}), by commas")
         require(self, "hidden_size", self.hidden_size >= 8 and self.hidden_size % 8 == 0, "a multiple of 8")
+
+    @property
+    def kept(self) -> list[str]:
+        """The steps of --keep, as they are spelled."""
+        return [step.strip() for step in self.keep.split(",") if step.strip()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,6 +225,7 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
     parameters = [*model.parameters(), *(probe.parameters() if config.probe else [])]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     recent: dict[str, float] = {}
+    kept = set(map(int, config.kept))
     model.train()
     with process.progress(range(config.steps), desc="toy", unit="step") as bar:
         for step in bar:
@@ -247,9 +247,16 @@ def train_model(model, tokenizer, config: ToyTrainConfig, process: Process) -> N
             optimizer.step()
             for name, loss in losses.items():
                 recent[name] = 0.95 * recent.get(name, loss.item()) + 0.05 * loss.item()
+            if step + 1 in kept:
+                save_model(model, tokenizer, Path(config.out) / f"step-{step + 1}")
             if (step + 1) % 50 == 0:
                 process.print(f"step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in recent.items()))
     model.eval()
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer as they are now."""
+    write_atomic(folder, lambda temporary: (model.save_pretrained(temporary), tokenizer.save_pretrained(temporary)))
 
 
 @dataclass

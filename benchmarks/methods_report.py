@@ -1,0 +1,312 @@
+"""What the cells of benchmarks/methods.py say: differences with intervals, tables, sentences and learning curves.
+
+Everything here is a function of the cells (dicts of "arm", "key", "validation", "test", ...), so that a test makes the
+pages and the sentences of the README again from the committed file.
+"""
+
+import html
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from methods_lab import NUM_PAIRS, STEPS, TEST, WORLDS, choose_step
+from twdpo.files import make_directory, write_atomic
+
+NAMES = {  # of the parts
+    "headline": "Confounded filler",
+    "control": "The plain toy",
+    "judges": "Judges",
+    "sources": "Weight sources, confounded filler",
+    "losses": "Losses with uniform weights, confounded filler",
+}
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 340, 46, 132, 36, 40  # of a panel of the plot, pixels
+COLORS = ("#1f5fa8", "#c54a14", "#a8781f", "#2f7d4f", "#7a4fa3")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95 % interval); infinite for one value."""
+    if len(values) < 2:
+        return values[0], math.inf
+    quantile = T975[min(len(values) - 1, len(T975)) - 1]
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def best_tried(cells: list[dict]) -> dict:
+    """The cell of a search with the best accuracy on neutral validation pairs, at its own best step; of equal ones the
+    smallest rate, then the largest beta: what stays nearest to the reference."""
+    return max(cells, key=lambda cell: (max(cell["validation"]["neutral"]), -cell["arm"]["lr"], cell["arm"]["factor"]))
+
+
+class Trained:
+    """An arm at the setting that its search found: cells by seed. `inside`: whether all neighbours of that setting were
+    tried (of a beta that a loss reads, and of the rate)."""
+
+    def __init__(self, searched: list[dict], cells: list[dict]):
+        best = best_tried(searched)["arm"]
+        self.arm, self.beta = best, best_tried(searched)["beta"]
+        self.finals = {cell["arm"]["seed"]: cell for cell in cells
+                       if (cell["arm"]["factor"], cell["arm"]["lr"]) == (best["factor"], best["lr"])}
+        self.inside = all(
+            not others or min(others) < best[name] < max(others) for name, others in (
+                (name, {cell["arm"][name] for cell in searched} - {best[name]}) for name in ("factor", "lr")))
+
+    @property
+    def name(self) -> str:
+        arm = self.arm
+        judge = f", judge {arm['judge'] or 'of the toy'}" if arm["judge"] or not arm["sink_k"] else ""
+        return f"{arm['loss']}, {arm['source']}{judge}{'' if arm['sink_k'] else ', no sink fix'}"
+
+    def value(self, seed: int, where: str, measure: str, criterion: str = "neutral") -> float:
+        """A figure of one seed at the step that validation pairs choose."""
+        cell = self.finals[seed]
+        return cell["test"][where][choose_step(cell["validation"][criterion])][measure]
+
+    def mean(self, where: str, measure: str, criterion: str = "neutral") -> tuple[float, float]:
+        """(mean over the seeds, half its 95 % interval)."""
+        return interval([self.value(seed, where, measure, criterion) for seed in self.finals])
+
+    def gain(self, other: "Trained", where: str, measure: str, criterion: str = "neutral") -> tuple[float, float]:
+        """(mean difference to another arm, paired by seed, half its 95 % interval)."""
+        return interval([self.value(seed, where, measure, criterion) - other.value(seed, where, measure, criterion)
+                         for seed in self.finals if seed in other.finals])
+
+    def steps(self, criterion: str = "neutral") -> float:
+        """The median of the chosen steps."""
+        return statistics.median(STEPS[choose_step(cell["validation"][criterion])] for cell in self.finals.values())
+
+
+def trained_arms(cells: list[dict]) -> dict[tuple, Trained]:
+    """Every arm that was searched for and trained, by (world, loss, source, judge, sink_k)."""
+    searched: dict[tuple, list[dict]] = {}
+    finals: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        arm = cell["arm"]
+        name = tuple(arm[field] for field in ("world", "loss", "source", "judge", "sink_k"))
+        (searched if arm["tests"] == "none" else finals).setdefault(name, []).append(cell)
+    arms = {name: Trained(group, finals.get(name, [])) for name, group in searched.items()}
+    return {name: arm for name, arm in arms.items() if arm.finals}
+
+
+def arms_in(part: str, cells: list[dict]) -> list[Trained]:
+    """The arms of a part that there are cells of, uniform weights first."""
+    every = trained_arms(cells)
+    world = "plain" if part == "control" else "confounded"
+    base = every.get((world, "twdpo", "uniform", "", 1))
+    if base is None:
+        return []
+
+    def belongs(arm: Trained) -> bool:
+        is_curve = any(cell["arm"]["tests"] == "all" for cell in arm.finals.values())
+        if arm is base or arm.arm["world"] != world:
+            return False
+        if part in ("headline", "control"):
+            return is_curve
+        if part == "judges":
+            return arm.arm["source"] == "attention"
+        return not is_curve and (arm.arm["loss"] == "twdpo") == (part == "sources") and not arm.arm["judge"] and (
+            arm.arm["source"] != "attention")
+    order = {"attention": 0, "attention_surprise": 1, "shuffled": 2, "oracle": 3}
+    found = [arm for arm in every.values() if belongs(arm)]
+    if part == "judges" and not any(arm.arm["judge"] for arm in found):
+        return []
+    return [base, *sorted(found, key=lambda arm: (order.get(arm.arm["source"], 4), arm.name))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def plus_minus(value: tuple[float, float], digits: int = 3, sign: str = "") -> str:
+    mean, half = value
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half < math.inf else "")
+
+
+def columns_of(part: str, base: Trained) -> list[tuple[str, Callable[[Trained], str]]]:
+    """(head, cell) of a part's table."""
+    def gain(where: str, criterion: str = "neutral"):
+        return lambda arm: "" if arm is base else plus_minus(arm.gain(base, where, "accuracy", criterion), sign="+")
+
+    def mean(where: str, measure: str, digits: int = 3):
+        return lambda arm: plus_minus(arm.mean(where, measure), digits)
+    key, tested = "neutral" if part == "control" else "reversed", [] if part == "control" else ["reversed"]
+    columns = [("lift", lambda arm: f"{statistics.fmean(cell['lift'] for cell in arm.finals.values()):.1f}")]
+    if part == "judges":
+        columns.append(("right verdicts", lambda arm: f"{verdicts(arm):.2f}" if arm is not base else ""))
+    for where in [*tested, "neutral"]:
+        columns += [(f"accuracy, {where}", mean(where, "accuracy")), ("- uniform", gain(where))]
+    if part == "headline":
+        columns.append(("- uniform, reversed, step chosen by pairs like training", gain("reversed", "like training")))
+    return [*columns, ("planted alone", mean(key, "planted_accuracy")), ("signal", mean(key, "signal", 1)),
+            ("drift", mean(key, "drift")), ("step", lambda arm: f"{arm.steps():g}"),
+            ("beta", lambda arm: f"{arm.beta:.3g}"),
+            ("lr", lambda arm: f"{arm.arm['lr']:.3g}{'' if arm.inside else ' (edge)'}")]
+
+
+def verdicts(arm: Trained) -> float:
+    """The share of right verdicts of an arm's judge on training pairs."""
+    return statistics.fmean(cell["verdicts"] for cell in arm.finals.values())
+
+
+def part_table(part: str, cells: list[dict]) -> str:
+    """Markdown: a line an arm; mean over seeds ± half its 95 % interval. "" without cells."""
+    arms = arms_in(part, cells)
+    if len(arms) < 2:
+        return ""
+    columns = columns_of(part, arms[0])
+    lines = ["| arm | " + " | ".join(head for head, _ in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    return "\n".join(lines + [f"| {arm.name} | " + " | ".join(cell(arm) for _, cell in columns) + " |" for arm in arms])
+
+
+def curve_table(part: str, cells: list[dict]) -> str:
+    """Markdown: accuracy after each of STEPS, mean over the seeds, of the arms that were tested there."""
+    arms = arms_in(part, cells)
+    lines = ["| arm | pairs | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |",
+             "|---" * (2 + len(STEPS)) + "|"]
+    for where in ("reversed", "neutral"):
+        for arm in arms:
+            if points := curve(arm, where):
+                lines.append(f"| {arm.name} | {where} | " + " | ".join(f"{mean:.3f}" for mean, _ in points) + " |")
+    return "\n".join(lines)
+
+
+def written_table(part: str, cells: list[dict]) -> str:
+    """Markdown: what the policy of the chosen step writes."""
+    lines = ["| arm | good words | grammar | tokens | answers that end |", "|---|---|---|---|---|"]
+    for arm in arms_in(part, cells):
+        lines.append(f"| {arm.name} | " + " | ".join(plus_minus(arm.mean("written", name), digits) for name, digits in (
+            ("good", 3), ("grammar", 3), ("length", 1), ("ended", 3))) + " |")
+    return "\n".join(lines)
+
+
+def curve(arm: Trained, where: str) -> list[tuple[float, float]]:
+    """(mean, half its 95 % interval) of the accuracy after each of STEPS; [] where not all were tested."""
+    rows = [cell["test"].get(where, [None]) for cell in arm.finals.values()]
+    if any(figures is None for row in rows for figures in row):
+        return []
+    return [interval([row[place]["accuracy"] for row in rows]) for place in range(len(STEPS))]
+
+
+def describe(part: str, cells: list[dict]) -> str:
+    """A part as text: its table and its sentences."""
+    return "\n".join([NAMES[part], part_table(part, cells), *sentences(part, cells)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sentences: what README and docs may say. Nothing is called better whose interval holds 0.
+
+def compared(difference: tuple[float, float], more: str, less: str, digits: int = 2) -> str:
+    """`more accurate (+0.12 ± 0.03)`, or that the interval holds 0."""
+    mean, half = difference
+    figure = f"({plus_minus(difference, digits, '+')})"
+    if abs(mean) <= half:
+        return f"not told apart {figure}"
+    return f"{more if mean > 0 else less} {figure}"
+
+
+def sentences(part: str, cells: list[dict]) -> list[str]:
+    """What a part's figures say, in words that follow its intervals; [] where arms are missing."""
+    arms = {(arm.arm["source"], arm.arm["judge"], arm.arm["sink_k"]): arm for arm in arms_in(part, cells)}
+    named = [arms.get((source, "", 1)) for source in ("uniform", "attention", "oracle", "shuffled")]
+    if part not in ("headline", "control") or None in named:
+        return []
+    uniform, attention, oracle, shuffled = named
+    seeds = len(uniform.finals)
+
+    def gain(arm: Trained, where: str, measure: str = "accuracy") -> str:
+        words = ("more", "less") if measure == "drift" else ("more accurate", "less accurate")
+        return compared(arm.gain(uniform, where, measure), *words)
+    if part == "control":
+        return [f"On the plain toy, against uniform weights: attention {gain(attention, 'neutral')}, the planted words "
+                f"alone {gain(oracle, 'neutral')}, shuffled attention {gain(shuffled, 'neutral')}; drift of filler "
+                f"with attention: {gain(attention, 'neutral', 'drift')}."]
+    of = {name: f"{arm.mean('reversed', 'accuracy')[0]:.2f}" for name, arm in
+          (("uniform", uniform), ("attention", attention), ("oracle", oracle), ("shuffled", shuffled))}
+    return [f"Where filler goes with the preference in training and against it in the test, uniform weights reach an "
+            f"accuracy of {of['uniform']}, the judge's attention {of['attention']}, the planted words alone "
+            f"{of['oracle']}, and the same attention in shuffled places {of['shuffled']} ({seeds} seeds).",
+            f"Against uniform weights there: attention {gain(attention, 'reversed')}, planted words alone "
+            f"{gain(oracle, 'reversed')}, shuffled attention {gain(shuffled, 'reversed')}.",
+            f"Where filler says nothing in the test: attention {gain(attention, 'neutral')}, planted words alone "
+            f"{gain(oracle, 'neutral')}, shuffled attention {gain(shuffled, 'neutral')}."]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plot
+
+def draw_curves(cells: list[dict]) -> str:
+    """SVG: accuracy by steps with 95 % bands, a panel a set of test pairs, arms named at their ends."""
+    panels = [(f"{NAMES[part]}: {where} test pairs" if part == "headline" else f"{NAMES[part]}: test pairs",
+               [(arm.arm["source"], curve(arm, where)) for arm in arms_in(part, cells)])
+              for part, where in (("headline", "reversed"), ("headline", "neutral"), ("control", "neutral"))]
+    panels = [(title, [line for line in lines if line[1]]) for title, lines in panels]
+    panels = [(title, lines) for title, lines in panels if lines]
+    edges = [edge for _, lines in panels for _, points in lines for mean, half in points
+             for edge in (mean - min(half, mean), mean + min(half, 1 - mean))]
+    low = math.floor(min(edges, default=0.5) * 10) / 10
+    parts = [draw_panel(title, lines, panel * WIDTH, low) for panel, (title, lines) in enumerate(panels)]
+    style = ("text{font:12px system-ui,sans-serif;fill:#55534e}.title{font-size:13px;font-weight:600;fill:#1b1b1f}"
+             ".grid{stroke:#e3e1da}polyline{fill:none;stroke-width:2}polygon{opacity:.14}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * max(1, len(panels))} {HEIGHT}" role="img" '
+            f'aria-label="accuracy by training steps"><style>{style}</style><rect width="100%" height="100%" '
+            f'fill="#fdfdfb"/>{"".join(parts)}</svg>\n')
+
+
+def draw_panel(title: str, lines: list[tuple[str, list[tuple[float, float]]]], shift: float, low: float) -> str:
+    """One panel; lines: (name, (mean, half the band) after each of STEPS)."""
+    def place_x(place: int) -> float:
+        return shift + LEFT + place / (len(STEPS) - 1) * (WIDTH - LEFT - RIGHT)
+
+    def place_y(value: float) -> float:
+        return HEIGHT - BOTTOM - (min(max(value, low), 1.0) - low) / (1.0 - low) * (HEIGHT - TOP - BOTTOM)
+    parts = [f'<text x="{shift + LEFT}" y="20" class="title">{html.escape(title)}</text>']
+    for tick in range(round(low * 10), 11):
+        y = place_y(tick / 10)
+        parts.append(f'<line x1="{place_x(0):.1f}" x2="{place_x(len(STEPS) - 1):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+                     f'class="grid"/><text x="{shift + LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick / 10:.1f}'
+                     "</text>")
+    for place, steps in enumerate(STEPS):
+        parts.append(f'<text x="{place_x(place):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{steps}</text>')
+    middle = (place_x(0) + place_x(len(STEPS) - 1)) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">steps of training</text>')
+    ends = sorted((place_y(points[-1][0]), number) for number, (_, points) in enumerate(lines))
+    label_y = {}
+    for y, number in ends:  # names stand apart, whatever their lines do
+        label_y[number] = max(y + 4, max(label_y.values(), default=-math.inf) + 14)
+    over = max(label_y.values(), default=0) - (HEIGHT - BOTTOM + 4)
+    for number, (name, points) in enumerate(lines):
+        color, steps = COLORS[number % len(COLORS)], range(len(points))
+        band = [(place_x(place), place_y(points[place][0] + points[place][1])) for place in steps]
+        band += [(place_x(place), place_y(points[place][0] - points[place][1])) for place in reversed(steps)]
+        middle = " ".join(f"{place_x(place):.1f},{place_y(points[place][0]):.1f}" for place in steps)
+        parts.append(f'<polygon fill="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in band)}"/>'
+                     f'<polyline stroke="{color}" points="{middle}"/>'
+                     f'<text x="{place_x(len(STEPS) - 1) + 8:.1f}" y="{label_y[number] - max(over, 0):.1f}" '
+                     f'style="fill:{color}">{html.escape(name)}</text>')
+    return "".join(parts)
+
+
+def render(cells: list[dict]) -> str:
+    """methods.md: every part that there are cells of."""
+    parts = ["# The methods on the toy",
+             f"Made by `benchmarks/methods.py` from the cells beside this page. {NUM_PAIRS} training pairs, {TEST:,} "
+             f"test pairs a seed; confounded: {WORLDS['confounded']:.0%} of the filler sentences of training pairs. "
+             "Mean over seeds ± half the 95 % interval; differences are paired by seed; (edge): the best setting has a "
+             "neighbour that was not tried."]
+    for part, title in NAMES.items():
+        if table := part_table(part, cells):
+            parts.append(f"## {title}\n\n{table}")
+            parts += sentences(part, cells)
+            if part in ("headline", "control"):
+                parts += [f"Accuracy by steps:\n\n{curve_table(part, cells)}",
+                          f"What the policy writes:\n\n{written_table(part, cells)}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_pages(cells: list[dict], folder: Path) -> None:
+    """Write methods.md and methods.svg."""
+    make_directory(folder, "--out")
+    for name, text in (("methods.md", render(cells)), ("methods.svg", draw_curves(cells))):
+        write_atomic(folder / name, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
