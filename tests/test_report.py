@@ -102,7 +102,7 @@ def test_the_page_names_what_it_is_of(stored):
     facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", body[:body.index("What the names mean")]))
     assert facts["pairs"] == "1, 1 of them shown below" and facts["judge"] == "m" and facts["data"] == "d"
     assert facts["sink_k"].startswith("1, ") and facts["layers stored"] == "1, 2" and "torch" in facts["made with"]
-    assert "shades are of layer 2" in body and facts["position consistency"] == "0.500" and "report.html" not in body
+    assert "shades: layer 2." in body and facts["position consistency"] == "0.500" and "report.html" not in body
 
 
 def test_page_escapes_what_it_shows_and_needs_no_network(stored):

@@ -191,7 +191,7 @@ def test_show_reads_no_weights_unless_the_source_needs_them(run_arguments, toy_m
     printed = capsys.readouterr().out
     assert printed.count("the turn ends with <|eot|>") == 4 and "pair 3" not in printed and "\x1b" not in printed
     page = (run / "show/show.html").read_text()
-    assert page.count("<article>") == 2 and str(run / "show/show.html") in printed
+    assert page.count("<article>") == 2 and "report.html" not in page and str(run / "show/show.html") in printed
     assert (run / "config.json").read_text() == "{}" and sorted(os.listdir(run)) == ["config.json", "show"]
 
 
@@ -218,7 +218,8 @@ def test_weights_that_are_made_while_training_are_not_shown(run_arguments, tmp_p
 
 
 def test_a_run_links_to_its_pairs_if_they_are_there(plain_run, tmp_path):
-    assert (plain_run / "pairs.html").read_text().count("<article>") == 8
+    pairs = (plain_run / "pairs.html").read_text()
+    assert pairs.count("<article>") == 8 and '<a href="report.html">' in pairs
     assert '<a href="pairs.html">' in (plain_run / "report.html").read_text()
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(plain_run / name, tmp_path)

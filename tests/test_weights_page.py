@@ -100,7 +100,7 @@ def test_other_sources_have_a_page_too_and_what_is_made_while_training_or_is_1_h
     num = len(example.chosen.ids)
     assert report["sides"]["chosen"]["delta"] == pytest.approx(2 * num / (num + 1) - 1) and report["layers"] == []
     body = (tmp_path / "rising/weights.html").read_text()
-    assert "the weights of\nrising" in body.replace(" rising", "\nrising") and "sink_k" not in body.split("<h2>")[0]
+    assert "the weights of rising" in body and "shades: what is trained." in body and "<dt>sink_k" not in body
 
 
 def test_layers_that_are_stored_are_weighed_as_if_the_run_named_them(tmp_path, run_arguments, run_pairs, toy_model):
@@ -133,12 +133,11 @@ def test_of_a_weights_file_a_few_pairs_can_be_read(tmp_path, run_pairs, toy_mode
     few = WeightsFile(tmp_path / "w", keys={key})
     assert list(few._answers) == [key] and (few[key][1].attention_LRJ == every[key][1].attention_LRJ).all()
     assert few[key][1].attention_LRJ.base is None and list(WeightsFile(tmp_path / "w", keys={key + 1})._answers) == []
-
-
-def test_a_source_of_two_judge_prompts_has_no_choice_of_layers():
-    config = TrainConfig(model="m", data="d")
-    objective = bind_objective(LOSSES["twdpo"], WEIGHTS["attention_contrast"], "attention_contrast")
-    assert list(layer_contexts(objective, WeightContext(config, attention=Stored({})), set())) == [config.layer]
+    # A source of two judge prompts has no choice of layers: those of the other prompt would stay.
+    context = WeightContext(TrainConfig(model="m", data="d", layer="1"), attention=every)
+    for name, layers in (("attention", ["1", "2"]), ("attention_contrast", ["1"])):
+        objective = bind_objective(LOSSES["twdpo"], WEIGHTS[name], name)
+        assert list(layer_contexts(objective, context, {key})) == layers
 
 
 # ----------------------------------------------------------------------------------------------------------------------

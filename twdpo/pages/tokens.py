@@ -18,7 +18,7 @@ KINDS = {  # in the words of a page's key
     MARK: "slanted, dotted line below: what the template puts around thinking",
     ANSWER: "a token of the answer itself",
     TEMPLATE: "dotted line below: of the chat template, within the answer",
-    END: "dotted line below: what ends the turn; trained, though the judge does not see it",
+    END: "dotted line below: what ends the turn, trained like the answer",
     CUT: "struck through: cut off before training (--max-length); it has no weight, and the loss does not see it",
     UNJUDGED: "struck through: of the answer, but no token of it was judged (--judge-max-length)",
 }
@@ -93,7 +93,7 @@ function say() {
   if (!at) return;
   const answer = at.parentElement, ratio = /n\u00b7a (\\S+)$/.exec(at.title), n = Number(answer.dataset.n);
   line.textContent = "\u201c" + at.textContent + "\u201d: " + answer.dataset.side + ", " + at.title +
-    (ratio ? ", a " + (ratio[1] / n).toPrecision(3) + " of " + n + " tokens" : "");
+    (ratio ? ", a = " + (ratio[1] / n).toPrecision(3) + " (n = " + n + ")" : "");
 }
 function go(token) {
   if (at) at.classList.remove("at");

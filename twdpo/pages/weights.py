@@ -235,9 +235,10 @@ def page_of_run(examples: list[Example], objective: Objective, context: WeightCo
         others = [token_weights(example, objective, other) for other in list(contexts.values())[1:]]
         seen.append(ShownWeights(f"{pair.where}; {count_prompt(pair)}", show_question(example.pair, "conversation"),
                                  pair.answers, [list(of_side) for of_side in zip(ratios[place], *others)]))
-    names = [name_layer(layer) if attention is not None else "" for layer in contexts]
+    names = list(map(name_layer, contexts))
+    names[0] = f"{names[0]}, as trained" if attention is not None else "what is trained"
     return WeightsPage(about, what, {"pairs": len(examples)} | merge_figures(weighed, judged), seen,
-                       [f"{names[0]}, as trained", *names[1:]], "../report.html")
+                       names, "../report.html")
 
 
 def spell_pins(config: TrainConfig) -> str:
@@ -257,8 +258,7 @@ def layer_contexts(objective: Objective, context: WeightContext, keys: set[int])
         for place, layer in enumerate(stored.layers):
             attention = {key: tuple(replace(answer, attention_LRJ=answer.attention_LRJ[[place]])
                                     for answer in stored[key]) for key in keys}
-            contexts.setdefault(layer, replace(context, attention=attention,
-                                               config=replace(context.config, layer=layer)))
+            contexts.setdefault(layer, replace(context, attention=attention))
     return contexts
 
 
@@ -283,7 +283,7 @@ def render_page(page: WeightsPage) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Token weights</title><style>{STYLE}{TOKENS_STYLE}</style></head><body>
 <h1>Token weights</h1>
-<p class="note">{html.escape(page.what)} Figures and shades are of {html.escape(page.choices[0])}.
+<p class="note">{html.escape(page.what)} Figures and shades: {html.escape(page.choices[0])}.
 <a href="#pairs">To the pairs.</a>{back}</p>
 <dl>{facts}</dl>
 <div class="tables">
@@ -349,4 +349,5 @@ def layers_table(report: dict[str, object]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     rows = "".join(f"<tr><td>{html.escape(layer['layer'])}</td>" + "".join(
         f"<td>{layer.get(name, float('nan')):.4f}</td>" for name in columns) + "</tr>" for layer in report["layers"])
-    return f'<h2>Layers</h2><div class="scroll"><table><tr><th>layer</th>{head}</tr>{rows}</table></div>'
+    return ('<h2>Layers</h2><p class="note">Of the judge&#8217;s own tokens, the whole answers.</p><div class="scroll">'
+            f'<table><tr><th>layer</th>{head}</tr>{rows}</table></div>')
