@@ -23,7 +23,7 @@ from twdpo.weights_file import JudgedAnswer
 class Stored:
     """A weights file of two layers in memory."""
 
-    layers = ["1", "2"]
+    layers, meta = ["1", "2"], {}
 
     def __init__(self, answers: dict):
         self.answers = answers

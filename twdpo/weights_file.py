@@ -18,7 +18,7 @@ Shards are written to a temporary name and renamed: one that can be seen is comp
 import copy
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +171,14 @@ class WeightsFile:
     def __getitem__(self, key: int) -> tuple[JudgedAnswer, JudgedAnswer]:
         """The chosen and the rejected answer of a pair."""
         return self._answers[key]
+
+    def of_layer(self, layer: str) -> "WeightsFile":
+        """The same in one of the layers that are in memory."""
+        one, place = copy.copy(self), self.layers.index(layer)
+        one.layers = [layer]
+        one._answers = {key: tuple(replace(answer, attention_LRJ=answer.attention_LRJ[[place]]) for answer in answers)
+                        for key, answers in self._answers.items()}
+        return one
 
     def top_tokens(self, key: int) -> list[int] | None:
         """The likeliest token at the query of each round, over the whole vocabulary; None when it is not stored."""

@@ -202,7 +202,7 @@ def split_judged(text: str, judged: JudgedAnswer, ratio_J: np.ndarray) -> list[P
 def write_run_weights(directory: Path, examples: list[Example], objective: Objective, context: WeightContext, chat: Chat
                       ) -> None:
     """weights/ of a run, of held-out pairs; nothing for weights that are made while training, or are 1 everywhere."""
-    if examples and not objective.is_online and objective.source is not WEIGHTS["uniform"]:
+    if examples and not objective.is_online and objective.source_name != "uniform":
         make_directory(directory, "--output-dir")
         write_page(directory, page_of_run(examples, objective, context, chat))
 
@@ -217,14 +217,6 @@ def page_of_run(examples: list[Example], objective: Objective, context: WeightCo
     if attention is not None:
         judged = describe_judge(attention, [example.pair.key for example in examples], config.judge_rounds,
                                 list(range(len(attention.layers))))
-    options = f" ({config.weights_options})" if config.weights_options else ""
-    about = {"model": config.model, "data": config.data, "loss": config.loss,
-             "weights": f"{objective.source_name}{options}" + (f", of {config.weights}" if config.weights not in
-                                                               WEIGHTS else "")}
-    if attention is not None:
-        about |= {"layer": name_layer(config.layer), "heads": config.judge_heads, "rounds": config.judge_rounds,
-                  "sink_k": spell_sink(config), "always 1": spell_pins(config)}
-    about |= {"max_length": config.max_length, "made with": versions()}
     what = (f"Tokens and n\u00b7a are those that the run trains with, here of held-out pairs: the weights of "
             f"{objective.source_name} after the cut to --max-length, normalised.")
     shown = sample(list(range(len(examples))), RUN_PAIRS, config.seed)
@@ -237,8 +229,21 @@ def page_of_run(examples: list[Example], objective: Objective, context: WeightCo
                                  pair.answers, [list(of_side) for of_side in zip(ratios[place], *others)]))
     names = list(map(name_layer, contexts))
     names[0] = f"{names[0]}, as trained" if attention is not None else "what is trained"
-    return WeightsPage(about, what, {"pairs": len(examples)} | merge_figures(weighed, judged), seen,
-                       names, "../report.html")
+    return WeightsPage(about_run(objective, context), what, {"pairs": len(examples)} | merge_figures(weighed, judged),
+                       seen, names, "../report.html")
+
+
+def about_run(objective: Objective, context: WeightContext) -> dict[str, object]:
+    """Facts of a run that its weights depend on."""
+    config, attention = context.config, context.attention
+    options = f" ({config.weights_options})" if config.weights_options else ""
+    path = f", of {config.weights}" if config.weights not in ("", *WEIGHTS) else ""
+    about = {"model": config.model, "data": config.data, "loss": config.loss,
+             "weights": f"{objective.source_name}{options}{path}"}
+    if attention is not None:
+        about |= {"layer": name_layer(config.layer), "heads": attention.meta.get("heads", "not known"),
+                  "rounds": config.judge_rounds, "sink_k": spell_sink(config), "always 1": spell_pins(config)}
+    return about | {"max_length": config.max_length, "made with": versions()}
 
 
 def spell_pins(config: TrainConfig) -> str:
@@ -251,14 +256,12 @@ def spell_pins(config: TrainConfig) -> str:
 def layer_contexts(objective: Objective, context: WeightContext, keys: set[int]) -> dict[str, WeightContext]:
     """The run's own context, and for pairs of these keys those in which the attention is of other layers that are
     stored, by layer; for sources that read the judge's attention from one file."""
-    contexts = {context.config.layer: context}
-    if isinstance(context.attention, WeightsFile) and "attention_against" not in source_needs(objective.source):
-        meta = context.attention.meta
-        stored = WeightsFile(context.attention.directory, ",".join(map(str, meta["layers"])), keys)
-        for place, layer in enumerate(stored.layers):
-            attention = {key: tuple(replace(answer, attention_LRJ=answer.attention_LRJ[[place]])
-                                    for answer in stored[key]) for key in keys}
-            contexts.setdefault(layer, replace(context, attention=attention))
+    contexts, attention = {context.config.layer: context}, context.attention
+    if (isinstance(attention, WeightsFile) and "attention_against" not in source_needs(objective.source)
+            and attention.directory.exists()):  # it was read hours ago
+        stored = WeightsFile(attention.directory, ",".join(map(str, attention.meta["layers"])), keys)
+        for layer in stored.layers:
+            contexts.setdefault(layer, replace(context, attention=stored.of_layer(layer)))
     return contexts
 
 
