@@ -9,7 +9,7 @@ train.py does this by itself when no weights are given; `train.py --weights weig
 from pathlib import Path
 
 from twdpo.authors_columns import export_columns
-from twdpo.config import ExtractConfig, TrainConfig, parse_config
+from twdpo.config import ExtractConfig, parse_config
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, local_files, parse_sources, read_rows, with_test_split
 from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
 from twdpo.dist import Process, run_script
@@ -90,9 +90,7 @@ def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, datas
             rows, missing = export_columns(path, rows, stored, tokenizer, config.judge_rounds, Reading.of(config))
             print(f"{path}: {rows} rows" + (f", {missing} of them not judged, with null lists" if missing else ""))
     if config.report:
-        defaults = TrainConfig()
-        print(write_report(Path(config.report), stored, pairs, tokenizer, config.judge_rounds, defaults.sink_k,
-                           defaults.sink_k_min, config.report_min_count, config.report_pairs, defaults.seed))
+        print(write_report(Path(config.report), stored, pairs, tokenizer, config))
         print(f"{Path(config.report) / 'weights.html'}: a page to look at; report.json: the same figures")
 
 

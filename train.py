@@ -44,13 +44,12 @@ from twdpo.needs import open_context, open_needs
 from twdpo.objective import TOKEN_STATS, Objective, find_objective, forward, list_objectives, settings_of_loss
 from twdpo.pages.run import write_curves
 from twdpo.pages.show import show, write_run_pairs
-from twdpo.pages.weights import write_report
+from twdpo.pages.weights import write_run_weights
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
 from twdpo.run_folder import drop_later_checkpoints, open_run, start_run
 from twdpo.tokens import Example
 from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
-from twdpo.weights_file import WeightsFile
 
 SAMPLED_TOKENS = 128  # most tokens of an answer of --sample
 
@@ -378,15 +377,12 @@ def export(run: Run, name: str) -> None:
 
 def finish(run: Run, log: Log) -> None:
     """The final model, the pages, the summary. All ranks."""
-    config, process, attention = run.config, run.process, run.context.attention
+    process = run.process
     export(run, "final")
     log.close()
     process.on_main(lambda: write_curves(run.folder))
-    if run.held_out and run.objective.source is WEIGHTS["attention"] and isinstance(attention, WeightsFile):
-        pairs = [example.pair for example in first_set(run)]
-        process.on_main(lambda: write_report(run.folder / "weights", attention, pairs, run.model.tokenizer,
-                                             config.judge_rounds, config.sink_k, config.sink_k_min, min_count=10,
-                                             num_shown=24, seed=config.seed))
+    process.on_main(lambda: write_run_weights(run.folder / "weights", first_set(run), run.objective, run.context,
+                                              run.model.chat))
     process.print(summarize(run.folder))
 
 

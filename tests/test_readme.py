@@ -25,7 +25,8 @@ IMPORT_ORDER = """
     leave_out metrics models/source models/varlen models/attention models/build models/shards
     models/policy models/attribution models/reference models/generate models/anchor models/memory
     judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs needs run_folder checkpoint log pages/style pages/run pages/weights pages/pairs pages/show
+    inputs needs run_folder checkpoint log pages/style pages/run pages/tokens pages/pairs pages/show
+    pages/figures pages/weights
     toy/planted toy/train
 """.split()
 

@@ -23,6 +23,7 @@ from twdpo.objective import bind_objective
 from twdpo.pages.pairs import CUT_CHARACTER, describe_pair, format_pairs, render_pairs, split_text, visible
 from twdpo.pages.run import write_curves
 from twdpo.pages.show import first_pairs, is_weighed_ahead, token_weights
+from twdpo.pages.tokens import TOKENS_SCRIPT
 from twdpo.pairs import Pair
 from twdpo.tokens import tokenize_pairs
 from twdpo.weights import WEIGHTS, WeightContext
@@ -118,7 +119,7 @@ def test_texts_of_the_data_can_steer_no_terminal_and_no_page():
     seen = shown(tokenizer, make_example(tokenizer, pair))
     text, page = format_pairs([seen], colours=False), render_pairs("<t>", "<s>", [replace(seen, where="<w>")])
     assert "\x1b" not in text and "\u202e" not in text and "\\x1b[31m" in text
-    body = page.split("</style>")[1]
+    body = page.split("</style>")[1].replace(f"<script>{TOKENS_SCRIPT}</script>", "")
     assert not re.search(r"<script|<img|<link|<[tsw]>", body) and "&lt;w&gt;" in body and "&lt;script&gt;" in body
     assert body.count(">&lt;</") == 4 and "http" not in page  # "<" is a token of both answers, and in their lists
     assert visible("a\nb c\t\x07") == "a\u21b5\nb c\\t\\x07"
@@ -135,6 +136,7 @@ def test_the_page_is_light_and_dark_with_ids_that_need_no_pointing():
     assert [int(id) for row in rows for id in row[2].split()] == pair.answers[0].ids + pair.answers[1].ids
     bare = render_pairs("pairs", "mine", [shown(tokenizer, example)])
     assert "mine are made while training" in bare and "--a:" not in bare.split("</style>")[1]
+    assert "while training" not in page
 
 
 @pytest.mark.parametrize("norm, averages", [("mean1", False), ("selected_mean", False), ("mean1", True)])
@@ -189,7 +191,7 @@ def test_show_reads_no_weights_unless_the_source_needs_them(run_arguments, toy_m
     printed = capsys.readouterr().out
     assert printed.count("the turn ends with <|eot|>") == 4 and "pair 3" not in printed and "\x1b" not in printed
     page = (run / "show/show.html").read_text()
-    assert page.count("<article>") == 2 and str(run / "show/show.html") in printed
+    assert page.count("<article>") == 2 and "report.html" not in page and str(run / "show/show.html") in printed
     assert (run / "config.json").read_text() == "{}" and sorted(os.listdir(run)) == ["config.json", "show"]
 
 
@@ -216,7 +218,8 @@ def test_weights_that_are_made_while_training_are_not_shown(run_arguments, tmp_p
 
 
 def test_a_run_links_to_its_pairs_if_they_are_there(plain_run, tmp_path):
-    assert (plain_run / "pairs.html").read_text().count("<article>") == 8
+    pairs = (plain_run / "pairs.html").read_text()
+    assert pairs.count("<article>") == 8 and '<a href="report.html">' in pairs
     assert '<a href="pairs.html">' in (plain_run / "report.html").read_text()
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(plain_run / name, tmp_path)

@@ -15,8 +15,10 @@
 Shards are written to a temporary name and renamed: one that can be seen is complete.
 """
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +120,11 @@ def pick_layers(text: str, stored: list[str], where: str | Path) -> list[str]:
 class WeightsFile:
     """A weights file opened for reading, the wanted layers of it in memory."""
 
-    def __init__(self, directory: Path, layer: str = "last"):
+    def __init__(self, directory: Path, layer: str = "last", keys: Collection[int] | None = None):
         """layer: `last` (the last one stored), `all` stored, 1-based layers separated by commas or +, or `rollout`.
+        keys: of the pairs to read, if not all.
 
-        Raises InputError for one that is not stored.
+        Raises InputError for a layer that is not stored.
         """
         self.directory, self.meta = Path(directory), read_meta(directory)
         stored = list(map(str, self.meta["layers"]))
@@ -132,13 +135,16 @@ class WeightsFile:
         self._top_tokens: dict[int, list[int]] = {}
         for path in shard_paths(directory):
             try:
-                self._read(path, places)
+                self._read(path, places, keys)
             except SafetensorError as error:
                 raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
                                  "replaces it") from error
 
-    def _read(self, path: Path, places: list[int]) -> None:
+    def _read(self, path: Path, places: list[int], keys: Collection[int] | None) -> None:
         with safe_open(path, "numpy") as shard:
+            keys_E = shard.get_tensor("key_E").tolist()
+            if keys is not None and not set(keys_E) & set(keys):
+                return
             attention = shard.get_slice("attention_RLJ")
             attention_LRJ = np.stack([attention[:, place, :] for place in places])
             ids_J, spans_J2 = shard.get_tensor("ids_J"), shard.get_tensor("spans_J2")
@@ -146,11 +152,15 @@ class WeightsFile:
             has_verdict = "verdict_ER2" in shard.keys()
             verdict_ER2, top_token_ER = (shard.get_tensor(name) if has_verdict else None
                                          for name in ("verdict_ER2", "top_token_ER"))
-            for number, key in enumerate(shard.get_tensor("key_E").tolist()):
+            for number, key in enumerate(keys_E):
+                if keys is not None and key not in keys:
+                    continue
                 cuts = [slice(start, end) for start, end in
                         zip(([0] + ends)[2 * number:2 * number + 2], ends[2 * number:2 * number + 2])]
                 self._answers[key] = tuple(JudgedAnswer(ids_J[cut], spans_J2[cut], attention_LRJ[:, :, cut])
                                            for cut in cuts)
+                if keys is not None:  # a few views would keep whole shards in memory
+                    self._answers[key] = copy.deepcopy(self._answers[key])
                 if verdict_ER2 is not None:
                     self._verdicts[key] = verdict_ER2[number]
                     self._top_tokens[key] = top_token_ER[number].tolist()
@@ -161,6 +171,14 @@ class WeightsFile:
     def __getitem__(self, key: int) -> tuple[JudgedAnswer, JudgedAnswer]:
         """The chosen and the rejected answer of a pair."""
         return self._answers[key]
+
+    def of_layer(self, layer: str) -> "WeightsFile":
+        """The same in one of the layers that are in memory."""
+        one, place = copy.copy(self), self.layers.index(layer)
+        one.layers = [layer]
+        one._answers = {key: tuple(replace(answer, attention_LRJ=answer.attention_LRJ[[place]]) for answer in answers)
+                        for key, answers in self._answers.items()}
+        return one
 
     def top_tokens(self, key: int) -> list[int] | None:
         """The likeliest token at the query of each round, over the whole vocabulary; None when it is not stored."""

@@ -16,7 +16,27 @@ import numpy as np
 from twdpo.chat import Chat
 from twdpo.files import write_atomic
 from twdpo.pages.style import STYLE
-from twdpo.pages.weights import SIDES, opacity
+from twdpo.pages.tokens import (
+    ANSWER,
+    CLASSES,
+    CUT,
+    END,
+    KEY,
+    MARK,
+    REASONING,
+    SIDES,
+    TEMPLATE,
+    TOKENS_STYLE,
+    Piece,
+    ShownAnswer,
+    render_answer,
+    render_foot,
+    render_key,
+    spell_ids,
+    spell_weights,
+    visible,
+)
+from twdpo.postprocess import kept_text
 from twdpo.tokens import Example, Response, tokenize_pairs
 
 NO_LIMIT = 1 << 40  # tokens
@@ -25,36 +45,6 @@ CUT_CHARACTER = "\u27e8byte\u27e9"  # stands for a part of a character whose oth
 COLUMNS, LABEL = 100, 20  # of the text: characters of a line, and of the margin that says what tokens are
 FIRST_IDS, LAST_IDS = 8, 4  # of a long list that are shown
 STEPS = ((0.25, ""), (0.75, "230"), (1.5, "223"), (3.0, "216"), (5.0, "209"), (np.inf, "202"))  # n a below, its colour
-
-REASONING, MARK, ANSWER, TEMPLATE, END = "reasoning", "reasoning mark", "answer", "template", "end of turn"
-CLASSES = {REASONING: "reasoning", MARK: "reasoning template", ANSWER: "", TEMPLATE: "template", END: "template"}
-KEY = ("n\u00b7a: what the loss multiplies a token's log-ratio by; 1 is what every token has in plain DPO (where the "
-       "loss takes means over tokens: n times its share)")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens that are shown as one: one, or those that hold a character together. weights: n a of each, if known."""
-
-    text: str
-    kind: str
-    ids: tuple[int, ...]
-    weights: tuple[float, ...] | None
-
-    @property
-    def weight(self) -> float | None:
-        """Their mean, so that tokens of one character are no darker than others."""
-        return None if self.weights is None else sum(self.weights) / len(self.weights)
-
-
-@dataclass(frozen=True)
-class ShownAnswer:
-    """An answer's tokens, and in words how it ends and what of it is not trained."""
-
-    side: str
-    pieces: list[Piece]
-    ids: list[int]
-    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,10 +68,12 @@ def describe_pair(chat: Chat, example: Example, weights: tuple[np.ndarray | None
     answers = []
     for side, weights_N in zip(SIDES, weights):
         response = getattr(example, side)
-        pieces = list(split_response(tokenizer, prompt_ids[-1:], response, weights_N))
+        text, pieces = getattr(pair, side), list(split_response(tokenizer, prompt_ids[-1:], response, weights_N))
+        if response.is_cut and not pair.answers_call and (left := text[kept_text(response):]):
+            pieces.append(Piece(left, CUT, (), None))
         num_cut = len(getattr(whole, side).ids) - len(response.ids)
         answers.append(ShownAnswer(side, pieces, response.ids.tolist(),
-                                   describe_end(response, pieces, getattr(pair, side), num_cut, chat.templated)))
+                                   describe_end(response, pieces, text, num_cut, chat.templated)))
     return ShownPair(pair.where, decode(tokenizer, prompt_ids), prompt_ids,
                      len(whole.prompt_ids) - len(prompt_ids), remarks, answers)
 
@@ -160,12 +152,6 @@ def describe_end(response: Response, pieces: list[Piece], text: str, num_cut: in
     return remarks
 
 
-def visible(text: str) -> str:
-    """What can't be seen is spelled out, but for spaces; a line break is marked, and stays."""
-    return "".join("\u21b5\n" if letter == "\n" else letter if letter.isprintable()
-                   else letter.encode("unicode_escape").decode() for letter in text)
-
-
 def count_tokens(answer: ShownAnswer) -> str:
     """`chosen, 12 tokens, 5 of them reasoning`."""
     reasoning = sum(len(piece.ids) for piece in answer.pieces if piece.kind in (REASONING, MARK))
@@ -190,7 +176,8 @@ def format_pairs(shown: list[ShownPair], colours: bool) -> str:
         lines.append(f"    ids {list_ids(pair.prompt_ids)}")
         for answer in pair.answers:
             lines.append("  " + "; ".join([count_tokens(answer), *map(one_line, answer.remarks)]))
-            lines += shade_text(answer.pieces) if colours else list(tabulate(answer.pieces))
+            trained = [piece for piece in answer.pieces if piece.ids]
+            lines += shade_text(trained) if colours else list(tabulate(trained))
             lines.append(f"    ids {list_ids(answer.ids)}")
         lines.append("")
     if colours:
@@ -266,10 +253,6 @@ def paint(text: str, colour: str, *styles: str) -> str:
 # As a page
 
 PAIRS_STYLE = """
-article h2 { margin: 0 0 .4rem; font-size: 1rem; overflow-wrap: anywhere; }
-article h3 { font-size: .85rem; margin: 0 0 .3rem; color: var(--soft); font-weight: 600; overflow-wrap: anywhere; }
-.template { border-bottom: 2px dotted var(--soft); }
-.reasoning { font-style: italic; border-top: 1px solid var(--soft); }
 .note { overflow-wrap: anywhere; } .ids { overflow-wrap: anywhere; font-size: .8rem; color: var(--soft); }
 details { margin: .4rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 details .scroll { max-height: 20rem; overflow: auto; }
@@ -279,25 +262,26 @@ details :is(th, td):nth-child(2) { text-align: left; }
 """
 
 
-def write_page(path: Path, title: str, source: str, shown: list[ShownPair]) -> None:
-    """The page, in place of an older one."""
-    page = render_pairs(title, source, shown)
+def write_page(path: Path, title: str, source: str, shown: list[ShownPair], home: str = "") -> None:
+    """The page, in place of an older one. home: the page to link back to, if any."""
+    page = render_pairs(title, source, shown, home)
     write_atomic(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
-def render_pairs(title: str, source: str, shown: list[ShownPair]) -> str:
+def render_pairs(title: str, source: str, shown: list[ShownPair], home: str = "") -> str:
     """A page that needs no network. source: the name of what made the weights."""
-    made = any(piece.weights is not None for pair in shown for answer in pair.answers for piece in answer.pieces)
-    key = (f'Shades are {html.escape(KEY)}: <span class="scale"></span> 0 to 5 and more.' if made else
-           f"The weights of {html.escape(source)} are made while training: none are shown.")
+    pieces = [piece for pair in shown for answer in pair.answers for piece in answer.pieces]
+    made = any(piece.weights is not None for piece in pieces)
+    weights = f"Weights: {source}." if made else f"The weights of {source} are made while training: none are shown."
+    back = f' <a href="{html.escape(home)}">The run.</a>' if home else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}{PAIRS_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{STYLE}{TOKENS_STYLE}{PAIRS_STYLE}</style></head><body>
 <h1>{html.escape(title)}, as they are trained</h1>
-<p class="note">Weights: {html.escape(source)}. {key} Point at a token for its id and weight, or open the list below it.
-<span class="template">Dotted line</span>: tokens of the template;
-<span class="reasoning">slanted</span>: reasoning. &#8629; is a line break.</p>
+<p class="note">{html.escape(weights)} Every token with its id and weight is in the list below its answer.{back}</p>
+{render_key({piece.kind for piece in pieces}, made)}
 {"".join(render_pair(pair) for pair in shown)}
+{render_foot()}
 </body></html>
 """
 
@@ -306,7 +290,7 @@ def render_pair(pair: ShownPair) -> str:
     """One pair, chosen and rejected side by side."""
     remarks = f'<p class="note">{html.escape(", ".join(pair.remarks))}</p>' if pair.remarks else ""
     panels = "".join(f'<div><h3>{html.escape(count_tokens(answer))}</h3>'
-                     f'<div class="answer">{"".join(map(render_piece, answer.pieces))}</div>'
+                     f"{render_answer(answer)}"
                      f'<p class="note">{html.escape("; ".join(map(one_line, answer.remarks)))}</p>'
                      f"{tokens_table(answer)}</div>" for answer in pair.answers)
     ids = " ".join(map(str, pair.prompt_ids))
@@ -316,25 +300,10 @@ def render_pair(pair: ShownPair) -> str:
             f'<div class="sides">{panels}</div></article>')
 
 
-def render_piece(piece: Piece) -> str:
-    """A token, or those of one character."""
-    style = "" if piece.weight is None else f' style="--a:{opacity(piece.weight):.3f}"'
-    about = f"{piece.kind}, id {spell_ids(piece)}" + (f", n\u00b7a {spell_weights(piece)}" if piece.weights else "")
-    return (f'<span class="{CLASSES[piece.kind]}"{style} title="{html.escape(about)}">'
-            f"{html.escape(visible(piece.text))}</span>")
-
-
-def spell_weights(piece: Piece) -> str:
-    return " ".join(f"{weight:.4g}" for weight in piece.weights or ())
-
-
-def spell_ids(piece: Piece) -> str:
-    return " ".join(map(str, piece.ids))
-
-
 def tokens_table(answer: ShownAnswer) -> str:
     """Every token with what it is, its id and its weight: what pointing at it shows, where nothing can point."""
     rows = "".join(f"<tr><td><code>{html.escape(cell_text(piece))}</code></td><td>{piece.kind}</td>"
-                   f"<td>{spell_ids(piece)}</td><td>{spell_weights(piece)}</td></tr>" for piece in answer.pieces)
+                   f"<td>{spell_ids(piece)}</td><td>{spell_weights(piece)}</td></tr>"
+                   for piece in answer.pieces if piece.ids)
     return ("<details><summary>tokens, ids, weights</summary><div class=\"scroll\"><table><tr><th>token</th>"
             f"<th>what</th><th>id</th><th>n&middot;a</th></tr>{rows}</table></div></details>")

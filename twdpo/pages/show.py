@@ -54,7 +54,7 @@ def write_run_pairs(folder: Path, inputs: Inputs, config: TrainConfig, objective
                     ) -> None:
     """pairs.html in a run's folder: its first training pairs, with their weights unless those are made in a forward."""
     shown = describe_pairs(first_pairs(inputs, config, RUN_PAIRS), objective, None if objective.is_online else context)
-    write_page(folder / "pairs.html", "The first pairs of the run", objective.source_name, shown)
+    write_page(folder / "pairs.html", "The first pairs of the run", objective.source_name, shown, "report.html")
 
 
 def first_pairs(inputs: Inputs, config: TrainConfig, count: int) -> Inputs:

@@ -1,73 +1,154 @@
-"""What token weights look like: the paper's statistics of them, and a page and a picture of them on real answers.
+"""The page of token weights, weights.html, with a picture of it and report.json: of an extraction, or of a run.
 
-Tables 1 and 2, the first tokens' shares before the sink fix (section 3), and Appendix B's delta = max_t |n a_t - 1|.
-Legend: J judge tokens of one answer, L stored layers.
+Of an extraction the tokens are the judge's own, as it read the answers, and their weights those of its attention alone,
+each stored layer's, with the sink fix on them: what a run makes of them (cuts, alignment, several layers, another
+--sink-k) is not known there. Of a run they are what it trains with, from `Objective.weigh`: training tokens after the
+cut to --max-length, with n a as the loss multiplies them, whatever the source and its options; text that was cut stands
+there, struck through. The judge's other stored layers are weighed likewise, as if --layer named them.
+
+Legend: J judge tokens of one answer, N training tokens of it, L stored layers.
 """
 
 import html
+import importlib.metadata
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from twdpo.chat import Chat
+from twdpo.config import ExtractConfig, TrainConfig
 from twdpo.files import make_directory, write_atomic, write_json
+from twdpo.objective import Objective
+from twdpo.pages.figures import MEANINGS, describe_judge, describe_weights, format_report, names_of
+from twdpo.pages.pairs import count_prompt, count_tokens, describe_pair
+from twdpo.pages.show import token_weights
 from twdpo.pages.style import STYLE
-from twdpo.pairs import Pair
+from twdpo.pages.tokens import (
+    ANSWER,
+    CUT,
+    DARKEST,
+    MOST_OPAQUE,
+    SIDES,
+    TOKENS_STYLE,
+    UNJUDGED,
+    Piece,
+    ShownAnswer,
+    draw_pairs,
+    render_answer,
+    render_foot,
+    render_key,
+)
+from twdpo.pairs import Pair, show_question
 from twdpo.postprocess import average_rounds, pin_and_share
+from twdpo.tokens import Example
+from twdpo.weights import WEIGHTS, WeightContext, source_needs
 from twdpo.weights_file import JudgedAnswer, WeightsFile
 
-SIDES = ("chosen", "rejected")
-MOST_WEIGHTED = 10
-DARKEST = 5.0  # n a of the darkest shade
-WIDTH, MARGIN, COLUMNS, CHARACTER, LINE = 920, 18, 52, 8.0, 22  # of the picture: pixels, but for COLUMNS of an answer
+RUN_PAIRS, RUN_MIN_COUNT = 24, 10  # of a run: pairs on its page; least occurrences of the most weighted tokens
+
+# Other weights in place of those that the page holds: for each answer, for each choice, n a in hundredths by piece.
+CHOICE_SCRIPT = f"""
+const weights = JSON.parse(document.getElementById("weights").textContent), choice = document.getElementById("choice");
+const answers = document.querySelectorAll("article .answer");
+choice.addEventListener("change", () => {{
+  answers.forEach((answer, number) => {{
+    const ratios = weights[number][choice.selectedIndex];
+    [...answer.children].filter(token => token.style.length).forEach((token, place) => {{
+      const ratio = ratios[place] / 100;
+      token.style.setProperty("--a", (Math.min(ratio / {DARKEST}, 1) * {MOST_OPAQUE}).toFixed(3));
+      token.title = token.title.replace(/n\u00b7a .*/, "n\u00b7a " + ratio.toFixed(2));
+    }});
+  }});
+  say();
+}});
+"""
 
 
-def fixed_weights(mass_J: np.ndarray, sink_k: int, sink_k_min: int) -> np.ndarray:
-    """Normalised mass with the sink fix on the judge's own tokens (paper section 2.6), [J]."""
-    return pin_and_share(mass_J, np.arange(len(mass_J)) < (sink_k if len(mass_J) >= sink_k_min else 0))
+@dataclass(frozen=True)
+class ShownWeights:
+    """A pair on the page: both answers in pieces, and for each of them n a of its tokens by every choice."""
+
+    title: str
+    prompt: str
+    answers: list[ShownAnswer]
+    choices: list[list[np.ndarray]]
 
 
-def describe_weights(weights_file: WeightsFile, pairs: list[Pair], tokenizer, rounds: str, sink_k: int,
-                     sink_k_min: int, min_count: int) -> dict[str, object]:
-    """All statistics, as JSON: figures by side, the most weighted tokens, a row a layer.
+@dataclass(frozen=True)
+class WeightsPage:
+    """about: facts by name. what: in words, which tokens and weights these are. choices: what the weights can be of,
+    the first is shown. home: the page to link back to."""
 
-    Figures and tokens are of the last numbered layer in `weights_file`. Averages are over answers.
-    """
-    shown = shown_layer(weights_file.layers)
-    sides: dict[str, dict[str, list[float]]] = {side: defaultdict(list) for side in SIDES}
-    totals: dict[str, Counter] = {side: Counter() for side in SIDES}
-    counts: dict[str, Counter] = {side: Counter() for side in SIDES}
-    layers = [defaultdict(list) for _ in weights_file.layers]
-    for pair in pairs:
-        for side, answer in zip(SIDES, weights_file[pair.key]):
-            if not len(answer.ids_J):
-                continue
-            describe_layers(answer, rounds, layers)
-            mass_J = average_rounds(answer.attention_LRJ[shown], rounds)
-            weights_J = fixed_weights(mass_J, sink_k, sink_k_min)
-            figures = sides[side]
-            for name, value in (("std", weights_J.std()), ("max", weights_J.max()), ("length", len(weights_J)),
-                                ("delta", np.abs(len(weights_J) * weights_J - 1).max())):
-                figures[name].append(float(value))
-            for place in range(min(3, len(mass_J))):
-                figures[f"share of token {place + 1} before the sink fix"].append(float(mass_J[place]))
-            for id, weight in zip(answer.ids_J.tolist(), weights_J.tolist()):
-                totals[side][id] += weight
-                counts[side][id] += 1
-    tokens = {side: most_weighted(totals[side], counts[side], tokenizer, min_count) for side in SIDES}
-    return {
-        "pairs": len(pairs),
-        "sides": {side: {name: float(np.mean(values)) for name, values in figures.items()}
-                  for side, figures in sides.items()},
-        "most_weighted_tokens": tokens,
-        "min_count": min_count,
-        "layers": [{"layer": name} | {key: float(np.mean(values)) for key, values in figures.items()}
-                   for name, figures in zip(weights_file.layers, layers)],
-        "verdicts": weights_file.verdict_statistics([pair.key for pair in pairs]),
-    }
+    about: dict[str, object]
+    what: str
+    report: dict[str, object]
+    pairs: list[ShownWeights]
+    choices: list[str]
+    home: str = ""
+
+
+def write_page(directory: Path, page: WeightsPage) -> None:
+    """report.json, weights.html and weights.svg, two of the pairs."""
+    write_json(directory / "report.json", {"about": page.about} | page.report)
+    picture = draw_pairs([(pair.prompt, pair.answers) for pair in page.pairs[:1] + page.pairs[1:][-1:]])
+    for name, text in (("weights.html", render_page(page)), ("weights.svg", picture)):
+        write_atomic(directory / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+
+
+def sample(items: list, count: int, seed: int) -> list:
+    """So many of them, by chance, in their order."""
+    return [items[place] for place in sorted(np.random.default_rng(seed).permutation(len(items))[:count].tolist())]
+
+
+def merge_figures(weighed: dict[str, object], judged: dict[str, object]) -> dict[str, object]:
+    """One report of what `describe_weights` and `describe_judge` give."""
+    return weighed | judged | {"sides": {side: weighed["sides"][side] | judged["sides"][side] for side in SIDES}}
+
+
+def name_layer(layer: str) -> str:
+    """--layer in words."""
+    if "," in layer or "+" in layer:
+        return f"{'sum' if '+' in layer else 'mean'} of layers {', '.join(layer.replace('+', ',').split(','))}"
+    return f"layer {layer}" if layer.isdigit() else layer
+
+
+def versions() -> str:
+    """Of what the page was made with."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of an extraction
+
+def write_report(directory: Path, stored: WeightsFile, pairs: list[Pair], tokenizer, config: ExtractConfig) -> str:
+    """The page, the picture and the statistics of these pairs' attention; the statistics as text."""
+    make_directory(directory, "--report")
+    page = page_of_extraction(stored, pairs, tokenizer, config, TrainConfig())
+    write_page(directory, page)
+    return format_report(page.report)
+
+
+def page_of_extraction(stored: WeightsFile, pairs: list[Pair], tokenizer, config: ExtractConfig, fix: TrainConfig
+                       ) -> WeightsPage:
+    """fix: its sink_k and sink_k_min. Figures are of the last numbered layer."""
+    shown = shown_layer(stored.layers)
+    places = [shown, *(place for place in range(len(stored.layers)) if place != shown)]
+    answers = ((side, answer.ids_J, judged_ratios(answer, shown, config.judge_rounds, fix))
+               for pair in pairs for side, answer in zip(SIDES, stored[pair.key]) if len(answer.ids_J))
+    report = {"pairs": len(pairs)} | merge_figures(
+        describe_weights(answers, tokenizer, config.report_min_count),
+        describe_judge(stored, [pair.key for pair in pairs], config.judge_rounds, [shown]))
+    about = {"judge": config.model or "toy", "data": config.data, "judge prompt": config.judge_prompt,
+             "heads": config.judge_heads, "rounds": config.judge_rounds, "sink_k": spell_sink(fix),
+             "layers stored": ", ".join(stored.layers), "made with": versions()}
+    what = ("Tokens are the judge's own, and n\u00b7a is of its attention alone, after the sink fix. A run that trains "
+            "with it cuts, aligns and normalises it by its own settings, and has such a page of its own.")
+    texts = [pair for pair in pairs if not pair.answers_call]  # others' texts are not what was judged
+    seen = [judged_pair(stored[pair.key], pair, places, config.judge_rounds, fix)
+            for pair in sample(texts, config.report_pairs, fix.seed)]
+    return WeightsPage(about, what, report, seen, [name_layer(stored.layers[place]) for place in places])
 
 
 def shown_layer(layers: list[str]) -> int:
@@ -75,201 +156,177 @@ def shown_layer(layers: list[str]) -> int:
     return max((place for place, name in enumerate(layers) if name.isdigit()), default=len(layers) - 1)
 
 
-def describe_layers(answer: JudgedAnswer, rounds: str, layers: list[dict[str, list[float]]]) -> None:
-    """Add one answer's figures to every layer's."""
-    for attention_RJ, figures in zip(answer.attention_LRJ, layers):
-        mass_J = average_rounds(attention_RJ, rounds)
-        figures["attention on the answer"].append(float(attention_RJ.sum(axis=1).mean()))
-        figures["share of token 1"].append(float(mass_J[0]))
-        figures["std"].append(float(mass_J.std()))
-        spread = attention_RJ.std(axis=1)
-        if len(attention_RJ) == 2 and (spread > 0).all():
-            figures["correlation of the rounds"].append(float(np.corrcoef(attention_RJ)[0, 1]))
+def spell_sink(config: TrainConfig) -> str:
+    return f"{config.sink_k}, in answers of {config.sink_k_min} judge tokens and more"
 
 
-def most_weighted(totals: Counter, counts: Counter, tokenizer, min_count: int) -> list[dict[str, object]]:
-    """Tokens that occur at least `min_count` times, by mean weight (paper Table 2)."""
-    means = {id: totals[id] / count for id, count in counts.items() if count >= min_count}
-    first = sorted(means, key=lambda id: (-means[id], id))[:MOST_WEIGHTED]
-    return [{"token": tokenizer.decode([id]), "id": id, "weight": means[id], "count": counts[id]} for id in first]
+def judged_ratios(answer: JudgedAnswer, place: int, rounds: str, fix: TrainConfig) -> np.ndarray:
+    """n a of the judge's own tokens in one layer, with the sink fix on them (paper section 2.6), [J]."""
+    mass_J = average_rounds(answer.attention_LRJ[place], rounds)
+    sink_k = fix.sink_k if len(mass_J) >= fix.sink_k_min else 0
+    return len(mass_J) * pin_and_share(mass_J, np.arange(len(mass_J)) < sink_k)
 
 
-def format_report(report: dict[str, object]) -> str:
-    """The statistics as text."""
-    lines = [f"token weights of {report['pairs']} pairs" + "".join(
-        f"; {name} {value:.3f}" for name, value in report["verdicts"].items())]
-    names = list(dict.fromkeys(name for side in SIDES for name in report["sides"][side]))
-    lines.append(f"{'(mean over answers)':36}" + "".join(f"{side:>12}" for side in SIDES))
-    for name in names:
-        lines.append(f"{name:36}" + "".join(f"{report['sides'][side].get(name, float('nan')):12.4f}" for side in SIDES))
-    for side in SIDES:
-        tokens = report["most_weighted_tokens"][side]
-        listed = ", ".join(f"{token['token']!r} {token['weight']:.4f}" for token in tokens)
-        lines.append(f"most weighted in {side} (seen {report['min_count']} times or more): {listed or 'none'}")
-    columns = list(dict.fromkeys(name for layer in report["layers"] for name in layer if name != "layer"))
-    lines.append(f"{'layer':>10}" + "".join(f"{name:>28}" for name in columns))
-    for layer in report["layers"]:
-        lines.append(f"{layer['layer']:>10}" + "".join(f"{layer.get(name, float('nan')):28.4f}" for name in columns))
-    return "\n".join(lines)
+def judged_pair(judged: tuple[JudgedAnswer, JudgedAnswer], pair: Pair, places: list[int], rounds: str, fix: TrainConfig
+                ) -> ShownWeights:
+    """A pair as the judge read it, in the layers at these places."""
+    choices = [[judged_ratios(answer, place, rounds, fix) for place in places] for answer in judged]
+    answers = [ShownAnswer(side, split_judged(getattr(pair, side), answer, ratios[0]), answer.ids_J.tolist(), [])
+               for side, answer, ratios in zip(SIDES, judged, choices)]
+    return ShownWeights(pair.where, show_question(pair, "conversation"), answers, choices)
 
 
-def write_report(directory: Path, weights_file: WeightsFile, pairs: list[Pair], tokenizer, rounds: str, sink_k: int,
-                 sink_k_min: int, min_count: int, num_shown: int, seed: int) -> str:
-    """Write report.json, weights.html and weights.svg into `directory`; the statistics as text."""
-    make_directory(directory, "--report")
-    report = describe_weights(weights_file, pairs, tokenizer, rounds, sink_k, sink_k_min, min_count)
-    write_json(directory / "report.json", report)
-    texts = [pair for pair in pairs if not pair.answers_call]  # others' texts are not what was judged
-    chosen = np.random.default_rng(seed).permutation(len(texts))[:num_shown]
-    shown = [texts[place] for place in sorted(chosen.tolist())]
-    page = render_page(report, weights_file, shown, rounds, sink_k, sink_k_min)
-    picture = draw_pairs(weights_file, shown[:1] + shown[1:][-1:], rounds, sink_k, sink_k_min)
-    for name, text in (("weights.html", page), ("weights.svg", picture)):
-        write_atomic(directory / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    return format_report(report)
+def split_judged(text: str, judged: JudgedAnswer, ratio_J: np.ndarray) -> list[Piece]:
+    """An answer in its judge tokens, those of one character together, and text that none of them covers."""
+    pieces, place = [], 0
+
+    def skip(end: int) -> None:
+        if end > place:
+            between = text[place:end]
+            pieces.append(Piece(between, UNJUDGED if between.strip() else ANSWER, (), None))
+    for (start, end), id, ratio in zip(judged.spans_J2.tolist(), judged.ids_J.tolist(), ratio_J.tolist()):
+        if pieces and end <= place:
+            last = pieces.pop()
+            pieces.append(replace(last, ids=(*last.ids, id), weights=(*last.weights, ratio)))
+            continue
+        skip(start)
+        start, place = max(start, place), end
+        pieces.append(Piece(text[start:end], ANSWER, (id,), (ratio,)))
+    skip(len(text))
+    return pieces
 
 
-def render_page(report: dict[str, object], weights_file: WeightsFile, pairs: list[Pair], rounds: str, sink_k: int,
-                sink_k_min: int) -> str:
-    """A page that needs no network: answers shaded by weight, chosen and rejected side by side, and the statistics."""
-    articles, shown = [], shown_layer(weights_file.layers)
-    for number, pair in enumerate(pairs, 1):
-        panels = []
-        for side, answer, weights_J in shown_answers(weights_file, pair, rounds, sink_k, sink_k_min):
-            panels.append(f'<div><h3>{side}, {len(weights_J)} tokens</h3><div class="answer">'
-                          + shade(getattr(pair, side), answer.spans_J2, weights_J) + "</div></div>")
-        prompt = "\n\n".join(f"{role}: {text}" for role, text in pair.messages)
-        articles.append(f'<article id="pair-{number}"><div class="prompt">{html.escape(prompt)}</div>'
-                        f'<div class="sides">{"".join(panels)}</div></article>')
-    verdicts = "".join(f", {html.escape(name)} {value:.3f}" for name, value in report["verdicts"].items())
+# ----------------------------------------------------------------------------------------------------------------------
+# Of a run
+
+def write_run_weights(directory: Path, examples: list[Example], objective: Objective, context: WeightContext, chat: Chat
+                      ) -> None:
+    """weights/ of a run, of held-out pairs; nothing for weights that are made while training, or are 1 everywhere."""
+    if examples and not objective.is_online and objective.source_name != "uniform":
+        make_directory(directory, "--output-dir")
+        write_page(directory, page_of_run(examples, objective, context, chat))
+
+
+def page_of_run(examples: list[Example], objective: Objective, context: WeightContext, chat: Chat) -> WeightsPage:
+    """The weights that these pairs would be trained with."""
+    config, attention = context.config, context.attention
+    ratios = [token_weights(example, objective, context) for example in examples]
+    weighed = describe_weights(((side, getattr(example, side).ids, ratio_N) for example, both in zip(examples, ratios)
+                                for side, ratio_N in zip(SIDES, both)), chat.tokenizer, RUN_MIN_COUNT)
+    judged = {"sides": {side: {} for side in SIDES}, "layers": [], "verdicts": {}}
+    if attention is not None:
+        judged = describe_judge(attention, [example.pair.key for example in examples], config.judge_rounds,
+                                list(range(len(attention.layers))))
+    what = (f"Tokens and n\u00b7a are those that the run trains with, here of held-out pairs: the weights of "
+            f"{objective.source_name} after the cut to --max-length, normalised.")
+    shown = sample(list(range(len(examples))), RUN_PAIRS, config.seed)
+    contexts = layer_contexts(objective, context, {examples[place].pair.key for place in shown})
+    seen = []
+    for place in shown:
+        example, pair = examples[place], describe_pair(chat, examples[place], ratios[place])
+        others = [token_weights(example, objective, other) for other in list(contexts.values())[1:]]
+        seen.append(ShownWeights(f"{pair.where}; {count_prompt(pair)}", show_question(example.pair, "conversation"),
+                                 pair.answers, [list(of_side) for of_side in zip(ratios[place], *others)]))
+    names = list(map(name_layer, contexts))
+    names[0] = f"{names[0]}, as trained" if attention is not None else "what is trained"
+    return WeightsPage(about_run(objective, context), what, {"pairs": len(examples)} | merge_figures(weighed, judged),
+                       seen, names, "../report.html")
+
+
+def about_run(objective: Objective, context: WeightContext) -> dict[str, object]:
+    """Facts of a run that its weights depend on."""
+    config, attention = context.config, context.attention
+    options = f" ({config.weights_options})" if config.weights_options else ""
+    path = f", of {config.weights}" if config.weights not in ("", *WEIGHTS) else ""
+    about = {"model": config.model, "data": config.data, "loss": config.loss,
+             "weights": f"{objective.source_name}{options}{path}"}
+    if attention is not None:
+        about |= {"layer": name_layer(config.layer), "heads": attention.meta.get("heads", "not known"),
+                  "rounds": config.judge_rounds, "sink_k": spell_sink(config), "always 1": spell_pins(config)}
+    return about | {"max_length": config.max_length, "made with": versions()}
+
+
+def spell_pins(config: TrainConfig) -> str:
+    """Which tokens have n a of 1 whatever the judge attends to (twdpo.postprocess.pinned_tokens)."""
+    pins = ["what stands where the first judge tokens do, up to sink_k"] * (config.sink_on == "training")
+    pins += ["the end of the turn, and what the judge did not see"] * (config.unseen == "mean")
+    return "; ".join(pins) or "none"
+
+
+def layer_contexts(objective: Objective, context: WeightContext, keys: set[int]) -> dict[str, WeightContext]:
+    """The run's own context, and for pairs of these keys those in which the attention is of other layers that are
+    stored, by layer; for sources that read the judge's attention from one file."""
+    contexts, attention = {context.config.layer: context}, context.attention
+    if (isinstance(attention, WeightsFile) and "attention_against" not in source_needs(objective.source)
+            and attention.directory.exists()):  # it was read hours ago
+        stored = WeightsFile(attention.directory, ",".join(map(str, attention.meta["layers"])), keys)
+        for layer in stored.layers:
+            contexts.setdefault(layer, replace(context, attention=stored.of_layer(layer)))
+    return contexts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As HTML
+
+def render_page(page: WeightsPage) -> str:
+    """A page that needs no network."""
+    report, pieces = page.report, [piece for pair in page.pairs for answer in pair.answers for piece in answer.pieces]
+    about = {"pairs": f"{report['pairs']}, {len(page.pairs)} of them shown below"} | page.about
+    about |= {name: f"{value:.3f}" for name, value in report["verdicts"].items()}
+    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in about.items())
+    back = f' <a href="{html.escape(page.home)}">The run.</a>' if page.home else ""
+    names = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANINGS[name])}</dd>" for name in names_of(report))
+    chooser, script, data = "", "", ""
+    if len(page.choices) > 1:
+        options = "".join(f"<option>{html.escape(name)}</option>" for name in page.choices)
+        chooser = f'<label>Weights of <select id="choice" autocomplete="off">{options}</select></label>'
+        data = f'<script type="application/json" id="weights">{spell_choices(page.pairs)}</script>'
+        script = CHOICE_SCRIPT
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Token weights</title><style>{STYLE}</style></head><body>
+<title>Token weights</title><style>{STYLE}{TOKENS_STYLE}</style></head><body>
 <h1>Token weights</h1>
-<p class="note">{report['pairs']} pairs{verdicts}. {len(pairs)} of them are shown below, shaded by n&middot;a, a token's
-weight times the number of tokens: <span class="scale"></span> 0 to 5 and more; 1 is what every token has in plain DPO.
-Point at a token for its weight. The weights are those of layer {html.escape(weights_file.layers[shown])}, after the
-sink fix.</p>
+<p class="note">{html.escape(page.what)} Figures and shades: {html.escape(page.choices[0])}.
+<a href="#pairs">To the pairs.</a>{back}</p>
+<dl>{facts}</dl>
 <div class="tables">
 {statistics_table(report)}
 {"".join(tokens_table(report, side) for side in SIDES)}
 </div>
 {layers_table(report)}
-<h2>Pairs</h2>
-{"".join(articles)}
+<h2>What the names mean</h2>
+<dl>{names}</dl>
+<h2 id="pairs">Pairs</h2>
+{render_key({piece.kind for piece in pieces})}
+{"".join(render_pair(pair, number) for number, pair in enumerate(page.pairs, 1))}
+{data}{render_foot(chooser, script)}
 </body></html>
 """
 
 
-def shown_answers(weights_file: WeightsFile, pair: Pair, rounds: str, sink_k: int, sink_k_min: int
-                  ) -> list[tuple[str, JudgedAnswer, np.ndarray]]:
-    """(side, judged answer, its weights [J] in the layer that is shown) of both sides."""
-    shown = shown_layer(weights_file.layers)
-    return [(side, answer, fixed_weights(average_rounds(answer.attention_LRJ[shown], rounds), sink_k, sink_k_min))
-            for side, answer in zip(SIDES, weights_file[pair.key])]
+def render_pair(pair: ShownWeights, number: int) -> str:
+    """Its prompt, and its answers side by side."""
+    panels = []
+    for answer in pair.answers:
+        cut = "; ".join(answer.remarks) if any(piece.kind == CUT for piece in answer.pieces) else ""
+        panels.append(f"<div><h3>{html.escape(count_tokens(answer))}</h3>{render_answer(answer)}"
+                      + (f'<p class="note">{html.escape(cut)}</p>' if cut else "") + "</div>")
+    return (f'<article id="pair-{number}"><h3>{html.escape(pair.title)}</h3>'
+            f'<div class="prompt">{html.escape(pair.prompt)}</div><div class="sides">{"".join(panels)}</div></article>')
 
 
-def shaded_spans(spans_J2: np.ndarray, weights_J: np.ndarray) -> list[list]:
-    """[start, end, weight] of what is shaded as one, in characters: a character of several tokens once, with their
-    weights together."""
-    shown: list[list] = []
-    for (start, end), weight in zip(spans_J2.tolist(), weights_J.tolist()):
-        if shown and end <= shown[-1][1]:
-            shown[-1][2] += weight
-        else:
-            shown.append([max(start, shown[-1][1]) if shown else start, end, weight])
-    return shown
+def spell_choices(pairs: list[ShownWeights]) -> str:
+    """JSON: for each answer on the page, by choice, n a of each piece in hundredths."""
+    return json.dumps([[piece_ratios(answer, ratio_N) for ratio_N in ratios] for pair in pairs
+                       for answer, ratios in zip(pair.answers, pair.choices)], separators=(",", ":"))
 
 
-def opacity(ratio: float) -> float:
-    """Of the shade of n a."""
-    return min(ratio / DARKEST, 1) * 0.85
+def piece_ratios(answer: ShownAnswer, ratio_N: np.ndarray) -> list[int]:
+    """Means over the tokens of each piece that has any, in hundredths."""
+    sizes = [len(piece.ids) for piece in answer.pieces if piece.ids]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.rint(100 * np.add.reduceat(ratio_N, starts) / sizes).astype(int).tolist() if sizes else []
 
-
-def shade(text: str, spans_J2: np.ndarray, weights_J: np.ndarray) -> str:
-    """The answer with each judge token in a span whose opacity is its weight; text no token covers stays plain."""
-    parts, place = [], 0
-    for start, end, weight in shaded_spans(spans_J2, weights_J):
-        ratio = len(weights_J) * weight
-        parts.append(html.escape(text[place:start]))
-        token = html.escape(json.dumps(text[start:end], ensure_ascii=False))
-        parts.append(f'<span style="--a:{opacity(ratio):.3f}" title="{token}  a = {weight:.5f}, '
-                     f'n&middot;a = {ratio:.2f}">{html.escape(text[start:end])}</span>')
-        place = end
-    return "".join(parts) + html.escape(text[place:])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The picture
-
-def draw_pairs(weights_file: WeightsFile, pairs: list[Pair], rounds: str, sink_k: int, sink_k_min: int) -> str:
-    """SVG: pairs as on the page, on paper of its own, so that it can be read on any background."""
-    parts, top = [], MARGIN
-    for pair in pairs:
-        prompt, top = draw_text("\n".join(text for _, text in pair.messages), MARGIN, top, 2 * COLUMNS, "soft")
-        parts.append(prompt)
-        bottoms = []
-        answers = shown_answers(weights_file, pair, rounds, sink_k, sink_k_min)
-        for left, (side, answer, weights_J) in zip((MARGIN, (WIDTH + MARGIN) / 2), answers):
-            head, below = draw_text(f"{side}, {len(weights_J)} tokens", left, top + 6, COLUMNS, "soft")
-            text = getattr(pair, side)
-            shades = [(end - len(text[start:end].lstrip()), end, opacity(len(weights_J) * weight))
-                      for start, end, weight in shaded_spans(answer.spans_J2, weights_J)]
-            drawn, bottom = draw_text(text, left, below, COLUMNS, "ink", shades)
-            parts += [head, drawn]
-            bottoms.append(bottom)
-        top = max(bottoms) + 20
-    legend, height = draw_text("n\u00b7a, weight times number of tokens: 0", MARGIN, top, COLUMNS, "soft")
-    parts += [legend, f'<rect x="{MARGIN + 38 * CHARACTER:.0f}" y="{top + 3}" width="{12 * CHARACTER:.0f}" height="16" '
-                      'fill="url(#shades)"/>']
-    parts.append(draw_text(f"{DARKEST:.0f} and more; 1 everywhere in plain DPO", MARGIN + 51 * CHARACTER, top, COLUMNS,
-                           "soft")[0])
-    style = ("text{font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
-             ".ink{fill:#1b1b1f}.soft{fill:#6b6a66}.shade{fill:#c54a14}")
-    ends = "".join(f'<stop offset="{place}" stop-color="#c54a14" stop-opacity="{opacity(DARKEST * place)}"/>'
-                   for place in (0, 1))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + MARGIN}" role="img" '
-            f'aria-label="answers shaded by token weight"><style>{style}</style>'
-            f'<defs><linearGradient id="shades">{ends}</linearGradient></defs>'
-            f'<rect width="100%" height="100%" rx="8" fill="#fdfdfb"/>{"".join(parts)}</svg>\n')
-
-
-def draw_text(text: str, left: float, top: float, columns: int, style: str, shades: Iterable[tuple] = ()
-              ) -> tuple[str, float]:
-    """(SVG of a text in lines of at most so many characters, shades [start, end, opacity] behind it; where it ends)."""
-    parts = []
-    for start, end in break_lines(text, columns):
-        for first, last, dark in shades:
-            first, last = max(first, start), min(last, end)
-            if first < last and dark >= 0.01:
-                parts.append(f'<rect class="shade" x="{left + (first - start) * CHARACTER:.0f}" y="{top + 1:.0f}" '
-                             f'width="{(last - first) * CHARACTER:.0f}" height="{LINE - 2}" rx="3" '
-                             f'fill-opacity="{dark:.2f}"/>')
-        line = "".join(letter if letter.isprintable() else " " for letter in text[start:end])
-        for word in re.finditer(r"\S+", line):  # each has its place and length, so that shades fit whatever the font
-            parts.append(f'<text class="{style}" x="{left + word.start() * CHARACTER:.0f}" y="{top + 16:.0f}" '
-                         f'textLength="{len(word[0]) * CHARACTER:.0f}" lengthAdjust="spacingAndGlyphs">'
-                         f'{html.escape(word[0])}</text>')
-        top += LINE
-    return "".join(parts), top
-
-
-def break_lines(text: str, columns: int) -> list[tuple[int, int]]:
-    """(start, end) of lines of at most `columns` characters, broken after spaces and line breaks if there are any."""
-    lines, start = [], 0
-    while start < len(text):
-        end = min(start + columns, len(text))
-        if (found := text.find("\n", start, end)) >= 0:
-            end = found + 1
-        elif end < len(text):
-            end = text.rfind(" ", start, end) + 1 or end
-        lines.append((start, end))
-        start = end
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables of the page
 
 def statistics_table(report: dict[str, object]) -> str:
     names = list(dict.fromkeys(name for side in SIDES for name in report["sides"][side]))
@@ -289,8 +346,11 @@ def tokens_table(report: dict[str, object], side: str) -> str:
 
 
 def layers_table(report: dict[str, object]) -> str:
+    if not report["layers"]:
+        return ""
     columns = list(dict.fromkeys(name for layer in report["layers"] for name in layer if name != "layer"))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     rows = "".join(f"<tr><td>{html.escape(layer['layer'])}</td>" + "".join(
         f"<td>{layer.get(name, float('nan')):.4f}</td>" for name in columns) + "</tr>" for layer in report["layers"])
-    return f'<h2>Layers</h2><div class="scroll"><table><tr><th>layer</th>{head}</tr>{rows}</table></div>'
+    return ('<h2>Layers</h2><p class="note">Of the judge&#8217;s own tokens, the whole answers.</p><div class="scroll">'
+            f'<table><tr><th>layer</th>{head}</tr>{rows}</table></div>')
