@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
@@ -264,8 +265,8 @@ def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
-    """Train from the toy's model. Of each of STEPS, under "validation" the accuracy on every set of validation pairs,
-    and under "test" what `measure` finds on every set of test pairs (by the arm's `tests`; None where they were not
+    """Train from the toy's model. Of each of STEPS, under "validation" the loss on every set of validation pairs, and
+    under "test" what `measure` finds on every set of test pairs (by the arm's `tests`; None where they were not
     read); beside them the weights' lift, what the policy of the chosen steps writes, and seconds of one core."""
     began, config = time.process_time(), arm_config(arm)
     source = bind_options(WEIGHTS[arm.source], SOURCE_OPTIONS.get(arm.source, ""), "--weights-options")
@@ -278,15 +279,15 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
     run = Run(config, lab.process, objective, lab.model, pool.examples, {}, context, lab.policy, optimizer, ROWS,
               ENDLESS, StageClock(False, lab.process.device))
     lift = online_lift(run) if objective.is_online else source_lift(objective.source, run.train, context)[0]
-    accuracies: dict[str, list[float]] = {name: [] for name in validation}
+    losses: dict[str, list[float]] = {name: [] for name in validation}
     policies = []
     for steps in STEPS:
         while run.step < steps:
             train_step(run)
         for name, each in validation.items():
-            accuracies[name].append(accuracy(lab, each))
+            losses[name].append(preference_loss(lab, each))
         policies.append({name: value.clone() for name, value in lab.policy.state_dict().items()})
-    chosen = {choose_step(accuracies[name]) for name in validation}
+    chosen = {choose_step(losses[name]) for name in validation}
     read = {"none": set(), "chosen": chosen, "all": range(len(STEPS))}[arm.tests]
     figures: dict[str, list] = {name: [None] * len(STEPS) for name in (*tests, "written")}
     for place in read:
@@ -298,13 +299,13 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
     stored = lab.attention(arm.world, arm.seed, arm.judge) if "attention" in objective.needs else None
     keys = [example.pair.key for example in run.train]
     verdicts = float(stored.prefers_chosen(keys).mean()) if stored else None
-    return {"beta": config.beta, "lift": lift, "verdicts": verdicts, "validation": accuracies, "test": figures,
+    return {"beta": config.beta, "lift": lift, "verdicts": verdicts, "validation": losses, "test": figures,
             "seconds": time.process_time() - began}
 
 
-def choose_step(accuracies: list[float]) -> int:
-    """The place in STEPS of the best accuracy on validation pairs, of equal ones the first."""
-    return accuracies.index(max(accuracies))
+def choose_step(losses: list[float]) -> int:
+    """The place in STEPS of the lowest loss on validation pairs, of equal ones the first."""
+    return losses.index(min(losses))
 
 
 @torch.no_grad()
@@ -339,8 +340,10 @@ def share_right(margin_P: torch.Tensor) -> float:
     return float(torch.where(margin_P.abs() <= TIE, 0.0, margin_P.sign()).add(1).div(2).mean())
 
 
-def accuracy(lab: Lab, pool: Pool) -> float:
-    return share_right(margins(lab, pool)["all"])
+def preference_loss(lab: Lab, pool: Pool) -> float:
+    """DPO's loss with the toy's beta and no weights, whatever the arm trains with. (By accuracy alone a policy that has
+    hardly moved is as good as any: only the sign of a margin counts.)"""
+    return float(F.softplus(-PRESETS["toy"]["beta"] * margins(lab, pool)["all"]).mean())
 
 
 def measure(lab: Lab, pool: Pool) -> dict[str, float]:

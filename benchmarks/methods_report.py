@@ -36,9 +36,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def best_tried(cells: list[dict]) -> dict:
-    """The cell of a search with the best accuracy on neutral validation pairs, at its own best step; of equal ones the
-    smallest rate, then the largest beta: what stays nearest to the reference."""
-    return max(cells, key=lambda cell: (max(cell["validation"]["neutral"]), -cell["arm"]["lr"], cell["arm"]["factor"]))
+    """The cell of a search with the lowest loss on neutral validation pairs, at its own best step."""
+    return min(cells, key=lambda cell: min(cell["validation"]["neutral"]))
 
 
 class Trained:
