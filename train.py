@@ -378,7 +378,7 @@ def finish(run: Run, log: Log) -> None:
     export(run, "final")
     log.close()
     process.on_main(lambda: write_curves(run.folder))
-    if run.held_out and run.objective.source is WEIGHTS["attention"] and isinstance(attention, WeightsFile):
+    if run.held_out and run.objective.source_name == "attention" and isinstance(attention, WeightsFile):
         pairs = [example.pair for example in first_set(run)]
         process.on_main(lambda: write_report(run.folder / "weights", attention, pairs, run.model.tokenizer,
                                              config.judge_rounds, config.sink_k, config.sink_k_min, min_count=10,
