@@ -45,7 +45,7 @@ def tiny_llama(is_tied: bool, vocabulary: int) -> LlamaForCausalLM:
 def byte_tokens() -> list[str]:
     """Byte-level BPE's letters for all 256 bytes, and the start of a vocabulary around them."""
     from tokenizers.pre_tokenizers import ByteLevel
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "th", "Ġth", "the"]
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "th", "Ġth", "the", "20"]
 
 
 def write_gguf(gguf, path: Path, model: LlamaForCausalLM, pre: str = "smollm") -> None:
@@ -64,7 +64,7 @@ def write_gguf(gguf, path: Path, model: LlamaForCausalLM, pre: str = "smollm") -
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["t h", "Ġ th", "th e"])
+    writer.add_token_merges(["t h", "Ġ th", "th e", "2 0"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
