@@ -92,7 +92,7 @@ def test_without_a_consistent_pair_all_are_uniform_and_that_is_said(source, opti
 def test_with_consistent_pairs_alone_nothing_changes(tmp_path, run_arguments, verdicts, plain_run, capsys):
     verdicts(1)
     train.main(run_arguments(tmp_path / "run", weights_options="verdicts=consistent"))
-    assert "verdicts=consistent: 0 of 19 pairs (0 held out)" in capsys.readouterr().out
+    assert "verdicts=consistent: 0 of 19 pairs are left uniform" in capsys.readouterr().out
     assert read_rows(tmp_path / "run") == read_rows(plain_run)
     assert (tmp_path / "run/weights/weights.html").exists()
 

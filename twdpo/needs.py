@@ -130,8 +130,9 @@ class Attention(Need):
             self.process.print(f"{self.judge}: {said}")
         if self.goes_by_verdicts:
             differ = ~self.file.is_consistent(keys)
-            self.process.print(f"verdicts=consistent: {differ.sum()} of {len(keys)} pairs ({differ[num_train:].sum()} "
-                               "held out) are left uniform, the judge's two verdicts on them differ")
+            held_out = f" ({differ[num_train:].sum()} held out)" if differ[num_train:].any() else ""
+            self.process.print(f"verdicts=consistent: {differ.sum()} of {len(keys)} pairs{held_out} are left uniform: "
+                               "the judge's two verdicts on them are for different answers")
             if differ[:num_train].all():
                 self.process.print("warning: so are all pairs to train on, as with --weights uniform: take a larger "
                                    "judge (extract.py --model JUDGE --out DIR, then train.py --weights DIR)")
