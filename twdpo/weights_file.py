@@ -222,8 +222,8 @@ def warn_of_verdicts(stored: WeightsFile, keys: list[int]) -> str:
     return (f"warning: this judge does not compare: for {1 - consistency:.0%} of the pairs it names the same letter in "
             f"both orders ({letter} in {max(share_of_a, 1 - share_of_a):.0%} of all verdicts), so nothing shows "
             "that its attention is that of a choice between the answers. Take a larger judge (extract.py --model JUDGE "
-            "--out DIR, then train.py --weights DIR), or train with --weights-options verdicts=consistent, which leaves "
-            "pairs with such verdicts uniform")
+            "--out DIR, then train.py --weights DIR), or train with --weights-options verdicts=consistent, which "
+            "leaves pairs with such verdicts uniform")
 
 
 def wilson_interval(share: float, total: int) -> tuple[float, float]:
