@@ -17,11 +17,13 @@ was. The defaults are for two hours on two cores. Of a finished arm only metrics
 Figures: attention on the answers is the share of the query's attention, mean of both rounds, that both answers get
 together; all others are of a_t, an answer's weights, which sum to 1. Those of token 1 and of the rounds are before the
 sink fix, shares of words after it, with the share of the tokens that these are, which is what uniform weights give.
-Agreement of both rounds together is that of their log-odds' sum, in which a letter's advantage cancels.
+Agreement of both rounds together is that of their log-odds' sum, in which a letter's advantage cancels. Accuracy is the
+share of held-out pairs whose chosen answer gains more log-probability than the rejected one.
 """
 # ruff: noqa: E402 - train.py is no part of the installed package: its folder must be known first
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -44,11 +46,15 @@ from harness import add_output_flags, finish, machine, output_path, whole_number
 from twdpo import dist
 from twdpo.config import TrainConfig
 from twdpo.dataset import load_dataset, split_by_prompt
+from twdpo.dist import pick_dtype
 from twdpo.files import hash_json, make_directory, write_json
 from twdpo.leave_out import is_equal
+from twdpo.logps import response_logps
+from twdpo.models.policy import load_policy
 from twdpo.models.source import open_model
 from twdpo.pairs import Pair
 from twdpo.postprocess import average_rounds, pin_and_share
+from twdpo.rows import RowOptions, evaluation_batches
 from twdpo.tokens import tokenize_pairs
 from twdpo.weights_file import JudgedAnswer, WeightsFile, wilson_interval
 
@@ -62,6 +68,7 @@ his how i if in into is it its just me more most my no nor not now of off on onc
 same sha she should so some such than that the their theirs them then there these they this those through to too under
 until up very was we were what when where which while who whom why will with wo would you your yours""".split())
 NOT_CUT = 1 << 20
+TOKENS = 4096  # of a micro-batch where this script runs a model itself
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,13 +189,28 @@ def run_arm(name: str, flags: argparse.Namespace, folder: Path) -> dict[str, obj
                 str(flags.beta), "--seed", str(flags.seed), "--eval-every", str(flags.eval_every), "--save-every",
                 str(flags.eval_every), "--keep-last", "1", "--cache-dir", str(folder / "cache"), "--output-dir",
                 str(out), "--resume"])
-    for left_over in ("checkpoints", "best"):
-        shutil.rmtree(out / left_over, ignore_errors=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {"evaluations": [{key.removeprefix("eval/"): value for key, value in row.items()}
                             for row in rows if "eval/pairs" in row],
             "seconds_a_step": statistics.median(flags.batch_size / row["pairs_per_s"] for row in rows
-                                                if "pairs_per_s" in row)}
+                                                if "pairs_per_s" in row),
+            "odds": held_out_odds(str(out / "final"), flags, folder)}
+
+
+def held_out_odds(model: str, flags: argparse.Namespace, folder: Path) -> list[float]:
+    """By how much a model finds the chosen answer of each held-out pair likelier than the rejected one, nats."""
+    process = dist.start()
+    try:
+        opened = open_model(model, process)
+        pairs = load_dataset(str(folder / "held_out.jsonl"), "", with_held_out=False).train
+        examples, _, _ = tokenize_pairs(opened.chat, pairs, flags.max_length, flags.max_length - 1)
+        dtype = pick_dtype("auto", process.device)
+        logps = response_logps(load_policy(opened.folder, dtype, process), process, examples,
+                               evaluation_batches(len(examples), flags.batch_size), RowOptions(False, TOKENS),
+                               folder / "cache/odds" / opened.fingerprint[:16])
+    finally:
+        dist.stop()
+    return [float(chosen.sum() - rejected.sum()) for chosen, rejected in (logps[pair.key] for pair in pairs)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +218,8 @@ def run_arm(name: str, flags: argparse.Namespace, folder: Path) -> dict[str, obj
 
 def markdown(report: dict[str, object]) -> str:
     """The report as sentences and three tables."""
-    return "\n\n".join([describe(report), verdict_table(report), layer_table(report), arm_table(report)])
+    return "\n\n".join(filter(None, [describe(report), verdict_table(report), layer_table(report), arm_table(report),
+                                     describe_difference(report)]))
 
 
 def describe(report: dict[str, object]) -> str:
@@ -233,6 +256,19 @@ def layer_table(report: dict[str, object]) -> str:
                      "-" if figures["rounds"] is None else f"{figures['rounds']:.2f}"]
             lines.append(row(figures["layer"], cells, kinds["weights"][figures["layer"]]))
     return "\n".join(lines)
+
+
+def describe_difference(report: dict[str, object]) -> str:
+    """Accuracy of each arm after its last step less that of the first one, paired by held-out pair."""
+    start = np.array(report["start"])
+    is_right = {name: np.array(arm["odds"]) > start for name, arm in report["arms"].items()}
+    first, *others = is_right
+    parts = []
+    for name in others:
+        difference = is_right[name].astype(float) - is_right[first]
+        half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+        parts.append(f"`{name}` less `{first}` {difference.mean():+.3f} ± {half:.3f}")
+    return f"Accuracy after the last step, paired by pair, 95 %: {'; '.join(parts)}." if parts else ""
 
 
 def arm_table(report: dict[str, object]) -> str:
@@ -298,7 +334,10 @@ def main(argv: list[str] | None = None) -> None:
             write_json(path, run())
         return json.loads(path.read_text(encoding="utf-8"))
     report["judge"] = part("judge", lambda: run_judge(flags, folder))
+    report["start"] = part("start", lambda: held_out_odds(flags.model, flags, folder))
     report["arms"] = {name: part(name, lambda name=name: run_arm(name, flags, folder)) for name in flags.arms}
+    for name, left_over in itertools.product(flags.arms, ("checkpoints", "best")):
+        shutil.rmtree(folder / name / left_over, ignore_errors=True)
     print(f"\n{markdown(report)}\n")
     finish(output_path(flags, device, "real_model.json"), report)
 

@@ -175,8 +175,19 @@ def test_the_toy_in_place_of_a_real_model(run, tmp_path, monkeypatch):
     text = real_model.markdown(more)
     assert text.count("\n| `twdpo`, ") == 2 and "| share of the tokens |" in text
     accuracy = more["arms"]["twdpo"]["evaluations"][2]["reward_accuracy"]
+    gained = [odds > start for odds, start in zip(more["arms"]["twdpo"]["odds"], more["start"])]
+    assert accuracy == sum(gained) / 4  # of the model that was saved
     (line,) = [line for line in text.splitlines() if line.startswith("| `twdpo`, accuracy")]
     assert line.split(" | ")[3].startswith(f"{accuracy:.3f} ± ")
+
+
+def test_the_difference_by_hand():
+    """Right of four pairs: the first two, and the first and the last two; +1 of 4, deviations -1/4, -5/4, 3/4, 3/4."""
+    report = {"start": [0.0, 1.0, 2.0, -1.0], "arms": {"dpo": {"odds": [1.0, 2.0, 1.0, -2.0]},
+                                                       "twdpo": {"odds": [0.5, 0.5, 2.5, 0.0]}}}
+    half = 1.96 * ((1 + 25 + 9 + 9) / 16 / 3) ** 0.5 / 2
+    assert f"`twdpo` less `dpo` +0.250 ± {half:.3f}." in real_model.describe_difference(report)
+    assert real_model.describe_difference(report | {"arms": {"dpo": report["arms"]["dpo"]}}) == ""
 
 
 def test_too_few_pairs_and_unknown_arms_are_one_message(run, capsys):
