@@ -23,7 +23,7 @@ from twdpo.models.source import open_model
 from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
 from twdpo.printed import check_templated
-from twdpo.weights_file import ROLLOUT, WeightsFile, read_meta
+from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_meta, warn_of_verdicts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,9 +77,10 @@ def exports(config: ExtractConfig, dataset: Dataset) -> list[Path]:
 def finish(config: ExtractConfig, out: Path, pairs: list[Pair], tokenizer, dataset: Dataset) -> None:
     """Say what is stored; write the export and the report."""
     stored = WeightsFile(out, ",".join(map(str, read_meta(out)["layers"])))
-    figures = stored.verdict_statistics([pair.key for pair in pairs])
-    print(f"{out}: {len(pairs)} pairs, layers {', '.join(stored.layers)}"
-          + "".join(f"; {name} {value:.3f}" for name, value in figures.items()))
+    keys = [pair.key for pair in pairs]
+    print(f"{out}: {len(pairs)} pairs, layers {', '.join(stored.layers)}")
+    for line in filter(None, (describe_verdicts(stored, keys), warn_of_verdicts(stored, keys))):
+        print(line)
     if config.export:
         sources = parse_sources(config.data)
         tables = [read_rows(sources, TRAIN_SPLITS)]

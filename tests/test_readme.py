@@ -283,3 +283,12 @@ def test_the_table_of_sources_is_that_of_the_committed_run():
     lines = [line for line in table.splitlines() if line.startswith(("| loss", "| `twdpo`"))]
     assert all(line in METHODS for line in lines) and len(lines) > 8
     assert len({row["seed"] for row in rows}) >= 3 and {row["pairs"] for row in rows} == {64, 256, 1024}
+
+
+def test_the_tables_of_the_real_model_are_those_of_the_committed_run():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import real_model
+    path = ROOT / "benchmarks/results/cpu/real_model.json"
+    if not path.exists():
+        pytest.skip("no run of benchmarks/real_model.py is committed")
+    assert real_model.markdown(json.loads(path.read_text())) in BENCHMARKS

@@ -115,8 +115,13 @@ class WeightsColumns:
         """The chosen and the rejected answer of a pair."""
         return self._answers[key]
 
+    @property
+    def has_verdicts(self) -> bool:
+        """No: the columns hold the judge's likeliest tokens, not its verdicts."""
+        return False
+
     def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
-        """Empty: the columns hold the judge's likeliest tokens, not its verdicts."""
+        """Empty: there are none."""
         return {}
 
 

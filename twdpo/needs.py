@@ -39,8 +39,9 @@ from twdpo.objective import Objective
 from twdpo.plugins import bound_options, name_of
 from twdpo.postprocess import alignment_shares
 from twdpo.rows import RowOptions, evaluation_batches
+from twdpo.tokens import Example
 from twdpo.weights import WEIGHTS, Logps, WeightContext, check_covered, source_needs
-from twdpo.weights_file import WeightsFile, parse_layer, read_meta
+from twdpo.weights_file import WeightsFile, describe_verdicts, parse_layer, read_meta, warn_of_verdicts
 
 ALIGNMENT_SAMPLE = 256  # pairs that the printed shares of moved mass are of
 
@@ -78,6 +79,7 @@ class Attention(Need):
     """The judge's attention, of the file that --weights names or extracted first."""
 
     judge = "judge"  # in what is said
+    compares = True  # it is asked which answer is better
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         path, pairs = stored_weights(config), [example.pair for example in inputs.examples]
@@ -85,8 +87,10 @@ class Attention(Need):
         if not path:
             self.extraction = Extraction(config, inputs.model, config.layer, inputs.data_fingerprint, None,
                                          self.process)
+            self.check_verdicts(self.extraction, f"--layer {config.layer} ends before the verdicts")
             return self.extraction.check(pairs)
         self.file = open_weights(config, path, inputs.model.tokenizer)
+        self.check_verdicts(self.file, f"{path} holds none")
         if not config.skip_bad_rows:
             return []
         return [BadRow(pair.where, f"no attention in {path}", pair.to_row()) for pair in pairs
@@ -99,14 +103,41 @@ class Attention(Need):
             self.file = self.extraction.open(config.layer)
         self.layer = ("+" if parse_layer(config.layer)[1] else ",").join(self.file.layers)
         check_covered(self.file, used)
-        if figures := self.file.verdict_statistics([example.pair.key for example in used]):
-            self.process.print(f"{self.judge}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        self.say_verdicts(used, len(used) - len(inputs.held_out))
         if config.align == "characters":
             sample = used[:ALIGNMENT_SAMPLE]
             shares = alignment_shares(sample, self.file, config.judge_rounds)
             self.process.print(f"{self.judge} tokens to training tokens ({len(sample)} pairs): "
                                + ", ".join(f"{share:.1%} of the mass {name}" for name, share in shares.items()))
         return inputs
+
+    @property
+    def goes_by_verdicts(self) -> bool:
+        """Whether pairs without consistent verdicts are left uniform."""
+        return self.compares and bound_options(self.objective.source).get("verdicts") == "consistent"
+
+    def check_verdicts(self, stored: Extraction | WeightsFile | WeightsColumns, why: str) -> None:
+        """Raise InputError when weights go by verdicts that are not, or will not be, stored."""
+        if self.goes_by_verdicts and not stored.has_verdicts:
+            raise InputError(f"--weights-options verdicts=consistent needs the judge's verdicts, and {why}: name a "
+                             "folder of extract.py whose --layers have the last layer among them (with --weights; "
+                             "--layer may be another one)")
+
+    def say_verdicts(self, used: list[Example], num_train: int) -> None:
+        """What the judge's verdicts on the used pairs, `num_train` to train on first, say of it."""
+        keys = [example.pair.key for example in used]
+        if said := describe_verdicts(self.file, keys):
+            self.process.print(f"{self.judge}: {said}")
+        if self.goes_by_verdicts:
+            differ = ~self.file.is_consistent(keys)
+            held_out = f" ({differ[num_train:].sum()} held out)" if differ[num_train:].any() else ""
+            self.process.print(f"verdicts=consistent: {differ.sum()} of {len(keys)} pairs{held_out} are left uniform: "
+                               "the judge's two verdicts on them are for different answers")
+            if differ[:num_train].all():
+                self.process.print("warning: so are all pairs to train on, as with --weights uniform: take a larger "
+                                   "judge (extract.py --model JUDGE --out DIR, then train.py --weights DIR)")
+        elif self.compares and (warning := warn_of_verdicts(self.file, keys)):
+            self.process.print(warning)
 
     def provide(self) -> dict[str, object]:
         return {"attention": self.file}
@@ -125,6 +156,7 @@ class AttentionAgainst(Attention):
     """The attention that the source's option `against` names: of another judge prompt, or a stored one."""
 
     judge = "judge of against="
+    compares = False
 
     def check(self, config: TrainConfig, inputs: Inputs) -> list[BadRow]:
         source = self.objective.source

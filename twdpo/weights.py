@@ -39,6 +39,7 @@ from twdpo.weights_file import WeightsFile, read_meta
 NORMS = ("mean1", "selected_mean", "pair_min", "none")
 SAME_RATIO = 1e-4  # nats: log-ratios that differ by less are equal, as how rows are packed must change no selection
 ONLINE_NEEDS = {"hidden", "logps", "input_gradient"}  # what there is while the policy runs alone
+Verdicts = Literal["any", "consistent"]  # of the judge: whose pairs' attention is used
 Logps = tuple[np.ndarray, np.ndarray]  # of the chosen and of the rejected response's tokens, fp32
 
 
@@ -64,25 +65,26 @@ def uniform(batch, context: WeightContext) -> torch.Tensor:
 uniform.norm = "none"
 
 
-def attention(batch, context: WeightContext) -> torch.Tensor:
+def attention(batch, context: WeightContext, *, verdicts: Verdicts = "any") -> torch.Tensor:
     """AttentionPO: the judge's attention to each token, both rounds, sink fixed (arXiv 2605.21883 Eq. 13, 14).
 
-    Needs a weights file: two judge forwards a pair, once.
+    verdicts=consistent: of pairs whose two verdicts are for the same answer; others are left uniform. Needs a weights
+    file: two judge forwards a pair, once.
     """
     weights = [attention_weights(response, judged, context.config)
                for example in batch.examples
                for response, judged in zip((example.chosen, example.rejected), context.attention[example.pair.key])]
-    return torch.from_numpy(np.concatenate(weights)).float()
+    return by_verdicts(weights, batch, context, verdicts)
 
 
 attention.needs = ("attention",)
 
 
-def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
+def attention_surprise(batch, context: WeightContext, *, verdicts: Verdicts = "any") -> torch.Tensor:
     """The judge's attention times -log p_ref of the token: what it looks at, where the text could have gone elsewhere.
 
     The judge looks where the meaning is decided; credit does most where the text branches (this project; no paper).
-    Pinned tokens keep 1/n. Needs a weights file, and reference log-probs whatever the loss.
+    Pinned tokens keep 1/n; verdicts as of `attention`. Needs a weights file, and reference log-probs whatever the loss.
     """
     raw_N, weights = attention(batch, context).numpy(), []
     surprise_N = -batch.ref_logps_N.cpu().numpy()
@@ -90,18 +92,19 @@ def attention_surprise(batch, context: WeightContext) -> torch.Tensor:
     for pinned, raw, surprise in zip(attention_pins(batch, context), np.split(raw_N, ends),
                                      np.split(surprise_N, ends)):
         weights.append(pin_and_share(raw * surprise.clip(min=0), pinned) * raw.sum())  # --no-renormalize: less than 1
-    return torch.from_numpy(np.concatenate(weights)).float()
+    return by_verdicts(weights, batch, context, verdicts)
 
 
 attention_surprise.needs = ("attention", "ref")
 
 
-def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.Tensor:
+def attention_contrast(batch, context: WeightContext, *, against: str, verdicts: Verdicts = "any") -> torch.Tensor:
     """What the judge looks at for its question and not for another one: max(0, a - b), b its attention of `against`.
 
     Salience that any question has is taken off (this project; no paper). against: another judge prompt, as
     --judge-prompt takes it, or a folder of extract.py or its --export. Each is normalised first, over tokens that
-    neither pins; pinned tokens keep 1/n. Needs two weights files, of two judge forwards a pair each, once.
+    neither pins; pinned tokens keep 1/n; verdicts as of `attention`. Needs two weights files, of two judge forwards a
+    pair each, once.
     """
     weights = []
     for example in batch.examples:
@@ -114,7 +117,7 @@ def attention_contrast(batch, context: WeightContext, *, against: str) -> torch.
             # Without a positive difference the answer has no weight, which is counted and said.
             raw_N = pin_and_share(raw_N, pinned_N) if raw_N.any() or pinned_N.all() else raw_N
             weights.append(raw_N * both_2N[0].sum())  # less than 1 with --no-renormalize
-    return torch.from_numpy(np.concatenate(weights)).float()
+    return by_verdicts(weights, batch, context, verdicts)
 
 
 attention_contrast.needs = ("attention", "attention_against")
@@ -318,6 +321,14 @@ def source_needs(source) -> tuple[str, ...]:
 def aux_logps(batch, context: WeightContext, *names: str) -> list[tuple[Logps, ...]]:
     """Of each pair of the batch, the log-probs of its responses under the models of these names."""
     return [tuple(context.logps[name][example.pair.key] for name in names) for example in batch.examples]
+
+
+def by_verdicts(weights: list[np.ndarray], batch, context: WeightContext, verdicts: str) -> torch.Tensor:
+    """Weights of each sequence as raw_N; 1/n in those whose pair's verdicts differ, if only `consistent` ones count."""
+    if verdicts == "consistent":
+        used = np.repeat(context.attention.is_consistent([example.pair.key for example in batch.examples]), 2)
+        weights = [each if is_used else np.full(len(each), 1 / len(each)) for each, is_used in zip(weights, used)]
+    return torch.from_numpy(np.concatenate(weights)).float()
 
 
 def attention_pins(batch, context: WeightContext) -> list[np.ndarray]:

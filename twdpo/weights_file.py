@@ -17,6 +17,7 @@ Shards are written to a temporary name and renamed: one that can be seen is comp
 
 import copy
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,19 +185,67 @@ class WeightsFile:
         """The likeliest token at the query of each round, over the whole vocabulary; None when it is not stored."""
         return self._top_tokens.get(key)
 
-    def prefers_chosen(self, keys: list[int]) -> np.ndarray:
-        """Whether each pair's verdicts are for the chosen answer, bool [E, R]; only where the layers reach them."""
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether verdicts are stored: not when the layers that were wanted stop before them."""
+        return bool(self._verdicts)
+
+    def names_a(self, keys: list[int]) -> np.ndarray:
+        """Whether each pair's verdicts are A, bool [E, R]; only where there are verdicts."""
         verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
-        prefers_first_ER = verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
-        return prefers_first_ER ^ np.array([False, True])  # round 1 shows the rejected answer first
+        return verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
+
+    def prefers_chosen(self, keys: list[int]) -> np.ndarray:
+        """Whether each pair's verdicts are for the chosen answer, bool [E, R]; only where there are verdicts."""
+        return self.names_a(keys) ^ np.array([False, True])  # round 1 shows the rejected answer first
+
+    def is_consistent(self, keys: list[int]) -> np.ndarray:
+        """Whether both verdicts of each pair are for the same answer, bool [E]; only where there are verdicts."""
+        prefers_chosen_ER = self.prefers_chosen(keys)
+        return prefers_chosen_ER[:, 0] == prefers_chosen_ER[:, 1]
 
     def verdict_statistics(self, keys: list[int]) -> dict[str, float]:
         """Over these pairs: share of equal verdicts in both rounds, and agreement with the label over both rounds.
 
         Empty when the layers that were wanted stop before the verdict.
         """
-        if not self._verdicts:
+        if not self.has_verdicts:
             return {}
-        prefers_chosen_ER = self.prefers_chosen(keys)
-        return {"position consistency": float((prefers_chosen_ER[:, 0] == prefers_chosen_ER[:, 1]).mean()),
-                "agreement with the label": float(prefers_chosen_ER.mean())}
+        return {"position consistency": float(self.is_consistent(keys).mean()),
+                "agreement with the label": float(self.prefers_chosen(keys).mean())}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the verdicts say of a judge
+
+def describe_verdicts(stored: WeightsFile, keys: list[int]) -> str:
+    """The verdict statistics of these pairs in a line, with the interval of the consistency; "" without verdicts."""
+    parts = []
+    for name, value in stored.verdict_statistics(keys).items():
+        parts.append(f"{name} {value:.3f}")
+        if name == "position consistency":
+            low, high = wilson_interval(value, len(keys))
+            parts[-1] += f" (95 % interval {low:.3f} to {high:.3f})"
+    return ", ".join(parts)
+
+
+def warn_of_verdicts(stored: WeightsFile, keys: list[int]) -> str:
+    """What to say of a judge that does not compare, by the verdicts on these pairs: the 95 % interval of its position
+    consistency lies below 0.5, which is what a coin has. "" of another, or without verdicts."""
+    consistency = stored.verdict_statistics(keys).get("position consistency")
+    if consistency is None or wilson_interval(consistency, len(keys))[1] >= 0.5:
+        return ""
+    share_of_a = float(stored.names_a(keys).mean())
+    letter = "A" if share_of_a >= 0.5 else "B"
+    return (f"warning: this judge does not compare: for {1 - consistency:.0%} of the pairs it names the same letter in "
+            f"both orders ({letter} in {max(share_of_a, 1 - share_of_a):.0%} of all verdicts), so nothing shows "
+            "that its attention is that of a choice between the answers. Take a larger judge (extract.py --model JUDGE "
+            "--out DIR, then train.py --weights DIR), or train with --weights-options verdicts=consistent, which "
+            "leaves pairs with such verdicts uniform")
+
+
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """95 % interval of a share of `total` cases (Wilson's score interval), which holds at 0 and at 1 too."""
+    square = 1.959964**2 / total
+    middle, half = share + square / 2, math.sqrt(square * (share * (1 - share) + square / 4))
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)

@@ -16,7 +16,7 @@ from twdpo.data_files import BadRow
 from twdpo.dist import Process, name_of_dtype, pick_dtype
 from twdpo.files import cache_directory, hash_json
 from twdpo.flags import InputError
-from twdpo.judge.judge import FAILED, AnotherFailed, JudgePass
+from twdpo.judge.judge import FAILED, AnotherFailed, JudgePass, stores_verdicts
 from twdpo.judge.prompt import JudgeInputs, load_judge_prompt
 from twdpo.models.attention import parse_heads, parse_layers
 from twdpo.models.source import Model, check_length, context_length, fingerprint_tokenizer
@@ -64,6 +64,11 @@ class Extraction:
         todo = list_work(self.meta, self.folder, pairs, "attention", self.process)
         if todo:
             extract_attention(self.config, self.meta, self.folder, todo, self.inputs, self.model, self.process)
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether verdicts are stored too: not when the wanted layers stop before them."""
+        return stores_verdicts(self.meta, self.model.config.get_text_config().num_hidden_layers)
 
     def open(self, layer: str = "last") -> WeightsFile:
         """What is stored, of the layers that --layer names. Raises InputError."""

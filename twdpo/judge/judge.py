@@ -98,6 +98,11 @@ def judge_budget(config: SharedConfig, device: torch.device) -> int:
     return config.judge_batch_tokens or (32768 if device.type == "cuda" else 8192)
 
 
+def stores_verdicts(meta: dict[str, object], num_layers: int) -> bool:
+    """Whether an extraction reaches the verdicts of a judge of so many layers."""
+    return ROLLOUT in meta["layers"] or meta["query"] == "verdict" or num_layers in meta["layers"]
+
+
 class JudgePass:
     """A loaded judge and its settings. Input 2i + r is round r of pair i."""
 
@@ -112,7 +117,7 @@ class JudgePass:
         self.verdicts = verdict_ids(model.tokenizer)
         # Nothing after the last wanted layer is loaded or run; the verdict needs them all.
         num_layers = text_config.num_hidden_layers
-        self.has_verdict = self.rollout or self.query == "verdict" or self.layers[-1] == num_layers - 1
+        self.has_verdict = stores_verdicts(meta, num_layers)
         if not self.has_verdict:
             num_layers = self.layers[-1] + 1
         self.process, self.sharded = process, shards_judge(config.judge_sharding, model, dtype, process)
