@@ -1,14 +1,17 @@
-"""The style that all pages share."""
+"""What all pages share: their frame and their style. They need no network and no script."""
+
+import html
 
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfb; --line: #d9d8d2; --soft: #6b6a66;
-        --mark: 197, 74, 20; --panel: #f5f4ef; }
+        --mark: 197, 74, 20; --panel: #f5f4ef; --link: #1a5fb4; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e9e7e2; --paper: #17171a; --line: #3a3a40; --soft: #a09e98;
-        --mark: 255, 138, 61; --panel: #202024; } }
+        --mark: 255, 138, 61; --panel: #202024; --link: #8ab8ff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px; max-width: 1240px; font: 16px/1.6 system-ui, sans-serif; color: var(--ink);
        background: var(--paper); }
+a { color: var(--link); } h1, p, li, summary { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p.note { color: var(--soft); margin: .2rem 0 1rem; max-width: 76ch; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -27,4 +30,15 @@ article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; pad
 .scale { display: inline-block; width: 9rem; height: .8rem; border-radius: 3px; vertical-align: -1px;
          background: linear-gradient(90deg, rgba(var(--mark), 0), rgba(var(--mark), .85)); }
 @media (max-width: 720px) { body { padding: 14px; } .sides { grid-template-columns: 1fr; } }
+"""
+
+
+def render_document(title: str, style: str, body: str) -> str:
+    """A whole page. title: text; style: CSS beside STYLE; body: HTML below the title."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>
+<h1>{html.escape(title)}</h1>
+{body}
+</body></html>
 """
