@@ -118,10 +118,10 @@ def start_wandb(config: TrainConfig, run_dir: Path):
 
 
 def row_step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that a kill left incomplete."""
+    """The step of a line of metrics.jsonl; infinity for one that is no row, as a kill leaves it."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 
@@ -159,9 +159,15 @@ def format_mean(row: dict[str, float], name: str) -> str:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """A file of JSON lines; one that is not there is empty. The last line may be one that a kill cut off."""
+    """The rows of a file of JSON lines; one that is not there is empty. Raises InputError for a line that is no row,
+    but for a last one that a kill cut off."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line is not lines[-1] or row_step(line) < math.inf]
+    if lines and row_step(lines[-1]) == math.inf:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if row_step(line) == math.inf:
+            raise InputError(f"{path}, line {number}: {line!r:.80} is no row of a run; put back the file as it was written")
+    return [json.loads(line) for line in lines]
 
 
 def evaluations(rows: list[dict[str, float]]) -> list[dict[str, float]]:

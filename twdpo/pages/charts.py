@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 400, 244, 16, 18, 40  # of a chart, in its own units
-LETTER = 7  # at most the width of a digit
+from twdpo.metrics import meaning
+
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 400, 244, 22, 18, 40  # of a chart, in its own units
+LETTER, LINE = 7, 12  # at most the width of a digit; the height of a name
 MOST_POINTS = 400  # of a training line; longer ones show means of neighbours
 MOST_MARKS = 60  # of a held-out line; more of them would hide it
 LEAST_FOR_A_LINE = 3  # evaluations: a line through two would look like a fit
@@ -28,7 +30,7 @@ figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: .9
 figure svg { width: 100%; height: auto; display: block; }
 .what { color: var(--soft); font-size: .8rem; line-height: 1.45; font-weight: 400; margin: .1rem 0 .3rem; }
 .key { font-size: .85rem; margin: .8rem 0; padding: 0; list-style: none; }
-.key li { display: inline-block; margin-right: 1.2rem; } .key svg { display: inline-block; width: 34px; height: 16px;
+.key li { display: inline-block; margin-right: 1.2rem; } .runs li { display: block; } .key svg { display: inline-block; width: 34px; height: 16px;
        vertical-align: -3px; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--line); }
 svg path { stroke-width: .8; } svg .train { fill: none; stroke-width: 1; opacity: .55; stroke-linejoin: round; }
@@ -51,6 +53,14 @@ class Series:
     dots: list[tuple[float, float, float]] = field(default_factory=list)  # held out: step, mean, standard error
     best: float | None = None  # the step whose mark has a ring
     end: str = ""  # stands beside the last value
+
+    @classmethod
+    def of(cls, name: str, steps: list[dict], held_out: list[dict], label: str, number: int, best: float | None,
+           end: str = "") -> "Series":
+        """What rows of steps and of evaluations hold of a figure."""
+        return cls(label, number, [(row["step"], row[name]) for row in steps if name in row],
+                   [(row["step"], row[f"eval/{name}"], row.get(f"eval/{name}_stderr", 0.0)) for row in held_out
+                    if f"eval/{name}" in row], best, end)
 
 
 class Scale:
@@ -91,12 +101,23 @@ def render_chart(title: str, what: str, drawn: list[Series], best: float | None 
     parts += [draw_series(scale, series) for series in drawn]
     parts.append(draw_ends(scale, drawn))
     labels = [series for series in drawn if series.label]
-    legend = "".join(f"<li>{draw_sample(series.number, bool(series.dots))} {html.escape(series.label)}</li>"
-                     for series in labels) if len(labels) > 1 else ""
+    legend = "".join(f"<li>{draw_sample(series.number, bool(series.dots), not is_dotted(series))} "
+                     f"{html.escape(series.label)}</li>" for series in labels) if len(labels) > 1 else ""
     return (f'<figure><figcaption>{html.escape(title)}</figcaption><div class="what">{what}</div>'
             + (f'<ul class="key">{legend}</ul>' if legend else "")
             + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)} by step">'
               f'{"".join(parts)}</svg></figure>')
+
+
+def explain(lines: Iterable[tuple[str, str]]) -> str:
+    """What the lines of a chart are, (label, name in metrics.jsonl), as HTML."""
+    return "<br>".join(f"<b>{html.escape(name)}</b>{': ' if meaning(name) else ''}{html.escape(meaning(name))}"
+                       for _, name in lines)
+
+
+def is_dotted(series: Series) -> bool:
+    """Whether its evaluations are too few for a line."""
+    return 0 < len(series.dots) < LEAST_FOR_A_LINE
 
 
 def draw_axes(scale: Scale) -> str:
@@ -131,7 +152,7 @@ def draw_series(scale: Scale, series: Series) -> str:
                      'scale(.6)"/>')
     if len(line) > 1:
         parts.append(scale.line(line, f"{style} train"))
-    if len(dots) >= LEAST_FOR_A_LINE:
+    if dots and not is_dotted(series):
         dashes = f'stroke-dasharray="{DASHES[series.number]}" ' if DASHES[series.number] else ""
         held = scale.line([(x, y) for x, y, _ in dots], f"{style} held")
         parts.append(held.replace("<polyline ", f"<polyline {dashes}"))
@@ -148,26 +169,35 @@ def draw_series(scale: Scale, series: Series) -> str:
 
 def draw_ends(scale: Scale, drawn: list[Series]) -> str:
     """Names at the ends of lines, moved apart where they would lie on each other."""
-    ends = sorted((scale.y((series.dots or series.line)[-1][1]), series.end, series.number)
-                  for series in drawn if series.end)
-    places: list[float] = []
-    for y, _, _ in ends:
-        places.append(max(y, places[-1] + 12 if places else TOP))
-    over = max(places[-1] - (HEIGHT - BOTTOM), 0.0) if places else 0.0
-    return "".join(f'<text class="s{number}" x="{WIDTH - RIGHT + 5}" y="{place - over + 4:.1f}">{html.escape(end)}</text>'
-                   for place, (_, end, number) in zip(places, ends))
+    ends: dict[float, list[tuple]] = {}  # by step
+    for series in drawn:
+        x, y = (series.dots or series.line)[-1][:2]
+        ends.setdefault(x, []).append((scale.y(y), series.end, series.number))
+    parts = []
+    for x, names in ends.items():
+        places: list[float] = []
+        for number, (y, _, _) in enumerate(sorted(names)):
+            lowest = HEIGHT - BOTTOM - LINE * (len(names) - 1 - number)  # that leaves room for those below
+            places.append(min(max(y, places[-1] + LINE if places else TOP), lowest))
+        parts += [f'<text class="s{number}" x="{scale.x(x) + 8:.1f}" y="{y + 4:.1f}">{html.escape(end)}</text>'
+                  for y, (_, end, number) in zip(places, sorted(names)) if end]
+    return "".join(parts)
 
 
-def draw_sample(number: int, is_held: bool = True) -> str:
-    """What a series looks like, for a key."""
-    dashes = f' stroke-dasharray="{DASHES[number]}"' if DASHES[number] and is_held else ""
-    mark = f'<path class="s{number}" d="{MARKS[number]}" transform="translate(17 8)"/>' if is_held else ""
-    return (f'<svg viewBox="0 0 34 16" aria-hidden="true"><polyline class="s{number} {"held" if is_held else "train"}"'
-            f'{dashes} points="1,8 33,8"/>{mark}</svg>')
+def draw_sample(number: int, has_marks: bool = True, has_line: bool = True) -> str:
+    """What a series looks like, for a key: its held-out marks and line, or training's line."""
+    style, dashes = ("held", DASHES[number]) if has_marks else ("train", "")
+    line = (f'<polyline class="s{number} {style}" points="1,8 33,8"'
+            + (f' stroke-dasharray="{dashes}"' if dashes else "") + "/>")
+    mark = f'<path class="s{number}" d="{MARKS[number]}" transform="translate(17 8)"/>'
+    return f'<svg viewBox="0 0 34 16" aria-hidden="true">{line * has_line}{mark * has_marks}</svg>'
 
 
-def chart_key(num_evaluations: int, has_best: bool) -> str:
-    """What lines, marks, bars and rings are, as an HTML list; what is not drawn is left out."""
+def chart_key(num_evaluations: int, best: str) -> str:
+    """What lines, marks, bars and rings are, as an HTML list; what is not drawn is left out.
+
+    best: what shows the best step.
+    """
     bar = '<line class="s0 error" x1="17" x2="17" y1="1" y2="15"/>'
     mark = f'{bar}<path class="s0" d="{MARKS[0]}" transform="translate(17 8)"/>'
     line = '<polyline class="s0 held" points="1,8 33,8"/>' if num_evaluations >= LEAST_FOR_A_LINE else ""
@@ -175,8 +205,8 @@ def chart_key(num_evaluations: int, has_best: bool) -> str:
     if num_evaluations:
         items.append((f"{'thick line and ' if line else ''}marks: held-out pairs, bars: one standard error",
                       f'<svg viewBox="0 0 34 16" aria-hidden="true">{line}{mark}</svg>'))
-    if has_best:
-        items.append(("ring and dotted line: the best step", '<svg viewBox="0 0 34 16" aria-hidden="true"><line class='
+    if best:
+        items.append((f"{best}: the best step, of lowest held-out loss", '<svg viewBox="0 0 34 16" aria-hidden="true"><line class='
                       f'"best" x1="17" x2="17" y1="0" y2="16"/>{mark.removeprefix(bar)}<circle class="ring" cx="17" '
                       'cy="8" r="6"/></svg>'))
     return f'<ul class="key">{"".join(f"<li>{sample} {text}</li>" for text, sample in items)}</ul>'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from twdpo.files import write_atomic
 from twdpo.log import (
+    best_evaluation,
     describe_best,
     evaluations,
     figure_names,
@@ -17,9 +18,10 @@ from twdpo.log import (
     shown_evaluations,
 )
 from twdpo.metrics import meaning
-from twdpo.pages.charts import CHART_STYLE, LEAST_FOR_A_LINE, Series, chart_key, render_chart
+from twdpo.pages.charts import CHART_STYLE, LEAST_FOR_A_LINE, Series, chart_key, explain, render_chart
 from twdpo.pages.style import render_document
 from twdpo.run_folder import ENVIRONMENT
+from twdpo.weights import WEIGHTS, source_needs
 
 # Title, then (what a line is called, its name in a step row). Evaluations are drawn from eval/NAME.
 CHARTS = (
@@ -37,11 +39,16 @@ CHARTS = (
 UNDRAWN = {"step", "pairs", "pairs_per_s", "peak_memory_gib", "peak_reserved_gib", "tflops", "mfu", "data_share",
            "forward_share", "backward_share", "optimizer_share"}
 
-RUN_STYLE = """
+FIGURES_STYLE = """
+td.run { text-align: left; }
+td .what { display: block; min-width: 14em; max-width: 44em; }
+@media (max-width: 720px) { .figures td, .figures th { white-space: normal; padding-right: .4rem; font-size: .85rem; }
+                            .figures .name { overflow-wrap: anywhere; } td .what { min-width: 7em; } }
+"""
+RUN_STYLE = FIGURES_STYLE + """
 .answers td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 table.wide td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 table.wide td:first-child { color: var(--soft); overflow-wrap: normal; }
-td .what { display: block; min-width: 14em; max-width: 44em; }
 summary { cursor: pointer; margin: 2rem 0 .6rem; }
 """
 
@@ -72,7 +79,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
 {introduction(config, rows, set(beside))}
 {about_table(config, len(steps), starts)}
 <h2>Curves</h2>
-{chart_key(len(held_out), best is not None)}
+{chart_key(len(held_out), 'ring and dotted line' * (best is not None))}
 <div class="charts">{drawn}</div>
 {"".join(held_out_section(name, held_out, shown, name == names[0]) for name in names)}
 {answers_table(samples)}
@@ -87,8 +94,9 @@ def introduction(config: dict[str, object], rows: list[dict], beside: set[str]) 
         which = f" of {names[0]}" if names[0] else ""
         sentences.append(f"Held out: {held_out[-1]['eval/pairs']} pairs{which}, which training does not see.")
     if sentence := describe_best(rows):
-        held = " Its policy is in best/." if "best" in beside and "best" in shown_evaluations(rows) else ""
-        sentences.append(f"{sentence[0].upper()}{sentence[1:]}.{held}")
+        sentences.append(f"{sentence[0].upper()}{sentence[1:]}.")
+    if "best" in beside and (best := best_evaluation(rows)):
+        sentences.append(f"best/ holds the policy of step {best['step']}.")
     if 0 < len(held_out) < LEAST_FOR_A_LINE:
         sentences.append("So few evaluations are no curve: --eval-every N makes one every N steps.")
     if not held_out:
@@ -106,9 +114,12 @@ def about_table(config: dict[str, object], num_steps: int, starts: Iterable[dict
         options = config.get(f"{name}_options")
         return f"{config.get(name, '')}{f' ({options})' if options else ''}"
 
+    weights = config.get("weights")
+    of_judge = weights not in WEIGHTS or "attention" in source_needs(WEIGHTS[weights])
+    layer = f", judge's layer {config.get('layer')}" if of_judge else ""
     rows = [("model", config.get("model") or "toy"), ("data", config.get("data")),
             ("held-out data", config.get("eval_data")), ("loss", with_options("loss")),
-            ("token weights", with_options("weights")),
+            ("token weights", with_options("weights") + layer),
             ("training", ", ".join(f"{text} {config[name]}" for text, name in
                                    (("beta", "beta"), ("learning rate", "lr"), ("pairs a step", "batch_size"),
                                     ("seed", "seed")) if name in config) + f", steps {num_steps}")]
@@ -136,15 +147,7 @@ def all_charts(rows: list[dict], sets: list[str]) -> list[tuple[str, tuple[tuple
 def make_series(lines: Iterable[tuple[str, str]], steps: list[dict], held_out: list[dict], best: float | None
                 ) -> list[Series]:
     """Of each line of a chart what is logged of it."""
-    return [Series(label, number, [(row["step"], row[name]) for row in steps if name in row],
-                   [(row["step"], row[f"eval/{name}"], row.get(f"eval/{name}_stderr", 0.0)) for row in held_out
-                    if f"eval/{name}" in row], best) for number, (label, name) in enumerate(lines)]
-
-
-def explain(lines: Iterable[tuple[str, str]]) -> str:
-    """What the lines of a chart are, by their names in metrics.jsonl, as HTML."""
-    return "<br>".join(f"<b>{html.escape(name)}</b>{': ' if meaning(name) else ''}{html.escape(meaning(name))}"
-                       for _, name in lines)
+    return [Series.of(name, steps, held_out, label, number, best) for number, (label, name) in enumerate(lines)]
 
 
 def held_out_section(name: str, held_out: list[dict], shown: dict[str, dict], is_first: bool) -> str:
@@ -162,12 +165,23 @@ def held_out_section(name: str, held_out: list[dict], shown: dict[str, dict], is
 
 def figures_table(shown: dict[str, dict]) -> str:
     """Held-out figures of the start, the best and the last evaluation."""
-    head = "".join(f"<th>{name} (step {row['step']})</th>" for name, row in shown.items())
+    head = "".join(f"<th>{name} (step&nbsp;{row['step']})</th>" for name, row in shown.items())
     *_, last = shown.values()
-    body = "".join(f"<tr><td>{html.escape(name.removeprefix('eval/'))}<span class=\"what\">{html.escape(meaning(name))}"
-                   "</span></td>" + "".join(f"<td>{format_mean(row, name)}</td>" for row in shown.values()) + "</tr>"
+    body = "".join(f"<tr>{name_cell(name)}{''.join(mean_cell(row, name) for row in shown.values())}</tr>"
                    for name in figure_names(last))
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table class="figures"><tr><th></th>{head}</tr>{body}</table></div>'
+
+
+def name_cell(name: str, rows: int = 1) -> str:
+    """A figure's name and what it is, beside so many rows."""
+    breakable = html.escape(name.removeprefix("eval/")).replace("_", "_<wbr>")
+    return (f'<td class="name" rowspan="{rows}">{breakable}'
+            f'<span class="what">{html.escape(meaning(name))}</span></td>')
+
+
+def mean_cell(row: dict[str, float], name: str) -> str:
+    """A held-out mean with its standard error."""
+    return f"<td>{format_mean(row, name).replace('± ', '±&nbsp;')}</td>"
 
 
 def answers_table(samples: list[dict]) -> str:
