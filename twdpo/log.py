@@ -161,12 +161,13 @@ def format_mean(row: dict[str, float], name: str) -> str:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a file of JSON lines; one that is not there is empty. Raises InputError for a line that is no row,
     but for a last one that a kill cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if lines and row_step(lines[-1]) == math.inf:
         lines.pop()
     for number, line in enumerate(lines, 1):
         if row_step(line) == math.inf:
-            raise InputError(f"{path}, line {number}: {line!r:.80} is no row of a run; put back the file as it was written")
+            raise InputError(f"{path}, line {number}: {line!r:.80} is no row of a run; put back the file as it was "
+                             "written")
     return [json.loads(line) for line in lines]
 
 
@@ -233,7 +234,7 @@ def summarize(run_dir: Path) -> str:
     for name, what in (("final", "the policy"), ("best", "the policy at the best step"),
                        ("metrics.jsonl", "one row a step and an evaluation"),
                        ("samples.jsonl", "answers that the policy wrote"),
-                       ("report.html", "the curves as a page; python -m twdpo.pages.compare puts runs beside each other"),
+                       ("report.html", "the curves as a page"),
                        ("pairs.html", "the first pairs as they are trained, as a page"),
                        ("weights/weights.html", "the token weights on held-out answers, as a page"),
                        ("config.json", "all settings")):

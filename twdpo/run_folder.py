@@ -67,13 +67,13 @@ def write_environment(run_dir: Path, step: int, process: Process, found: dict[st
 
 
 def code_commit() -> str:
-    """The commit of the checkout that runs, with -dirty where tracked files differ from it; "" where that is unknown."""
+    """The commit of the checkout that runs, with -dirty where tracked files differ from it; "" where it is unknown."""
     if not (ROOT / ".git").exists():  # installed elsewhere, maybe inside another project's checkout
         return ""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT, env=own,
-                              capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                              env=own, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git here, or it refuses the folder
         return ""
 

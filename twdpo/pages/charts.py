@@ -22,7 +22,8 @@ DARK = ("#ff9a52", "#7fb2ff", "#6fd08c", "#cf9bff", "#4fc9dc", "#ff8fc0", "#d6cf
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "14 4", "5 2 1 2 1 2", "4 4", "1 3")
 MARKS = ("M-3.3 0a3.3 3.3 0 1 0 6.6 0a3.3 3.3 0 1 0-6.6 0z", "M-3-3h6v6h-6z", "M0-4.2l4.2 4.2-4.2 4.2-4.2-4.2z",
          "M0-4.2l4 7h-8z", "M0 4.2l4-7h-8z", "M-4-1.4h2.6v-2.6h2.8v2.6h2.6v2.8h-2.6v2.6h-2.8v-2.6h-2.6z",
-         "M-3.8-2l1.8-1.8 2 2 2-2 1.8 1.8-2 2 2 2-1.8 1.8-2-2-2 2-1.8-1.8 2-2z", "M-4.2 0l2.1-3.6h4.2l2.1 3.6-2.1 3.6h-4.2z")
+         "M-3.8-2l1.8-1.8 2 2 2-2 1.8 1.8-2 2 2 2-1.8 1.8-2-2-2 2-1.8-1.8 2-2z",
+         "M-4.2 0l2.1-3.6h4.2l2.1 3.6-2.1 3.6h-4.2z")
 
 CHART_STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 1.4rem 1.6rem; }
@@ -30,17 +31,19 @@ figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: .9
 figure svg { width: 100%; height: auto; display: block; }
 .what { color: var(--soft); font-size: .8rem; line-height: 1.45; font-weight: 400; margin: .1rem 0 .3rem; }
 .key { font-size: .85rem; margin: .8rem 0; padding: 0; list-style: none; }
-.key li { display: inline-block; margin-right: 1.2rem; } .runs li { display: block; } .key svg { display: inline-block; width: 34px; height: 16px;
-       vertical-align: -3px; }
+.key li { display: inline-block; margin-right: 1.2rem; } .runs li { display: block; }
+.key svg { display: inline-block; width: 34px; height: 16px; vertical-align: -3px; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--line); }
 svg path { stroke-width: .8; } svg .train { fill: none; stroke-width: 1; opacity: .55; stroke-linejoin: round; }
 svg .held { fill: none; stroke-width: 1.9; stroke-linejoin: round; } svg .error { stroke-width: 1.2; }
-svg .best { stroke: var(--soft); stroke-dasharray: 2 3; } svg .ring { fill: none; stroke: var(--ink); stroke-width: 1.2; }
-""" + "".join(f":root {{ --series-{number}: {colour}; }} .s{number} {{ stroke: var(--series-{number}); }} "
-              f"path.s{number} {{ fill: var(--series-{number}); }} svg text.s{number} {{ stroke: none; font-weight: 600; "
-              f"fill: var(--series-{number}); }}\n" for number, colour in enumerate(LIGHT)) + (
-    "@media (prefers-color-scheme: dark) { :root { "
-    + " ".join(f"--series-{number}: {colour};" for number, colour in enumerate(DARK)) + " } }\n")
+svg .best { stroke: var(--soft); stroke-dasharray: 2 3; }
+svg .ring { fill: none; stroke: var(--ink); stroke-width: 1.2; }
+""" + "".join(f"""
+:root {{ --series-{number}: {light}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --series-{number}: {dark}; }} }}
+.s{number} {{ stroke: var(--series-{number}); }} path.s{number} {{ fill: var(--series-{number}); }}
+svg text.s{number} {{ stroke: none; font-weight: 600; fill: var(--series-{number}); }}
+""" for number, (light, dark) in enumerate(zip(LIGHT, DARK)))
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def draw_sample(number: int, has_marks: bool = True, has_line: bool = True) -> s
     line = (f'<polyline class="s{number} {style}" points="1,8 33,8"'
             + (f' stroke-dasharray="{dashes}"' if dashes else "") + "/>")
     mark = f'<path class="s{number}" d="{MARKS[number]}" transform="translate(17 8)"/>'
-    return f'<svg viewBox="0 0 34 16" aria-hidden="true">{line * has_line}{mark * has_marks}</svg>'
+    return draw_icon(line * has_line + mark * has_marks)
 
 
 def chart_key(num_evaluations: int, best: str) -> str:
@@ -199,17 +202,22 @@ def chart_key(num_evaluations: int, best: str) -> str:
     best: what shows the best step.
     """
     bar = '<line class="s0 error" x1="17" x2="17" y1="1" y2="15"/>'
-    mark = f'{bar}<path class="s0" d="{MARKS[0]}" transform="translate(17 8)"/>'
-    line = '<polyline class="s0 held" points="1,8 33,8"/>' if num_evaluations >= LEAST_FOR_A_LINE else ""
+    mark = f'<path class="s0" d="{MARKS[0]}" transform="translate(17 8)"/>'
     items = [("thin line: training, the pairs of that step", draw_sample(0, False))]
     if num_evaluations:
+        line = '<polyline class="s0 held" points="1,8 33,8"/>' if num_evaluations >= LEAST_FOR_A_LINE else ""
         items.append((f"{'thick line and ' if line else ''}marks: held-out pairs, bars: one standard error",
-                      f'<svg viewBox="0 0 34 16" aria-hidden="true">{line}{mark}</svg>'))
+                      draw_icon(line + bar + mark)))
     if best:
-        items.append((f"{best}: the best step, of lowest held-out loss", '<svg viewBox="0 0 34 16" aria-hidden="true"><line class='
-                      f'"best" x1="17" x2="17" y1="0" y2="16"/>{mark.removeprefix(bar)}<circle class="ring" cx="17" '
-                      'cy="8" r="6"/></svg>'))
+        lines = ('<line class="best" x1="17" x2="17" y1="0" y2="16"/>' * ("line" in best)
+                 + '<circle class="ring" cx="17" cy="8" r="6"/>')
+        items.append((f"{best}: the best step, of lowest held-out loss", draw_icon(mark + lines)))
     return f'<ul class="key">{"".join(f"<li>{sample} {text}</li>" for text, sample in items)}</ul>'
+
+
+def draw_icon(parts: str) -> str:
+    """A small picture in a key."""
+    return f'<svg viewBox="0 0 34 16" aria-hidden="true">{parts}</svg>'
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,4 +1,7 @@
-"""The page of several runs, their curves over each other: python -m twdpo.pages.compare RUN RUN ... [--out FILE.html]"""
+"""The page of several runs, their curves over each other.
+
+    python -m twdpo.pages.compare RUN RUN ... [--out FILE.html]
+"""
 
 import argparse
 import dataclasses
@@ -85,7 +88,7 @@ def read_run(folder: str, letter: str) -> ComparedRun:
     rows = read_rows(path / "metrics.jsonl")
     if not rows:
         raise InputError(f"{folder} has no metrics yet: its metrics.jsonl holds no row")
-    return ComparedRun(folder, letter, config, rows, starts[-1]["held_out"] if starts else {})
+    return ComparedRun(folder, letter, config, rows, starts[-1].get("held_out", {}) if starts else {})
 
 
 def read_json(path: Path, kind: type) -> dict | list:
@@ -159,8 +162,9 @@ def list_remarks(runs: list[ComparedRun], keys: list[str]) -> list[str]:
         remarks.append("The held-out pairs differ, so these figures are not of the same pairs: "
                        + "; ".join(", ".join(run.letter for run in group) for group in groups) + ".")
     if objective := [key for key in keys if key in OBJECTIVE]:
-        remarks.append(f"loss is what each run optimises, and {', '.join(objective)} differ{'s' * (len(objective) == 1)}"
-                       ": one run's loss is not to be set against another's. The unweighted reward_accuracy can be.")
+        differ = "differs" if len(objective) == 1 else "differ"
+        remarks.append(f"loss is what each run optimises, and {', '.join(objective)} {differ}: one run's loss is not "
+                       "to be set against another's. The unweighted reward_accuracy can be.")
     return remarks
 
 

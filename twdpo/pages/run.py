@@ -57,7 +57,7 @@ def write_curves(run_dir: Path) -> None:
     """Write report.html from what stands in the run's folder."""
     environment = run_dir / ENVIRONMENT
     starts = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else []
-    page = render_run(run_dir.name, json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
+    page = render_run(run_dir.resolve().name, json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
                       read_rows(run_dir / "metrics.jsonl"), read_rows(run_dir / "samples.jsonl"), starts,
                       {name for name in ("best", "pairs.html", "weights/weights.html") if (run_dir / name).exists()})
     write_atomic(run_dir / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 import html
 
-
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfb; --line: #d9d8d2; --soft: #6b6a66;
         --mark: 197, 74, 20; --panel: #f5f4ef; --link: #1a5fb4; }
