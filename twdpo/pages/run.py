@@ -76,7 +76,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
     settings = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
                        for key, value in config.items() if value != "")
     return render_document(name, CHART_STYLE + RUN_STYLE, f"""
-{introduction(config, rows, set(beside))}
+{introduction(rows, set(beside))}
 {about_table(config, len(steps), starts)}
 <h2>Curves</h2>
 {chart_key(len(held_out), 'ring and dotted line' * (best is not None))}
@@ -86,7 +86,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
 <details><summary>Settings</summary><table class="wide">{settings}</table></details>""")
 
 
-def introduction(config: dict[str, object], rows: list[dict], beside: set[str]) -> str:
+def introduction(rows: list[dict], beside: set[str]) -> str:
     """What the page is of, in sentences; which step is best; what else there is to read."""
     held_out, sentences = evaluations(rows), []
     if held_out:
