@@ -122,7 +122,7 @@ def test_points_stand_where_their_values_say():
 
 def test_names_of_large_values_and_of_line_ends_have_room():
     """The left margin grows with the longest tick; names at one step's ends lie apart and inside."""
-    drawn = [Series("", number, [(1, 5e6), (2, 5e6 + number)], end="ABCDEFGH"[number]) for number in range(8)]
+    drawn = [Series("", number, [(1, 5e6), (2, float(number))], end="ABCDEFGH"[number]) for number in range(8)]
     chart = render_chart("x", "", drawn)
     ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">(.*?)<', chart)
     assert ticks and all(float(x) - LETTER * len(label) >= 0 for x, label in ticks)
