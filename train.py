@@ -20,9 +20,10 @@ from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import TrainConfig, parse_config
 from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
+from twdpo.files import hash_json
 from twdpo.flags import to_json
 from twdpo.inputs import Need, check_inputs, check_pair_numbers, run_identity, settle_massless
-from twdpo.log import Log, StageClock, start_wandb, summarize
+from twdpo.log import Log, StageClock, lowest_loss, start_wandb, summarize
 from twdpo.losses import LOSSES
 from twdpo.metrics import (
     Totals,
@@ -46,7 +47,7 @@ from twdpo.pages.run import write_curves
 from twdpo.pages.show import show, write_run_pairs
 from twdpo.pages.weights import write_run_weights
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
-from twdpo.run_folder import drop_later_checkpoints, open_run, start_run
+from twdpo.run_folder import drop_later_checkpoints, open_run, start_run, write_environment
 from twdpo.tokens import Example
 from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
@@ -76,6 +77,7 @@ def train(config: TrainConfig, process: Process) -> None:
         return
     run = prepare(config, process)
     log = Log(run.folder, run.step, run.wandb, process)
+    run.best_eval_loss = process.on_main(lambda: lowest_loss(run.folder))
     if run.held_out and run.step == 0:
         evaluate_and_sample(run, log)
     with process.progress(total=run.steps, initial=run.step, desc="train", unit="step") as bar:
@@ -86,8 +88,8 @@ def train(config: TrainConfig, process: Process) -> None:
             if run.held_out and run.is_due(config.eval_every):
                 keep_best(run, evaluate_and_sample(run, log))
             if config.save_every and run.is_due(config.save_every):
-                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, {"best_eval_loss": run.best_eval_loss},
-                                run.identity, process, config.keep_last)
+                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, run.identity, process,
+                                config.keep_last)
     finish(run, log)
 
 
@@ -112,7 +114,7 @@ class Run:
     wandb: object = None  # on the first process, with --wandb
     cost: ModelCost | None = None  # with --profile
     step: int = 0  # steps done
-    best_eval_loss: float | None = None
+    best_eval_loss: float = math.inf  # of the evaluations after a step
 
     @property
     def is_planted(self) -> bool:
@@ -171,10 +173,11 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
     if checkpoint:
-        run.step, progress = load_checkpoint(checkpoint, policy, optimizer, run.identity, process)
-        run.best_eval_loss = progress["best_eval_loss"]
+        run.step = load_checkpoint(checkpoint, policy, optimizer, run.identity, process)
         process.on_main(lambda: drop_later_checkpoints(folder, run.step))
         process.print(f"resumed from {checkpoint} at step {run.step} of {run.steps}")
+    held_out = {name: hash_json([each.pair.key for each in examples]) for name, examples in run.held_out.items()}
+    process.on_main(lambda: write_environment(folder, run.step, process, {"held_out": held_out}))
     process.on_main(lambda: write_run_pairs(folder, inputs, config, objective, run.context))
     if config.sample and not run.held_out:
         process.print("--sample: there are no held-out prompts to answer")
@@ -353,8 +356,7 @@ def first_set(run: Run) -> list[Example]:
 
 def evaluate_and_sample(run: Run, log: Log) -> dict[str, float]:
     """A row of metrics.jsonl, which is returned, and rows of samples.jsonl. All ranks."""
-    row = evaluate(run)
-    log.write(row)
+    row = log.write(evaluate(run))
     examples, answers = sample(run)
     if examples:
         log.write_samples(run.step, [example.pair for example in examples], answers)
@@ -362,17 +364,16 @@ def evaluate_and_sample(run: Run, log: Log) -> dict[str, float]:
 
 
 def keep_best(run: Run, row: dict[str, float]) -> None:
-    """Write best/ when an evaluation has the lowest loss of those after a step. All ranks."""
-    loss = row["eval/loss"]
-    if math.isfinite(loss) and (run.best_eval_loss is None or loss < run.best_eval_loss):
+    """Write best/ when an evaluation after a step has the lowest loss so far (`log.best_evaluation`). All ranks."""
+    if (loss := row.get("eval/loss", math.inf)) < run.best_eval_loss:
         run.best_eval_loss = loss
-        export(run, "best")
+        export(run, "best", row)
 
 
-def export(run: Run, name: str) -> None:
+def export(run: Run, name: str, evaluation: dict[str, float] | None = None) -> None:
     """Write a Hugging Face model into the run's folder. All ranks."""
     export_model(run.folder / name, run.policy, run.model.tokenizer, run.model.folder, run.config.save_dtype,
-                 run.process)
+                 run.process, evaluation)
 
 
 def finish(run: Run, log: Log) -> None:
@@ -380,9 +381,9 @@ def finish(run: Run, log: Log) -> None:
     process = run.process
     export(run, "final")
     log.close()
-    process.on_main(lambda: write_curves(run.folder))
     process.on_main(lambda: write_run_weights(run.folder / "weights", first_set(run), run.objective, run.context,
                                               run.model.chat))
+    process.on_main(lambda: write_curves(run.folder))
     process.print(summarize(run.folder))
 
 

@@ -43,15 +43,14 @@ def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_p
     policy, optimizer = make(toy_model, process, dtype)
     for _ in range(3):
         step(policy, optimizer)
-    save_checkpoint(tmp_path, 3, policy, optimizer, {"best_eval_loss": 0.5}, {"the pairs": "x"}, process, keep_last=2)
+    save_checkpoint(tmp_path, 3, policy, optimizer, {"the pairs": "x"}, process, keep_last=2)
     state, random = snapshot(policy, optimizer), torch.get_rng_state()
     step(policy, optimizer)
     torch.rand(3)
     fresh, fresh_optimizer = make(toy_model, process, dtype)
     with pytest.raises(InputError, match="another run: since then the pairs changed"):
         load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "y"}, process)
-    assert load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "x"}, process) == (
-        3, {"best_eval_loss": 0.5})
+    assert load_checkpoint(list_checkpoints(tmp_path)[-1], fresh, fresh_optimizer, {"the pairs": "x"}, process) == 3
     loaded = snapshot(fresh, fresh_optimizer)
     assert loaded.keys() == state.keys() and len(state) > 40
     assert all(torch.equal(loaded[name], state[name]) for name in state)
@@ -66,7 +65,7 @@ def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_p
 def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     step(policy, optimizer)
-    path = save_checkpoint(tmp_path, 1, policy, optimizer, {}, {}, process, keep_last=1)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, {}, process, keep_last=1)
     (file, *_) = sorted(path.glob("*.safetensors"))
     if damage == "flip":
         data = bytearray(file.read_bytes())
@@ -88,7 +87,7 @@ def test_no_pickle_is_written_and_old_checkpoints_go(toy_model, process, tmp_pat
     policy, optimizer = make(toy_model, process)
     for number in (1, 2, 3):
         step(policy, optimizer)
-        path = save_checkpoint(tmp_path, number, policy, optimizer, {}, {}, process, keep_last=2)
+        path = save_checkpoint(tmp_path, number, policy, optimizer, {}, process, keep_last=2)
     assert [each.name for each in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
     assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json"}
     assert not [each for each in (tmp_path / "checkpoints").iterdir() if each.name.startswith(".")]

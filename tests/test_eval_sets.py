@@ -77,9 +77,9 @@ def test_sets_are_read_apart_and_an_empty_one_is_named(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """Evaluations of two sets; of b the loss rises while a's falls."""
+    """Evaluations of two sets; of b the loss rises while a's falls at first."""
     made = []
-    for step, (loss_a, loss_b) in ((0, (0.7, 0.7)), (5, (0.4, 0.9))):
+    for step, (loss_a, loss_b) in ((0, (0.7, 0.7)), (5, (0.4, 0.9)), (8, (0.6, 0.8))):
         of_a = {"loss": loss_a, "loss_stderr": 0.01, "pairs": 2}
         of_b = {"loss": loss_b, "loss_stderr": 0.02, "pairs": 3}
         made.append({"step": step} | {f"eval/{name}": value for name, value in of_a.items()}
@@ -102,18 +102,22 @@ def test_summary_and_page_show_each_set(rows, tmp_path):
     text = summarize(tmp_path)
     first, second = text.index("held out, a (2 pairs)"), text.index("held out, b (3 pairs)")
     assert "0.4000 ± 0.0100" in text[first:second] and "0.9000 ± 0.0200" in text[second:]
+    # The best step is that of the first set.
+    columns = [" ".join(line.split()[-9:]) for line in text.splitlines() if line.startswith("held out")]
+    assert columns == ["start (step 0) best (step 5) last (step 8)"] * 2 and "\nbest: step 5, " in text
     assert "b/" not in text.replace(str(tmp_path), "")
-    steps = [{"step": step, "loss": 0.7} for step in (1, 5)]
+    steps = [{"step": step, "loss": 0.7} for step in (1, 8)]
     config = {"loss": "dpo", "model": "", "data": "toy"}
     page = render_run("run", config, steps + rows, [])
     assert page.index("Held out: a (2 pairs)") < page.index("Held out: b (3 pairs)")
-    assert "held out: 2 pairs of a" in page
-    assert page.count("<figcaption>") == 3  # one of the run, one of each set
+    assert "Held out: 2 pairs of a" in page and "Best: step 5, the lowest held-out loss of a." in page
+    assert page.count("<figcaption>") == 2  # one of the run and the first set, one of the second
     section = page.split("Held out: b")[1]
-    assert section.count("<circle") == 2 and "0.9000 ± 0.0200" in section
+    assert section.count("<title>step ") == 3 and "<td>0.9000 ±&nbsp;0.0200</td><td>0.8000" in section
+    assert "best (step&nbsp;5)" in section and section.count('class="ring"') == 1
     alone = [{"step": row["step"]} | {name: value for name, value in row.items() if name.count("/") == 1}
              for row in rows]
-    assert "<h2>Held out</h2>" in render_run("run", config, steps + alone, [])
+    assert "<h2>Held out (2 pairs)</h2>" in render_run("run", config, steps + alone, [])
 
 
 SETS = {"loss": "dpo", "max_steps": 4, "eval_every": 2}

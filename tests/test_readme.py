@@ -10,6 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from twdpo.config import PRESETS
+from twdpo.log import summarize
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS, BENCHMARKS = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("methods", "benchmarks"))
@@ -25,9 +28,8 @@ IMPORT_ORDER = """
     leave_out metrics models/source models/varlen models/attention models/build models/shards
     models/policy models/attribution models/reference models/generate models/anchor models/memory
     judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs needs run_folder checkpoint log pages/style pages/run pages/tokens pages/pairs pages/show
-    pages/figures pages/weights
-    toy/planted toy/train
+    inputs needs run_folder checkpoint log pages/style pages/charts pages/run pages/compare pages/tokens pages/pairs
+    pages/show pages/figures pages/weights toy/planted toy/train
 """.split()
 
 
@@ -37,6 +39,27 @@ def test_first_two_blocks_set_up_and_run():
         lines = block.splitlines()
         assert lines[0] == "python3 -m venv .venv" and lines[-1].endswith(last) and "$" not in block
     assert blocks[2] == "source .venv/bin/activate\n"  # what every later command takes for granted
+
+
+def test_the_default_block_has_the_lines_that_a_run_prints(tmp_path):
+    """The summary of a run with the figures that the README shows, its steps those of the preset."""
+    (block,) = re.findall(r"^    held out \(128 pairs\).*?\n\n", README, re.MULTILINE | re.DOTALL)
+    lines = [line[4:] for line in block.splitlines() if line.strip() not in ("", "[...]")]
+    steps = [int(step) for step in re.findall(r"\(step (\d+)\)", lines[0])]
+    assert steps == [0, 12, 512 // PRESETS["toy"]["batch_size"]] and steps[1] % PRESETS["toy"]["eval_every"] == 0
+    rows = [{"step": step, "eval/pairs": 128} for step in steps]
+    for line in lines[1:3]:
+        name, *figures = re.findall(r"[\w.]+", line)
+        for row, mean, error in zip(rows, figures[0::2], figures[1::2], strict=True):
+            row |= {f"eval/{name}": float(mean), f"eval/{name}_stderr": float(error)}
+    name = re.search(r"runs/([\w-]+)/report", block)[1]
+    folder = tmp_path / "runs" / name
+    for path in ("best/x", "report.html", "weights/weights.html"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = summarize(folder).replace(f"{tmp_path}/", "").splitlines()
+    assert set(lines) == set(printed) - {line for line in printed if "metrics.jsonl" in line}
 
 
 def test_readme_is_a_front_door():

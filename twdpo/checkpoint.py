@@ -21,7 +21,7 @@ from twdpo.files import hash_file, remove, write_atomic, write_json
 from twdpo.flags import InputError
 from twdpo.models.policy import Policy
 from twdpo.models.source import load_model_config
-from twdpo.run_folder import MANIFEST, checkpoint_path, list_checkpoints
+from twdpo.run_folder import EVALUATION, MANIFEST, checkpoint_path, list_checkpoints
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -49,12 +49,11 @@ def rng_tensors(process: Process) -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, progress: dict[str, object],
-                    identity: dict[str, str], process: Process, keep_last: int) -> Path:
+def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
+                    process: Process, keep_last: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the last `keep_last` (0: keep all). All ranks.
 
-    progress: JSON values of the loop to restore, returned by `load_checkpoint`. identity: fingerprints of what the run
-    is made from, which `load_checkpoint` compares.
+    identity: fingerprints of what the run is made from, which `load_checkpoint` compares.
     """
     path = checkpoint_path(run_dir, step)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -69,8 +68,8 @@ def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.o
         known = {name: digest for part in hashes for name, digest in part.items()}
         files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
                  for file in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"step": step, "world_size": process.world_size, "progress": progress,
-                                          "identity": identity, "files": files})
+        write_json(temporary / MANIFEST, {"step": step, "world_size": process.world_size, "identity": identity,
+                                          "files": files})
         for file in temporary.iterdir():
             sync_to_disk(file)
         remove(path)
@@ -93,8 +92,8 @@ def sync_to_disk(path: Path) -> None:
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
-                    process: Process) -> tuple[int, dict[str, object]]:
-    """Restore model, optimizer and random states in place: (step, progress). All ranks.
+                    process: Process) -> int:
+    """Restore model, optimizer and random states in place: the step. All ranks.
 
     Raises InputError when a file is missing, extra or changed, and names it; and when the run was made from something
     else than `identity`. Another world size may read it; the random states are then those of the processes that exist
@@ -114,14 +113,14 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, id
             optimizer.state[parameter]["step"] = torch.tensor(float(manifest["step"]), device=device)
     for name, state in rng.items():
         (torch.cuda if ".cuda." in name else torch).set_rng_state(state)
-    return manifest["step"], manifest["progress"]
+    return manifest["step"]
 
 
 def read_manifest(path: Path) -> dict[str, object]:
     """manifest.json of a checkpoint. Raises InputError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        missing = {"step", "world_size", "progress", "identity", "files"} - dict(manifest).keys()
+        missing = {"step", "world_size", "identity", "files"} - dict(manifest).keys()
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} can't be read ({error})") from error
     if missing:
@@ -149,10 +148,12 @@ def check_files(path: Path, manifest: dict[str, object], process: Process) -> li
     return problems
 
 
-def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype: str, process: Process) -> None:
+def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype: str, process: Process,
+                 evaluation: dict[str, float] | None = None) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, in `save_dtype`. All ranks.
 
-    source: the model folder that training started from; an empty `save_dtype` is its own.
+    source: the model folder that training started from; an empty `save_dtype` is its own. evaluation: the policy's row
+    of metrics.jsonl, kept beside it.
     """
     full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -168,5 +169,7 @@ def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", temporary / "generation_config.json")
         tokenizer.save_pretrained(temporary)
+        if evaluation:
+            write_json(temporary / EVALUATION, evaluation)
 
     process.on_main(lambda: write_atomic(path, write))

@@ -229,12 +229,12 @@ PRESETS: dict[str, dict[str, object]] = {
     "tuned-v0.2": {},
     "toy": {
         "judge_prompt": "short",
-        "lr": 5e-4,
+        "lr": 1.5e-4,  # the held-out loss is lowest at about step 12 of 32, and little higher at the end
         "beta": 0.3,
         "batch_size": 16,
-        "epochs": 2,
         "max_length": 160,
         "max_prompt_length": 64,
+        "eval_every": 4,
         "save_every": 0,
     },
 }

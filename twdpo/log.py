@@ -118,10 +118,10 @@ def start_wandb(config: TrainConfig, run_dir: Path):
 
 
 def row_step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that a kill left incomplete."""
+    """The step of a line of metrics.jsonl; infinity for one that is no row, as a kill leaves it."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 
@@ -158,20 +158,80 @@ def format_mean(row: dict[str, float], name: str) -> str:
     return f"{row[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; one that is not there is empty. Raises InputError for a line that is no row,
+    but for a last one that a kill cut off."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    if lines and row_step(lines[-1]) == math.inf:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if row_step(line) == math.inf:
+            raise InputError(f"{path}, line {number}: {line!r:.80} is no row of a run; put back the file as it was "
+                             "written")
+    return [json.loads(line) for line in lines]
+
+
+def evaluations(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of evaluations."""
+    return [row for row in rows if "eval/pairs" in row]
+
+
+def best_evaluation(rows: list[dict[str, float]]) -> dict[str, float] | None:
+    """What is called best everywhere: of the evaluations after a step (step 0 is the start) the first one of lowest
+    loss, of the first held-out set if there are several; None without any."""
+    return min((row for row in rows if row["step"] > 0 and "eval/loss" in row), key=lambda row: row["eval/loss"],
+               default=None)
+
+
+def lowest_loss(run_dir: Path) -> float:
+    """Of the evaluations after a step that metrics.jsonl holds; infinity without any."""
+    return (best_evaluation(read_rows(run_dir / "metrics.jsonl")) or {}).get("eval/loss", math.inf)
+
+
+def shown_evaluations(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of a run's evaluations those that a table shows, by what they are called: start, best and last."""
+    found = evaluations(rows)
+    shown = {"start": next((row for row in found if row["step"] == 0), None), "best": best_evaluation(found),
+             "last": found[-1] if found and found[-1]["step"] > 0 else None}
+    return {name: row for name, row in shown.items() if row}
+
+
+def describe_best(rows: list[dict[str, float]]) -> str:
+    """A sentence on which step is best; "" without an evaluation after a step."""
+    shown = shown_evaluations(rows)
+    if "last" not in shown:
+        return ""
+    if "best" not in shown:
+        return "no step is best: no held-out loss after a step is a number"
+    best, start = shown["best"], shown.get("start", {}).get("eval/loss", math.inf)
+    name = held_out_names(best)[0]
+    lowest = f"the lowest held-out loss{f' of {name}' if name else ''}"
+    if start > best["eval/loss"]:
+        return f"best: step {best['step']}, {lowest}"
+    return (f"no step was better than the start, whose held-out loss is {start:.4f}: {lowest} after it is "
+            f"{best['eval/loss']:.4f}, at step {best['step']}")
+
+
+def figure_names(row: dict[str, float]) -> list[str]:
+    """The names of an evaluation's figures that a table shows, with eval/ before each."""
+    return [name for name in row if name.startswith("eval/") and not name.endswith("_stderr") and name != "eval/pairs"]
+
+
 def summarize(run_dir: Path) -> str:
-    """The end of a run: held-out figures of the untrained and the trained policy, and where things are."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "eval/pairs" in row]
+    """The end of a run: held-out figures of the start, the best and the last step, and where things are."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    shown = shown_evaluations(rows)
     lines = []
-    for set_name in held_out_names(rows[-1]) if rows else ():
-        first, last = (row_of_set(row, set_name) for row in (rows[0], rows[-1]))
-        lines.append(f"held out{', ' * bool(set_name)}{set_name} ({last['eval/pairs']} pairs)"
-                     + f"step {first['step']}".rjust(22) + f"step {last['step']}".rjust(24))
-        for name in last:
-            if name.startswith("eval/") and not name.endswith("_stderr") and name != "eval/pairs":
-                cells = [format_mean(row, name) for row in (first, last)]
-                lines.append(f"  {name.removeprefix('eval/'):28}" + "".join(cell.rjust(24) for cell in cells))
-    for name, what in (("final", "the policy"), ("best", "the policy of lowest held-out loss"),
+    for set_name in held_out_names(shown["last"]) if "last" in shown else ():
+        columns = {f"{name} (step {row['step']})": row_of_set(row, set_name) for name, row in shown.items()}
+        last = row_of_set(shown["last"], set_name)
+        title = f"held out{', ' * bool(set_name)}{set_name} ({last['eval/pairs']} pairs)"
+        lines.append(f"{title:30}" + "".join(name.rjust(20) for name in columns))
+        lines += [f"  {name.removeprefix('eval/'):28}" + "".join(format_mean(row, name).rjust(20)
+                                                               for row in columns.values())
+                  for name in figure_names(last)]
+    lines += filter(None, [describe_best(rows)])
+    for name, what in (("final", "the policy"), ("best", "the policy at the best step"),
                        ("metrics.jsonl", "one row a step and an evaluation"),
                        ("samples.jsonl", "answers that the policy wrote"),
                        ("report.html", "the curves as a page"),

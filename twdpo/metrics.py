@@ -14,11 +14,69 @@ import torch.distributed as dist
 
 from twdpo.batch import PairBatch
 from twdpo.logratio import combine, segment_sum
+from twdpo.losses import LOSSES
+
+# A line for each name that a run logs, beside `step`: what it is. Pages show it; a fork's own metric may have none.
+MEANINGS = {
+    "loss": "what is optimised, a mean over pairs (times the weights of the data, where there are any)",
+    "reward_accuracy": "share of pairs whose chosen answer has the larger reward; a tie counts one half",
+    "reward_margin": "reward of the chosen answer less that of the rejected one",
+    "reward_chosen": "beta times the sum of the chosen answer's log-ratios to the reference, all tokens alike (of its "
+                     "log-probs where the loss has no reference)",
+    "reward_rejected": "the same of the rejected answer",
+    "weighted_reward_accuracy": "as reward_accuracy, with the token weights: the order that the loss sees",
+    "weighted_reward_margin": "as reward_margin, with the token weights",
+    "weighted_reward_chosen": "as reward_chosen, with the token weights",
+    "weighted_reward_rejected": "as reward_rejected, with the token weights",
+    "kl": "estimate of KL(reference || policy), nats a response token: how far the policy has moved on these answers",
+    "grad_norm": "length of the gradient before it is clipped",
+    "lr": "learning rate of the step",
+    "pairs": "held-out pairs that the figures are means of",
+    # With --token-stats.
+    "token_entropy": "entropy of the policy's next-token distribution, nats, mean over response tokens",
+    "token_top1": "share of response tokens that are the policy's likeliest there",
+    # Of some losses.
+    "average_margin": "mean log-ratio a token of the chosen answer less that of the rejected one",
+    "average_accuracy": "share of pairs in which the chosen answer has the larger mean log-ratio a token",
+    "kl_chosen": "sum over the chosen answer's tokens of the KL divergence that the loss takes, nats",
+    "kl_rejected": "the same of the rejected answer",
+    "omega": "weight of a pair in the loss: how likely the policy is to write its answers itself, 1 at most",
+    "triplet": "the triplet term: the policy's own answer nearer to the chosen answer than to the rejected one",
+    # Of the toy, where it is known which words decide.
+    "reward_accuracy_tone": "reward_accuracy of the pairs that a polite or rude word decides",
+    "reward_accuracy_topic": "reward_accuracy of the pairs that naming the prompt's topic decides",
+    "filler_drift": "how far the words that decide nothing have moved, mean |log-ratio|, nats a token",
+    "planted_lift": "weight on the words that decide, over what uniform weights give them",
+    # What a step costs.
+    "tokens_per_s": "tokens a second, prompts too, all processes together",
+    "pairs_per_s": "pairs a second, all processes together",
+    "peak_memory_gib": "most memory of one process so far, GiB (of its GPU, where it has one)",
+    "peak_reserved_gib": "most memory that one process has taken from its GPU so far, gaps included, GiB",
+    "data_share": "share of the step's time spent on making batches",
+    "forward_share": "share of the step's time spent in forward passes",
+    "backward_share": "share of the step's time spent in backward passes",
+    "optimizer_share": "share of the step's time spent in the optimiser",
+    "tflops": "10^12 operations a second that the model needs, a process",
+    "mfu": "tflops over the device's peak",
+}
 
 ROUNDING = 1e-6  # relative: some eight times fp32's
 
 Totals = dict[str, torch.Tensor]  # name -> fp64 [4]: sum, sum of squares, count, largest absolute value
 Figures = dict[str, list[float]]  # the same on the host
+
+
+def meaning(name: str) -> str:
+    """The line of MEANINGS, of a held-out figure (eval/NAME) too; "" of a name that has none. In a sum of losses
+    loss_LOSS is one of them, and NAME_LOSS what two of them call NAME."""
+    name = name.removeprefix("eval/")
+    if name in MEANINGS:
+        return MEANINGS[name]
+    for known, what in MEANINGS.items():
+        loss = name.removeprefix(f"{known}_")
+        if loss != name and loss in LOSSES:
+            return f"the loss {loss} alone, a term of the sum" if known == "loss" else f"{what} (of {loss})"
+    return ""
 
 
 def pair_metrics(loss_P, extra: dict[str, torch.Tensor], ratio_S, logps_N, batch: PairBatch, beta: float,

@@ -1,10 +1,16 @@
-"""The folder of a run: opened, resumed or overwritten; which checkpoints it holds."""
+"""The folder of a run: opened, resumed or overwritten; which checkpoints it holds; what it was run with."""
 
 import json
+import os
+import platform
 import re
+import subprocess
 import time
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 from twdpo.config import TrainConfig
 from twdpo.dist import Process
@@ -12,8 +18,11 @@ from twdpo.files import check_directory, remove, remove_temporaries, write_json
 from twdpo.flags import InputError, changed_settings, key_name, to_json
 
 MANIFEST = "manifest.json"
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "pairs.html", "report.html", "weights", "checkpoints",
-             "final", "best")
+ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
+RUN_FILES = ("config.json", ENVIRONMENT, "metrics.jsonl", "samples.jsonl", "pairs.html", "report.html", "weights",
+             "checkpoints", "final", "best")
+PACKAGES = ("twdpo", "torch", "transformers", "triton")  # whose versions environment.json has
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout, if it is one
 
 
 def open_run(config: TrainConfig, process: Process) -> tuple[TrainConfig, Path, Path | None]:
@@ -36,6 +45,43 @@ def start_run(config: TrainConfig, run_dir: Path) -> None:
         remove_temporaries(directory)
     # What was asked of this start alone would contradict the next one's flags.
     write_json(run_dir / "config.json", to_json(replace(config, resume="", overwrite=False, config="")))
+
+
+def write_environment(run_dir: Path, step: int, process: Process, found: dict[str, object]) -> None:
+    """Add this start, at `step`, to environment.json, a list: when, on what and with which versions a run began and
+    was resumed. Starts that a resume from an earlier step gave up go.
+
+    found: what else is to be kept of the start.
+    """
+    path = run_dir / ENVIRONMENT
+    before = json.loads(path.read_text(encoding="utf-8")) if step and path.exists() else []
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "CPU"
+    start = {"step": step, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+             "processes": process.world_size, "device": device} | describe_code()
+    write_json(path, [start_before for start_before in before if start_before["step"] < step] + [start | found])
+
+
+def describe_code() -> dict[str, str]:
+    """The commit of the code and the versions of what it runs on."""
+    found = {"commit": code_commit(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # not installed, but on the path
+            continue
+    return found
+
+
+def code_commit() -> str:
+    """The commit of the checkout that runs, with -dirty where tracked files differ from it; "" where it is unknown."""
+    if not (ROOT / ".git").exists():  # installed elsewhere, maybe inside another project's checkout
+        return ""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                              env=own, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or it refuses the folder
+        return ""
 
 
 def _open_run(config: TrainConfig) -> tuple[TrainConfig, Path, Path | None]:
@@ -105,8 +151,12 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
 
 def drop_later_checkpoints(run_dir: Path, step: int) -> None:
-    """The run goes on from `step`: checkpoints after it are of a branch that is given up."""
-    for path in list_checkpoints(run_dir):
-        if path.name > checkpoint_path(run_dir, step).name:
-            print(f"--resume: {path.name} comes after the step that the run goes on from: removed")
-            remove(path)
+    """The run goes on from `step`: checkpoints after it, and best/ if it is of later, are of a branch that is given up.
+    """
+    later = [path for path in list_checkpoints(run_dir) if path.name > checkpoint_path(run_dir, step).name]
+    evaluation = run_dir / "best" / EVALUATION
+    if evaluation.exists() and json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
+        later.append(evaluation.parent)
+    for path in later:
+        print(f"--resume: {path.name} comes after the step that the run goes on from: removed")
+        remove(path)

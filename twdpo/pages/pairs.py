@@ -15,7 +15,7 @@ import numpy as np
 
 from twdpo.chat import Chat
 from twdpo.files import write_atomic
-from twdpo.pages.style import STYLE
+from twdpo.pages.style import render_document
 from twdpo.pages.tokens import (
     ANSWER,
     CLASSES,
@@ -274,16 +274,11 @@ def render_pairs(title: str, source: str, shown: list[ShownPair], home: str = ""
     made = any(piece.weights is not None for piece in pieces)
     weights = f"Weights: {source}." if made else f"The weights of {source} are made while training: none are shown."
     back = f' <a href="{html.escape(home)}">The run.</a>' if home else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}{TOKENS_STYLE}{PAIRS_STYLE}</style></head><body>
-<h1>{html.escape(title)}, as they are trained</h1>
+    return render_document(f"{title}, as they are trained", TOKENS_STYLE + PAIRS_STYLE, f"""
 <p class="note">{html.escape(weights)} Every token with its id and weight is in the list below its answer.{back}</p>
 {render_key({piece.kind for piece in pieces}, made)}
 {"".join(render_pair(pair) for pair in shown)}
-{render_foot()}
-</body></html>
-"""
+{render_foot()}""")
 
 
 def render_pair(pair: ShownPair) -> str:

@@ -10,7 +10,6 @@ Legend: J judge tokens of one answer, N training tokens of it, L stored layers.
 """
 
 import html
-import importlib.metadata
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from twdpo.objective import Objective
 from twdpo.pages.figures import MEANINGS, describe_judge, describe_weights, format_report, names_of
 from twdpo.pages.pairs import count_prompt, count_tokens, describe_pair
 from twdpo.pages.show import token_weights
-from twdpo.pages.style import STYLE
+from twdpo.pages.style import render_document
 from twdpo.pages.tokens import (
     ANSWER,
     CUT,
@@ -42,6 +41,7 @@ from twdpo.pages.tokens import (
 )
 from twdpo.pairs import Pair, show_question
 from twdpo.postprocess import average_rounds, pin_and_share
+from twdpo.run_folder import describe_code
 from twdpo.tokens import Example
 from twdpo.weights import WEIGHTS, WeightContext, source_needs
 from twdpo.weights_file import JudgedAnswer, WeightsFile
@@ -116,7 +116,7 @@ def name_layer(layer: str) -> str:
 
 def versions() -> str:
     """Of what the page was made with."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    return ", ".join(f"{name} {value}" for name, value in describe_code().items() if value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,10 +282,7 @@ def render_page(page: WeightsPage) -> str:
         chooser = f'<label>Weights of <select id="choice" autocomplete="off">{options}</select></label>'
         data = f'<script type="application/json" id="weights">{spell_choices(page.pairs)}</script>'
         script = CHOICE_SCRIPT
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Token weights</title><style>{STYLE}{TOKENS_STYLE}</style></head><body>
-<h1>Token weights</h1>
+    return render_document("Token weights", TOKENS_STYLE, f"""
 <p class="note">{html.escape(page.what)} Figures and shades: {html.escape(page.choices[0])}.
 <a href="#pairs">To the pairs.</a>{back}</p>
 <dl>{facts}</dl>
@@ -299,9 +296,7 @@ def render_page(page: WeightsPage) -> str:
 <h2 id="pairs">Pairs</h2>
 {render_key({piece.kind for piece in pieces})}
 {"".join(render_pair(pair, number) for number, pair in enumerate(page.pairs, 1))}
-{data}{render_foot(chooser, script)}
-</body></html>
-"""
+{data}{render_foot(chooser, script)}""")
 
 
 def render_pair(pair: ShownWeights, number: int) -> str:
