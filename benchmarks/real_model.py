@@ -112,7 +112,7 @@ def run_judge(flags: argparse.Namespace, folder: Path) -> dict[str, object]:
     return {"pairs": len(pairs), "seconds_a_pair": None if stored_before else seconds / len(pairs),
             "verdicts": describe_verdicts(stored, pairs),
             "layers": [{"layer": row["layer"], "attention on the answers": 2 * row["attention on the answer"],
-                        "token 1": row["share of token 1"], "std": row["std"],
+                        "token 1": row["share of token 1 before the sink fix"], "std": row["std before the sink fix"],
                         "rounds": row.get("correlation of the rounds")} for row in report["layers"]],
             "kinds": describe_kinds(stored, pairs)}
 
