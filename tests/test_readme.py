@@ -294,18 +294,25 @@ def test_the_toys_figures_are_those_of_its_committed_gates():
         (results / "toy-seed-0.json").read_text())
 
 
-def test_the_table_of_sources_is_that_of_the_committed_run():
-    """The lines of `twdpo` in benchmarks/results/cpu/methods.md, which is made from methods.json beside it."""
+def test_what_is_said_of_the_methods_is_what_the_committed_cells_say():
+    """Pages, tables, and every sentence of README and docs that compares arms, made again from cells.jsonl: nothing is
+    called better whose interval holds 0."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import methods
-    results = ROOT / "benchmarks/results/cpu"
-    rows = json.loads((results / "methods.json").read_text())["rows"]
-    table = methods.markdown_table(rows)
-    assert (results / "methods.md").read_text() == table + "\n"
-    assert (results / "methods.svg").read_text() == methods.draw_plot(rows)
-    lines = [line for line in table.splitlines() if line.startswith(("| loss", "| `twdpo`"))]
-    assert all(line in METHODS for line in lines) and len(lines) > 8
-    assert len({row["seed"] for row in rows}) >= 3 and {row["pairs"] for row in rows} == {64, 256, 1024}
+    import methods_report
+    folder = ROOT / "benchmarks/results/cpu/methods"
+    cells = list(methods.read_cells(folder).values())
+    assert len(cells) == len((folder / "cells.jsonl").read_text().splitlines())  # none of an older version
+    assert (folder / "methods.md").read_text() == methods_report.render(cells)
+    assert (folder / "methods.svg").read_text() == methods_report.draw_curves(cells)
+    page = " ".join(METHODS.split())
+    said = [sentence for part in methods_report.NAMES for sentence in methods_report.sentences(part, cells)]
+    assert len(said) == 4 and all(sentence in page for sentence in said)
+    for part in ("headline", "control"):
+        assert methods_report.part_table(part, cells) in METHODS
+    assert methods_report.summary(cells) in " ".join(README.split())
+    seeds = {cell["arm"]["seed"] for cell in cells if cell["arm"]["tests"] == "all"}
+    assert len(seeds) == 10
 
 
 def test_the_tables_of_the_real_model_are_those_of_the_committed_run():
