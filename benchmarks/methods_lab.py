@@ -265,15 +265,19 @@ def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
-    """Train from the toy's model. Of each of STEPS, under "validation" the loss on every set of validation pairs, and
-    under "test" what `measure` finds on every set of test pairs (by the arm's `tests`; None where they were not
-    read); beside them the weights' lift, what the policy of the chosen steps writes, and seconds of one core."""
+    """Train from the toy's model. Of each of STEPS, "validation" has the loss on every set of validation pairs (with
+    `tests` none of neutral ones alone), and "test" what `measure` finds on every set of test pairs and what the policy
+    writes; None where the arm's `tests` has it not read, writing but for the chosen steps. Beside them the weights'
+    lift, the share of its judge's verdicts that are right, and seconds of one core."""
     began, config = time.process_time(), arm_config(arm)
     source = bind_options(WEIGHTS[arm.source], SOURCE_OPTIONS.get(arm.source, ""), "--weights-options")
     objective = bind_objective(arm_loss(arm.loss, config), source, arm.source)
     pool, context = lab.training(arm.world, arm.seed), lab.context(arm, objective.needs, config)
-    validation = lab.validation(arm.world, arm.seed)
-    tests = lab.tests(arm.world, arm.seed) if arm.tests != "none" else {}
+    validation, tests = lab.validation(arm.world, arm.seed), {}
+    if arm.tests == "none":
+        validation = {"neutral": validation["neutral"]}
+    else:
+        tests = lab.tests(arm.world, arm.seed)
     lab.policy.load_state_dict(lab.start)
     optimizer = torch.optim.AdamW(lab.policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     run = Run(config, lab.process, objective, lab.model, pool.examples, {}, context, lab.policy, optimizer, ROWS,
