@@ -69,6 +69,7 @@ Answer A: {answer_a}
 
 Answer B: {answer_b}"""
 ENDLESS = 10 ** 9  # steps of the schedule, which so stays at its peak
+LEARNED = 2.0  # nats: the mean margin on validation pairs from which on a policy has learned
 TIE = 1e-4  # nats: the rounding of log-probs that are summed
 SOURCE_OPTIONS = {"attention_contrast": "against=the pair alone"}  # which Lab.context gives
 
@@ -265,10 +266,10 @@ def arm_loss(loss_name: str, config: TrainConfig) -> Callable:
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
-    """Train from the toy's model. Of each of STEPS, "validation" has the loss on every set of validation pairs (with
-    `tests` none of neutral ones alone), and "test" what `measure` finds on every set of test pairs and what the policy
-    writes; None where the arm's `tests` has it not read, writing but for the chosen steps. Beside them the weights'
-    lift, the share of its judge's verdicts that are right, and seconds of one core."""
+    """Train from the toy's model. Of each of STEPS, "validation" has what `validate` finds on every set of validation
+    pairs (with `tests` none on neutral ones alone), and "test" what `measure` finds on every set of test pairs and what
+    the policy writes; None where the arm's `tests` has it not read, writing but for the chosen steps. Beside them the
+    weights' lift, the share of its judge's verdicts that are right, and seconds of one core."""
     began, config = time.process_time(), arm_config(arm)
     source = bind_options(WEIGHTS[arm.source], SOURCE_OPTIONS.get(arm.source, ""), "--weights-options")
     objective = bind_objective(arm_loss(arm.loss, config), source, arm.source)
@@ -283,15 +284,15 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
     run = Run(config, lab.process, objective, lab.model, pool.examples, {}, context, lab.policy, optimizer, ROWS,
               ENDLESS, StageClock(False, lab.process.device))
     lift = online_lift(run) if objective.is_online else source_lift(objective.source, run.train, context)[0]
-    losses: dict[str, list[float]] = {name: [] for name in validation}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in validation}
     policies = []
     for steps in STEPS:
         while run.step < steps:
             train_step(run)
         for name, each in validation.items():
-            losses[name].append(preference_loss(lab, each))
+            found[name].append(validate(lab, each))
         policies.append({name: value.clone() for name, value in lab.policy.state_dict().items()})
-    chosen = {choose_step(losses[name]) for name in validation}
+    chosen = {choose_step(found[name]) for name in validation}
     read = {"none": set(), "chosen": chosen, "all": range(len(STEPS))}[arm.tests]
     figures: dict[str, list] = {name: [None] * len(STEPS) for name in (*tests, "written")}
     for place in read:
@@ -303,13 +304,19 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, object]:
     stored = lab.attention(arm.world, arm.seed, arm.judge) if "attention" in objective.needs else None
     keys = [example.pair.key for example in run.train]
     verdicts = float(stored.prefers_chosen(keys).mean()) if stored else None
-    return {"beta": config.beta, "lift": lift, "verdicts": verdicts, "validation": losses, "test": figures,
+    return {"beta": config.beta, "lift": lift, "verdicts": verdicts, "validation": found, "test": figures,
             "seconds": time.process_time() - began}
 
 
-def choose_step(losses: list[float]) -> int:
-    """The place in STEPS of the lowest loss on validation pairs, of equal ones the first."""
-    return losses.index(min(losses))
+def worth(found: dict[str, float]) -> tuple[bool, float]:
+    """A key that is smaller for what is better on validation pairs: the lowest loss of what has learned by LEARNED; of
+    what has not, the largest margin. (A policy that has hardly moved may order pairs as well as any.)"""
+    return (False, found["loss"]) if found["margin"] >= LEARNED else (True, -found["margin"])
+
+
+def choose_step(found: list[dict[str, float]]) -> int:
+    """The place in STEPS of what is best on validation pairs, of equal ones the first."""
+    return min(range(len(found)), key=lambda place: worth(found[place]))
 
 
 @torch.no_grad()
@@ -344,10 +351,12 @@ def share_right(margin_P: torch.Tensor) -> float:
     return float(torch.where(margin_P.abs() <= TIE, 0.0, margin_P.sign()).add(1).div(2).mean())
 
 
-def preference_loss(lab: Lab, pool: Pool) -> float:
-    """DPO's loss with the toy's beta and no weights, whatever the arm trains with. (By accuracy alone a policy that has
-    hardly moved is as good as any: only the sign of a margin counts.)"""
-    return float(F.softplus(-PRESETS["toy"]["beta"] * margins(lab, pool)["all"]).mean())
+def validate(lab: Lab, pool: Pool) -> dict[str, float]:
+    """margin: mean over the pairs (nats); loss: DPO's, unweighted, with the beta that makes it lowest, so that it says
+    how well margins of either sign are told apart, whatever beta and weights an arm trains with."""
+    margin_P = margins(lab, pool)["all"]
+    loss_BP = F.softplus(-torch.logspace(-3, 3, 121, dtype=torch.float64)[:, None] * margin_P)
+    return {"margin": float(margin_P.mean()), "loss": float(loss_BP.mean(dim=1).min())}
 
 
 def measure(lab: Lab, pool: Pool) -> dict[str, float]:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from methods_lab import NUM_PAIRS, STEPS, TEST, WORLDS, choose_step
+from methods_lab import NUM_PAIRS, STEPS, TEST, WORLDS, choose_step, worth
 from twdpo.files import make_directory, write_atomic
 
 NAMES = {  # of the parts
@@ -36,8 +36,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def best_tried(cells: list[dict]) -> dict:
-    """The cell of a search with the lowest loss on neutral validation pairs, at its own best step."""
-    return min(cells, key=lambda cell: min(cell["validation"]["neutral"]))
+    """The cell of a search that is best on neutral validation pairs, at its own best step."""
+    return min(cells, key=lambda cell: min(map(worth, cell["validation"]["neutral"])))
 
 
 class Trained:

@@ -69,9 +69,9 @@ def lab(tiny, tmp_path):
 def made_up(validation, test=(), seed: int = 0, tests: str = "all", lift: float = 1.0, **fields) -> dict:
     """A cell: loss on neutral validation pairs after each step; accuracy on both sets of test pairs."""
     figures = [dict.fromkeys(("accuracy", "planted_accuracy", "signal", "drift"), value) for value in test]
-    arm = Arm(seed=seed, tests=tests, **fields)
+    arm, found = Arm(seed=seed, tests=tests, **fields), [{"margin": 3.0, "loss": loss} for loss in validation]
     return {"arm": dataclasses.asdict(arm), "key": repr(arm), "beta": 0.3, "lift": lift, "verdicts": None,
-            "validation": {"neutral": list(validation), "like training": list(validation)[::-1]},
+            "validation": {"neutral": found, "like training": found[::-1]},
             "test": {"neutral": figures, "reversed": figures, "written": [
                 dict.fromkeys(("good", "grammar", "length", "ended"), value) for value in test]}}
 
@@ -169,8 +169,13 @@ def test_measures_by_hand(lab):
     figures = methods_lab.measure(lab, pool)
     assert figures["accuracy"] == 0 and figures["planted_accuracy"] == 1 and figures["drift"] > 0
     assert abs(figures["signal"]) > 1000  # the same shift in every pair is no noise
-    loss = torch.nn.functional.softplus(-0.3 * (1.5 * words.double() - 9)).mean().item()
-    assert methods_lab.preference_loss(lab, pool) == pytest.approx(loss, abs=1e-4)
+    mean = 1.5 * words.double().mean().item()
+    assert methods_lab.validate(lab, pool)["margin"] == pytest.approx(mean - 9, abs=1e-4)
+    assert methods_lab.validate(lab, pool)["loss"] == pytest.approx(math.log(2), abs=1e-2)  # no beta makes it less
+    shift["chosen"] = -1.9  # margins of pairs with one word are negative, with two positive: some beta is best
+    margin_P = 1.5 * words.double() - 1.9
+    loss = min(torch.nn.functional.softplus(-beta / 100 * margin_P).mean().item() for beta in range(2000))
+    assert methods_lab.validate(lab, pool)["loss"] == pytest.approx(loss, abs=1e-3) and loss < 0.69
     assert methods_lab.share_right(torch.tensor([1.0, -1.0, 1e-5, 3.0])) == 0.625
 
 
@@ -194,16 +199,20 @@ def test_what_is_sampled_is_seeded_and_no_greedy_text(lab):
 def test_figures_are_of_the_step_that_validation_chooses(lab, monkeypatch):
     """By hand: losses on validation pairs choose the step, ties the first; test pairs are read there."""
     reads = []
-    monkeypatch.setattr(methods_lab, "preference_loss", lambda lab, pool: reads.append(0) or (0.3, 0.4)[len(reads) > 2])
+    found = [{"margin": 3.0, "loss": 0.3}, {"margin": 3.0, "loss": 0.4}]
+    monkeypatch.setattr(methods_lab, "validate", lambda lab, pool: reads.append(0) or found[len(reads) > 2])
     monkeypatch.setattr(methods_lab, "measure", lambda lab, pool: {"accuracy": 0.5, "drift": float(
         sum((lab.policy.state_dict()[name] - start).abs().sum() for name, start in lab.start.items()))})
     cell = methods_lab.train_arm(lab, Arm(tests="chosen"))
-    assert cell["validation"] == {"neutral": [0.3, 0.4], "like training": [0.3, 0.4]}
+    assert cell["validation"] == {"neutral": found, "like training": found}
     assert cell["test"]["neutral"][1] is None and cell["test"]["written"][1] is None
     reads.clear()
     both = methods_lab.train_arm(lab, Arm(tests="all"))["test"]["neutral"]
     assert 0 < cell["test"]["neutral"][0]["drift"] == both[0]["drift"] < both[1]["drift"]
-    assert methods_lab.choose_step([0.5, 0.2, 0.2]) == 1
+    # What has not learned is no choice, however well it orders pairs; where nothing has, what has learned most.
+    steps = [{"margin": 1.9, "loss": 0.1}, {"margin": 2.0, "loss": 0.3}, {"margin": 5.0, "loss": 0.3}]
+    assert methods_lab.choose_step(steps) == 1
+    assert methods_lab.choose_step([steps[0], {"margin": 1.95, "loss": 1.0}]) == 1
 
 
 def test_the_search_goes_on_until_the_best_has_its_neighbours(monkeypatch, tmp_path):
