@@ -233,25 +233,23 @@ def sentences(part: str, cells: list[dict]) -> list[str]:
 
 
 def summary(cells: list[dict]) -> str:
-    """What the README says: attention against uniform weights, in words that follow the intervals. "" where cells of
-    the headline or the control are missing."""
+    """What the README says: attention against uniform weights, in words that follow the intervals."""
     parts = {part: {arm.arm["source"]: arm for arm in arms_in(part, cells)} for part in ("headline", "control")}
-    if not all({"uniform", "attention", "shuffled"} <= set(arms) for arms in parts.values()):
-        return ""
+    headline = parts["headline"]
 
     def compare(part: str, source: str, where: str) -> str:
-        arms = parts[part]
-        mean, half = arms[source].gain(arms["uniform"], where, "accuracy")
+        mean, half = parts[part][source].gain(parts[part]["uniform"], where, "accuracy")
         if abs(mean) <= half:
             return f"not told apart from uniform weights ({plus_minus((mean, half), 2, '+')})"
         return f"{'more' if mean > 0 else 'less'} accurate than uniform weights by {plus_minus((abs(mean), half), 2)}"
-    headline = parts["headline"]
     figures = ", ".join(f"{headline[name].mean('reversed', 'accuracy')[0]:.2f}" for name in ("attention", "uniform"))
-    return (f"Where filler goes with the preference in training and against it in the test, the judge's attention is "
+    said = (f"where filler goes with the preference in training and against it in the test, the judge's attention is "
             f"{compare('headline', 'attention', 'reversed')} ({figures}), and in shuffled places "
             f"{compare('headline', 'shuffled', 'reversed')}. Where filler says nothing in the test, attention is "
-            f"{compare('headline', 'attention', 'neutral')}; on the plain toy it is "
-            f"{compare('control', 'attention', 'neutral')}. {len(headline['uniform'].finals)} seeds, 95 % intervals.")
+            f"{compare('headline', 'attention', 'neutral')}")
+    if parts["control"]:
+        said += f"; without such filler in training it is {compare('control', 'attention', 'neutral')}"
+    return f"{said} ({len(headline['uniform'].finals)} seeds, 95 % intervals)."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
