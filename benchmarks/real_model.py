@@ -187,8 +187,8 @@ def run_arm(name: str, flags: argparse.Namespace, folder: Path) -> dict[str, obj
                 str(flags.max_length), "--max-prompt-length", str(flags.max_length - 1), "--batch-size",
                 str(flags.batch_size), "--max-steps", str(flags.steps), "--lr", str(flags.lr), "--beta",
                 str(flags.beta), "--seed", str(flags.seed), "--eval-every", str(flags.eval_every), "--save-every",
-                str(flags.eval_every), "--keep-last", "1", "--cache-dir", str(folder / "cache"), "--output-dir",
-                str(out), "--resume"])
+                str(flags.eval_every), "--keep-last", "1", "--save-dtype", "float32",  # small steps vanish in bf16
+                "--cache-dir", str(folder / "cache"), "--output-dir", str(out), "--resume"])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {"evaluations": [{key.removeprefix("eval/"): value for key, value in row.items()}
                             for row in rows if "eval/pairs" in row],

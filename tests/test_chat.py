@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_of_tests import CHATML, PLAIN, TRIMMED, byte_level, sentencepiece_like
+from transformers import PreTrainedTokenizerFast
 
 from twdpo.chat import Chat
 from twdpo.dataset import load_dataset
@@ -176,3 +178,21 @@ def test_the_other_answer_of_a_border_token_keeps_its_tokens(side):
     assert kept == ["do", "g", "</s>"] and merged == ["\u2581", "u", "ick", "</s>"]
     assert getattr(example, side).spans_N2[1:].tolist() == [[0, 1], [1, 4], [4, 4]]
     assert tokenizer.convert_ids_to_tokens(example.prompt_ids.tolist()) == tokens("What?: q")
+
+
+def test_an_answer_of_one_token_with_its_end_keeps_the_prompts_space():
+    """A byte-level token of space, mark and line break: the prompt's white space, the answer and its end."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ?", "Ġ?Ċ"]
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)},
+                                     [("Ġ", "?"), ("Ġ?", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=(
+        "{% for m in messages %}{{ 'B: ' if m.role == 'assistant' else 'Q: ' }}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}B: {% endif %}"))
+    example, counts = only_example(tokenizer, pair(prompt="W", chosen="?", rejected="W"))
+    assert counts["answers that merge with the end of the turn, tokenised apart"] == 1
+    assert tokenizer.decode([*example.prompt_ids, *example.chosen.ids]) == "Q: W\nB: ?\nQ:"
+    assert tokenizer.convert_ids_to_tokens(example.chosen.ids.tolist()) == ["Ġ?", "Ċ", "Q", ":"]
+    assert example.chosen.spans_N2.tolist() == [[0, 1], [1, 1], [1, 1], [1, 1]]
+    assert example.chosen.content_N.tolist() == [True, False, False, False]

@@ -181,6 +181,17 @@ def test_the_toy_in_place_of_a_real_model(run, tmp_path, monkeypatch):
     assert line.split(" | ")[3].startswith(f"{accuracy:.3f} ± ")
 
 
+def test_the_difference_is_of_the_policy_as_it_was_trained(run, toy_model, tmp_path):
+    """A model in bf16: its arms are saved in fp32, as otherwise most of what few steps have moved is rounded away."""
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(toy_model).save_pretrained(folder)
+    report = run("--model", str(folder), "--arms", "dpo")
+    arm, start = report["arms"]["dpo"], np.array(report["start"])
+    margin = arm["evaluations"][-1]["reward_margin"] / report["settings"]["beta"]
+    assert (np.array(arm["odds"]) - start).mean() == pytest.approx(margin, rel=0.05)
+
+
 def test_the_difference_by_hand():
     """Right of four pairs: the first two, and the first and the last two; +1 of 4, deviations -1/4, -5/4, 3/4, 3/4."""
     report = {"start": [0.0, 1.0, 2.0, -1.0], "arms": {"dpo": {"odds": [1.0, 2.0, 1.0, -2.0]},

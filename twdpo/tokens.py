@@ -139,7 +139,9 @@ def tokenize_printed(chat: Chat, pair: Pair, printed: Printed, counts: Counter
         if end and not ((stops_T > answer.pieces[0][0]) & (stops_T <= len(answer.text))).any():
             # All that is copied of the answer merges with what ends the turn.
             counts["answers that merge with the end of the turn, tokenised apart"] += 1
-            tails[place] = encode_pieces(tokenizer, [(answer.text, False), (end, False)])
+            lead = prompt[len(prompt) + int(spans_T2[:, 0].min(initial=0)):]  # white space that went with the answer
+            ids, spans_T2 = encode_pieces(tokenizer, [(lead + answer.text, False), (end, False)])
+            tails[place] = ids, spans_T2 - len(lead)
     return prompt_ids, tails
 
 
