@@ -96,6 +96,18 @@ def test_sets_with_names_have_charts_and_tables_of_their_own(tmp_path):
     assert page.count("<h2>Held out: a</h2>") == 1 and page.count("<h2>Held out: b</h2>") == 2
 
 
+@pytest.mark.parametrize("named_first", [True, False])
+def test_a_run_with_named_sets_beside_one_without_has_each_figure_once(tmp_path, named_first):
+    runs = [make_run(tmp_path / name, names=names) for name, names in (("x", ("a", "b")), ("y", ()))]
+    page = render(tmp_path, runs if named_first else runs[::-1])
+    assert set(re.findall("<figcaption>(.*?)<", page)) == {"Loss", "Reward accuracy, unweighted"}
+    charts = page.split("<h2>Settings")[0]
+    losses = re.findall("<figure><figcaption>Loss<.*?</figure>", charts)
+    assert [loss.count(' held" points') for loss in losses] == [1, 1, 1]
+    assert re.findall("<h2>(.*?)<", charts)[:3] == (["Curves: a", "Held out: b", "Held out"] if named_first else
+                                                    ["Curves", "Held out: a", "Held out: b"])
+
+
 def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
     assert fail(capsys, pair[0]) == (f"compare: error: {pair[0]} alone can't be compared: name two runs or more (a "
                                      "run's own page is its report.html)")
