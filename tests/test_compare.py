@@ -120,6 +120,11 @@ def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
     assert f"{metrics}, line 2: 'rubbish\ufffd' is no row" in fail(capsys, *pair)
     metrics.unlink()
     assert "has no metrics yet" in fail(capsys, *pair)
+    for value in ('"x"', "null", "NaN", "-Infinity", "true"):
+        metrics.write_text(whole + f'{{"step": 9, "loss": {value}}}\n{{"step": 10, "loss": 1}}\n')
+        assert "loss of step 9 is " in fail(capsys, *pair)
+    metrics.write_text(whole + '{"step": "x"}\n{"step": 10}\n')
+    assert "metrics.jsonl: step of step 'x' is 'x', no number" in fail(capsys, *pair)
     metrics.write_text(whole)
     for name, text, message in (("config.json", "{", "not JSON"), ("config.json", "[]", "holds a list, not a dict"),
                                 ("environment.json", "{}", "holds a dict, not a list")):
@@ -128,6 +133,9 @@ def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
         path.write_text(text)
         assert message in fail(capsys, *pair)
         path.write_text(before)
+    (tmp_path / "two/environment.json").write_text('["a"]')
+    compare.main([*pair, "--out", str(tmp_path / "page.html")])  # as without known pairs
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         compare.main([*pair, "--out", str(tmp_path)])
     assert "a folder stands there" in capsys.readouterr().err

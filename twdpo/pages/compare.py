@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import html
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,11 @@ def read_run(folder: str, letter: str) -> ComparedRun:
     rows = read_rows(path / "metrics.jsonl")
     if not rows:
         raise InputError(f"{folder} has no metrics yet: its metrics.jsonl holds no row")
-    return ComparedRun(folder, letter, config, rows, starts[-1].get("held_out", {}) if starts else {})
+    for step, name, value in ((row["step"], *item) for row in rows for item in row.items()):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise InputError(f"{path / 'metrics.jsonl'}: {name} of step {step!r} is {value!r:.40}, no number")
+    held_out = starts[-1].get("held_out", {}) if starts and isinstance(starts[-1], dict) else {}
+    return ComparedRun(folder, letter, config, rows, held_out)
 
 
 def read_json(path: Path, kind: type) -> dict | list:
