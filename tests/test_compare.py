@@ -96,6 +96,18 @@ def test_sets_with_names_have_charts_and_tables_of_their_own(tmp_path):
     assert page.count("<h2>Held out: a</h2>") == 1 and page.count("<h2>Held out: b</h2>") == 2
 
 
+@pytest.mark.parametrize("named_first", [True, False])
+def test_a_run_with_named_sets_beside_one_without_has_each_figure_once(tmp_path, named_first):
+    runs = [make_run(tmp_path / name, names=names) for name, names in (("x", ("a", "b")), ("y", ()))]
+    page = render(tmp_path, runs if named_first else runs[::-1])
+    assert set(re.findall("<figcaption>(.*?)<", page)) == {"Loss", "Reward accuracy, unweighted"}
+    charts = page.split("<h2>Settings")[0]
+    losses = re.findall("<figure><figcaption>Loss<.*?</figure>", charts)
+    assert [loss.count(' held" points') for loss in losses] == [1, 1, 1]
+    assert re.findall("<h2>(.*?)<", charts)[:3] == (["Curves: a", "Held out: b", "Held out"] if named_first else
+                                                    ["Curves", "Held out: a", "Held out: b"])
+
+
 def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
     assert fail(capsys, pair[0]) == (f"compare: error: {pair[0]} alone can't be compared: name two runs or more (a "
                                      "run's own page is its report.html)")
@@ -108,6 +120,11 @@ def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
     assert f"{metrics}, line 2: 'rubbish\ufffd' is no row" in fail(capsys, *pair)
     metrics.unlink()
     assert "has no metrics yet" in fail(capsys, *pair)
+    for value in ('"x"', "null", "NaN", "-Infinity", "true"):
+        metrics.write_text(whole + f'{{"step": 9, "loss": {value}}}\n{{"step": 10, "loss": 1}}\n')
+        assert "loss of step 9 is " in fail(capsys, *pair)
+    metrics.write_text(whole + '{"step": "x"}\n{"step": 10}\n')
+    assert "metrics.jsonl: step of step 'x' is 'x', no number" in fail(capsys, *pair)
     metrics.write_text(whole)
     for name, text, message in (("config.json", "{", "not JSON"), ("config.json", "[]", "holds a list, not a dict"),
                                 ("environment.json", "{}", "holds a dict, not a list")):
@@ -116,6 +133,9 @@ def test_what_is_no_run_or_damaged_is_one_message(tmp_path, pair, capsys):
         path.write_text(text)
         assert message in fail(capsys, *pair)
         path.write_text(before)
+    (tmp_path / "two/environment.json").write_text('["a"]')
+    compare.main([*pair, "--out", str(tmp_path / "page.html")])  # as without known pairs
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         compare.main([*pair, "--out", str(tmp_path)])
     assert "a folder stands there" in capsys.readouterr().err

@@ -160,6 +160,8 @@ def test_ticks_are_written_out_and_differ():
     assert format_ticks([8000.0, 10000.0]) == ["8,000", "10,000"] and format_ticks([0.0, 0.25]) == ["0.00", "0.25"]
     assert format_ticks([0.0, 5e-7, 1e-6]) == ["0", "5e-7", "1e-6"] and format_ticks([-2.0, 0.0]) == ["-2", "0"]
     assert format_ticks([0.0, 5e-5, 1e-4, 1.5e-4]) == ["0", "5e-5", "1e-4", "1.5e-4"]
+    assert format_ticks([0.0, 1.25e-4]) == ["0", "1.25e-4"] and format_ticks([5e-4, 5.01e-4]) == ["5e-4", "5.01e-4"]
+    assert format_ticks([-2e30, 0.0, 5e29]) == ["-2e30", "0", "5e29"] and max(map(len, format_ticks([0.0, 3e38]))) == 4
     assert len(set(format_ticks(nice_ticks(0.6931471, 0.6931474, 5)))) >= 4
     assert nice_ticks(1, 1, 5, least=1.0) == [1.0, 2.0]
 

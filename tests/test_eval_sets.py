@@ -95,6 +95,7 @@ def test_a_row_is_read_by_set(rows):
     unnamed = {"step": 1, "eval/loss": 0.5, "eval/pairs": 4, "eval/of/a_users": 1.0}
     assert held_out_names(unnamed) == [""] and row_of_set(unnamed, "") == unnamed
     assert held_out_names({"step": 1, "loss": 0.5}) == []
+    assert held_out_names({"step": 0, "eval/active/pairs": 0.5, "eval/pairs": 3}) == [""]  # a metric of a fork
 
 
 def test_summary_and_page_show_each_set(rows, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from templates_of_tests import TEMPLATES
 from tokenizers_of_tests import byte_level, gemma_like, sentencepiece_like
 
 import train
@@ -254,3 +255,16 @@ def test_what_follows_a_templated_answer_is_no_matter_of_the_template():
     (example,), bad, _ = tokenize_pairs(chat, [pair], 400, 300)
     chosen, rejected = (answer.remarks for answer in describe_pair(chat, example, (None, None)).answers)
     assert not bad and len(chosen) == 1 and rejected[1:] == ["4 characters after it are not trained"]
+
+
+@pytest.mark.parametrize("max_length", [400, 80])
+def test_of_answers_that_call_tools_no_characters_are_counted(max_length):
+    """What is printed of a call is longer than the answer's text."""
+    tokenizer = byte_level(TEMPLATES["qwen2.5"])
+    call = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "fox" * 20}}}]}
+    pair = replace(PAIR, chosen="Let me look.", extras=json.dumps({"chosen": call}))
+    example = make_example(tokenizer, pair, max_length, 60)
+    assert example.chosen.is_cut == (max_length == 80)
+    chosen, rejected = (answer.remarks for answer in shown(tokenizer, example).answers)
+    assert chosen[0].startswith("cut: no end of turn (" if max_length == 80 else "the turn ends with ")
+    assert "characters" not in " ".join(chosen + rejected)

@@ -75,6 +75,14 @@ def test_what_is_cut_before_training_is_struck_through_and_the_weights_are_of_wh
     assert "12 tokens, cut" in re.sub("<[^>]*>", "", draw_pairs([("", page.pairs[0].answers)]).replace("</text>", " "))
 
 
+def test_an_answer_that_lost_the_end_of_its_turn_alone_is_called_cut_too():
+    whole = make_example(TOKENIZER, LONG)
+    length = len(whole.prompt_ids) + len(whole.chosen.ids)
+    body = render_page(of_run(make_example(TOKENIZER, LONG, max_length=length - 1, max_prompt_length=300))[0])
+    assert "no end of turn" in body and 'class="cut"' not in body
+    assert "no end of turn" not in render_page(of_run(whole)[0])
+
+
 @pytest.mark.parametrize("settings", [{}, {"sink_k": 0}, {"layer": "1+2"}, {"sink_on": "judge", "unseen": "zero"},
                                       {"judge_rounds": "normalized"}, {"length_normalize": True, "beta": 2.0}])
 def test_the_page_shows_what_the_loss_multiplies_with_whatever_the_settings(settings):

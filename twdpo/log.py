@@ -126,8 +126,10 @@ def row_step(line: str) -> float:
 
 
 def held_out_names(row: dict[str, float]) -> list[str]:
-    """The held-out sets that a row has figures of: [""] when they have no name, [] for a step's row."""
-    names = [name.split("/")[1] for name in row if re.fullmatch(r"eval/[^/]+/pairs", name)]
+    """The held-out sets that a row has figures of: [""] when they have no name, [] for a step's row. A set's count of
+    pairs is an int; a mean is none, so that a fork may call a metric NAME/pairs."""
+    names = [name.split("/")[1] for name, value in row.items()
+             if re.fullmatch(r"eval/[^/]+/pairs", name) and type(value) is int]
     return names or [""] * ("eval/pairs" in row)
 
 

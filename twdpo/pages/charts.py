@@ -239,12 +239,21 @@ def nice_ticks(low: float, high: float, count: int, least: float = 0.0) -> list[
 
 
 def format_ticks(ticks: list[float]) -> list[str]:
-    """With as many decimals as tell them apart: `10,000`, `0.25`, `1.5e-6`."""
-    if max(map(abs, ticks)) < 1e-3:
-        return [f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in ticks]
-    for decimals in range(12):
-        labels = [f"{value:,.{decimals}f}" for value in ticks]
-        if all(abs(float(label.replace(",", "")) - value) < 1e-9 + 1e-6 * abs(ticks[1] - ticks[0])
+    """With as many digits as tell them apart: `10,000`, `0.25`, `1.25e-6`, `2e30`."""
+    write = write_plain if 1e-3 <= max(map(abs, ticks)) < 1e9 else write_power
+    for digits in range(12):
+        labels = [write(value, digits) for value in ticks]
+        if all(abs(float(label.replace(",", "")) - value) <= 1e-6 * abs(ticks[1] - ticks[0])
                for label, value in zip(labels, ticks)):
             break
     return labels
+
+
+def write_plain(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def write_power(value: float, digits: int) -> str:
+    """Without zeros that say nothing: `1.5e-6`, `2e30`, `0`."""
+    mantissa, _, power = f"{value:.{digits}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(power)}" if value else "0"

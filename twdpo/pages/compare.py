@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import html
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,11 @@ def read_run(folder: str, letter: str) -> ComparedRun:
     rows = read_rows(path / "metrics.jsonl")
     if not rows:
         raise InputError(f"{folder} has no metrics yet: its metrics.jsonl holds no row")
-    return ComparedRun(folder, letter, config, rows, starts[-1].get("held_out", {}) if starts else {})
+    for step, name, value in ((row["step"], *item) for row in rows for item in row.items()):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise InputError(f"{path / 'metrics.jsonl'}: {name} of step {step!r} is {value!r:.40}, no number")
+    held_out = starts[-1].get("held_out", {}) if starts and isinstance(starts[-1], dict) else {}
+    return ComparedRun(folder, letter, config, rows, held_out)
 
 
 def read_json(path: Path, kind: type) -> dict | list:
@@ -135,7 +140,7 @@ def render_comparison(runs: list[ComparedRun]) -> str:
     remarks = "".join(f'<p class="note">{html.escape(text)}</p>' for text in list_remarks(runs, keys))
     names = list(dict.fromkeys(name for run in runs for row in evaluations(run.rows)[-1:] for name in
                                held_out_names(row)))
-    others = "".join(f"<h2>Held out: {html.escape(name)}</h2>{charts_of(runs, name, False)}" for name in names[1:])
+    others = "".join(f"<h2>{html.escape(title_of(name))}</h2>{charts_of(runs, name, False)}" for name in names[1:])
     num_evaluations = max(len(evaluations(run.rows)) for run in runs)
     return render_document(f"{len(runs)} runs", CHART_STYLE + FIGURES_STYLE, f"""
 <ul class="key runs">{items}</ul>
@@ -178,10 +183,15 @@ def differ_in_pairs(first: ComparedRun, second: ComparedRun) -> bool:
     return counts[0] != counts[1]
 
 
+def title_of(name: str) -> str:
+    """Of what is shown of a held-out set."""
+    return f"Held out: {name}" if name else "Held out"
+
+
 def charts_of(runs: list[ComparedRun], name: str, is_first: bool) -> str:
     """A chart of each figure, all runs in it; training lines beside the first held-out set."""
-    rows = {run.letter: [row_of_set(row, name) for row in evaluations(run.rows)
-                         if not name or name in held_out_names(row)] for run in runs}
+    rows = {run.letter: [row_of_set(row, name) for row in evaluations(run.rows) if name in held_out_names(row)]
+            for run in runs}
     steps = {run.letter: [row for row in run.rows if "eval/pairs" not in row] if is_first else [] for run in runs}
     every = [row for each in (*rows.values(), *steps.values()) for row in each]
     charts = []
@@ -220,7 +230,7 @@ def figures_table(runs: list[ComparedRun], name: str) -> str:
                      mean_cell(rows.get(column, {}), figure) for column in columns]
             lines.append(f'<tr>{what}<td class="run">{letter}</td>{"".join(cells)}</tr>')
     head = "".join(f"<th>{column}</th>" for column in columns)
-    return (f"<h2>Held out{f': {html.escape(name)}' if name else ''}</h2>"
+    return (f"<h2>{html.escape(title_of(name))}</h2>"
             '<p class="note">&#177; is one standard error over the held-out pairs. A run of another seed may differ by '
             f'more.</p><div class="scroll"><table class="figures"><tr><th></th><th>run</th>{head}</tr>{"".join(lines)}'
             "</table></div>")

@@ -73,7 +73,8 @@ def describe_pair(chat: Chat, example: Example, weights: tuple[np.ndarray | None
             pieces.append(Piece(left, CUT, (), None))
         num_cut = len(getattr(whole, side).ids) - len(response.ids)
         answers.append(ShownAnswer(side, pieces, response.ids.tolist(),
-                                   describe_end(response, pieces, text, num_cut, chat.templated)))
+                                   describe_end(response, pieces, "" if pair.answers_call else text, num_cut,
+                                                chat.templated)))
     return ShownPair(pair.where, decode(tokenizer, prompt_ids), prompt_ids,
                      len(whole.prompt_ids) - len(prompt_ids), remarks, answers)
 
@@ -132,19 +133,23 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 def describe_end(response: Response, pieces: list[Piece], text: str, num_cut: int, templated: bool) -> list[str]:
-    """In words how an answer ends, and what of its text is not trained. templated: whether the text holds the end of
-    the turn itself, and maybe the header, which is of the prompt."""
+    """In words how an answer ends, and what of its text is not trained. text: "" where what the template prints is not
+    known, of answers that call tools. templated: whether the text holds the end of the turn itself, and maybe the
+    header, which is of the prompt."""
     spans_N2 = response.spans_N2[response.content_N]
     covered = spans_N2[spans_N2[:, 1] > spans_N2[:, 0]]
     first, last = (int(covered[:, 0].min()), int(covered[:, 1].max())) if len(covered) else (0, 0)
     if response.is_cut:
         tokens = f" ({num_cut} tokens with it)" if num_cut > 0 else ""
-        return [f"cut: no end of turn{tokens}, {len(text) - last} of {len(text)} characters not trained"]
+        characters = f", {len(text) - last} of {len(text)} characters not trained" if text else ""
+        return [f"cut: no end of turn{tokens}{characters}"]
     end = [piece for piece in pieces if piece.kind == END]
     ids = " ".join(str(id) for piece in end for id in piece.ids)
     remarks = [f"the turn ends with {''.join(visible(piece.text) for piece in end)} (id {ids})" if end
                else "nothing ends the turn"]
     ending = "".join(piece.text for piece in end)
+    if not text:
+        return remarks
     if templated and (left := len(text[last:].removeprefix(ending).strip())):
         remarks.append(f"{left} characters after it are not trained")
     elif not templated and (left := first + len(text) - last):

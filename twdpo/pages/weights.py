@@ -303,7 +303,7 @@ def render_pair(pair: ShownWeights, number: int) -> str:
     """Its prompt, and its answers side by side."""
     panels = []
     for answer in pair.answers:
-        cut = "; ".join(answer.remarks) if any(piece.kind == CUT for piece in answer.pieces) else ""
+        cut = "; ".join(remark for remark in answer.remarks if remark.startswith(CUT))
         panels.append(f"<div><h3>{html.escape(count_tokens(answer))}</h3>{render_answer(answer)}"
                       + (f'<p class="note">{html.escape(cut)}</p>' if cut else "") + "</div>")
     return (f'<article id="pair-{number}"><h3>{html.escape(pair.title)}</h3>'
