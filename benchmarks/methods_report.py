@@ -119,7 +119,9 @@ def arms_in(part: str, cells: list[dict]) -> list[Trained]:
 # Tables
 
 def plus_minus(value: tuple[float, float], digits: int = 3, sign: str = "") -> str:
+    """Mean and half its interval; with one digit more where the half would be written as 0."""
     mean, half = value
+    digits += 0 < half < 0.5 * 10 ** -digits
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half < math.inf else "")
 
 
@@ -237,19 +239,19 @@ def summary(cells: list[dict]) -> str:
     parts = {part: {arm.arm["source"]: arm for arm in arms_in(part, cells)} for part in ("headline", "control")}
     headline = parts["headline"]
 
-    def compare(part: str, source: str, where: str) -> str:
+    def compare(part: str, source: str, where: str, than: str = "") -> str:
         mean, half = parts[part][source].gain(parts[part]["uniform"], where, "accuracy")
         if abs(mean) <= half:
-            return f"not told apart from uniform weights ({plus_minus((mean, half), 2, '+')})"
-        return f"{'more' if mean > 0 else 'less'} accurate than uniform weights by {plus_minus((abs(mean), half), 2)}"
+            return f"not told apart{' from uniform weights' * bool(than)} ({plus_minus((mean, half), 2, '+')})"
+        return f"{'more' if mean > 0 else 'less'} accurate{than} by {plus_minus((abs(mean), half), 2)}"
     figures = ", ".join(f"{headline[name].mean('reversed', 'accuracy')[0]:.2f}" for name in ("attention", "uniform"))
     said = (f"where filler goes with the preference in training and against it in the test, the judge's attention is "
-            f"{compare('headline', 'attention', 'reversed')} ({figures}), and in shuffled places "
-            f"{compare('headline', 'shuffled', 'reversed')}. Where filler says nothing in the test, attention is "
-            f"{compare('headline', 'attention', 'neutral')}")
+            f"{compare('headline', 'attention', 'reversed', ' than uniform weights')} ({figures}), and in shuffled "
+            f"places {compare('headline', 'shuffled', 'reversed')}; where filler says nothing in the test, "
+            f"attention is {compare('headline', 'attention', 'neutral')}")
     if parts["control"]:
-        said += f"; without such filler in training it is {compare('control', 'attention', 'neutral')}"
-    return f"{said} ({len(headline['uniform'].finals)} seeds, 95 % intervals)."
+        said += f", and on the plain toy {compare('control', 'attention', 'neutral')}"
+    return f"{said} ({len(headline['uniform'].finals)} seeds, 95 % intervals)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,14 @@ def test_where_pairs_are_not_known_their_number_tells(tmp_path, pair):
     assert "not of the same pairs: A, B; C." in render(tmp_path, [*pair, more])
 
 
+def test_losses_of_other_weights_are_not_set_against_each_other(tmp_path):
+    """A layer changes what is optimised where weights follow the judge, and nothing where they are uniform."""
+    def runs(name: str, weights: str) -> list[str]:
+        return [make_run(tmp_path / f"{name}-{layer}", config={"weights": weights, "layer": layer}) for layer in "12"]
+    assert "and layer differs: one run" in render(tmp_path, runs("judged", "attention"))
+    assert "layer differs" not in render(tmp_path, runs("plain", "uniform"))
+
+
 def test_sets_with_names_have_charts_and_tables_of_their_own(tmp_path):
     runs = [make_run(tmp_path / name, names=names) for name, names in (("x", ("a", "b")), ("y", ("a",)))]
     page = render(tmp_path, runs)

@@ -46,7 +46,7 @@ def test_the_default_block_has_the_lines_that_a_run_prints(tmp_path):
     (block,) = re.findall(r"^    held out \(128 pairs\).*?\n\n", README, re.MULTILINE | re.DOTALL)
     lines = [line[4:] for line in block.splitlines() if line.strip() not in ("", "[...]")]
     steps = [int(step) for step in re.findall(r"\(step (\d+)\)", lines[0])]
-    assert steps == [0, 12, 512 // PRESETS["toy"]["batch_size"]] and steps[1] % PRESETS["toy"]["eval_every"] == 0
+    assert steps == [0, 16, 512 // PRESETS["toy"]["batch_size"]] and steps[1] % PRESETS["toy"]["eval_every"] == 0
     rows = [{"step": step, "eval/pairs": 128} for step in steps]
     for line in lines[1:3]:
         name, *figures = re.findall(r"[\w.]+", line)

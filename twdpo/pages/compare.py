@@ -32,6 +32,8 @@ from twdpo.run_folder import ENVIRONMENT
 MOST_NAMED = 3  # settings in a run's name
 SETTINGS = {key_name(field): field.metadata for field in dataclasses.fields(TrainConfig)}
 OBJECTIVE = {"loss", "loss_options", "weights", "weights_options", "beta", "length_normalize"}  # what a loss is of
+JUDGED = {"layer", "sink_k", "sink_k_min", "unseen", "renormalize", "multiplier", "align", "sink_on",
+          *(name for name in SETTINGS if name.startswith("judge_"))}  # and, where weights are not uniform
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def list_remarks(runs: list[ComparedRun], keys: list[str]) -> list[str]:
     if len(groups) > 1:
         remarks.append("The held-out pairs differ, so these figures are not of the same pairs: "
                        + "; ".join(", ".join(run.letter for run in group) for group in groups) + ".")
-    if objective := [key for key in keys if key in OBJECTIVE]:
+    told = OBJECTIVE | (set() if all(run.config.get("weights") == "uniform" for run in runs) else JUDGED)
+    if objective := [key for key in keys if key in told]:
         differ = "differs" if len(objective) == 1 else "differ"
         remarks.append(f"loss is what each run optimises, and {', '.join(objective)} {differ}: one run's loss is not "
                        "to be set against another's. The unweighted reward_accuracy can be.")

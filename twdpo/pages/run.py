@@ -77,7 +77,7 @@ def render_run(name: str, config: dict[str, object], rows: list[dict], samples: 
                        for key, value in config.items() if value != "")
     return render_document(name, CHART_STYLE + RUN_STYLE, f"""
 {introduction(rows, set(beside))}
-{about_table(config, len(steps), starts)}
+{about_table(config, max((row["step"] for row in steps), default=0), starts)}
 <h2>Curves</h2>
 {chart_key(len(held_out), 'ring and dotted line' * (best is not None))}
 <div class="charts">{drawn}</div>

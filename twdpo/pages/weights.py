@@ -146,6 +146,8 @@ def page_of_extraction(stored: WeightsFile, pairs: list[Pair], tokenizer, config
     what = ("Tokens are the judge's own, and n\u00b7a is of its attention alone, after the sink fix. A run that trains "
             "with it cuts, aligns and normalises it by its own settings, and has such a page of its own.")
     texts = [pair for pair in pairs if not pair.answers_call]  # others' texts are not what was judged
+    if others := len(pairs) - len(texts):
+        what += f" {others} pairs whose answers call tools count in the figures and are not shown."
     seen = [judged_pair(stored[pair.key], pair, places, config.judge_rounds, fix)
             for pair in sample(texts, config.report_pairs, fix.seed)]
     return WeightsPage(about, what, report, seen, [name_layer(stored.layers[place]) for place in places])
