@@ -48,6 +48,7 @@ from twdpo.config import TrainConfig
 from twdpo.dataset import load_dataset, split_by_prompt
 from twdpo.dist import pick_dtype
 from twdpo.files import hash_json, make_directory, write_json
+from twdpo.flags import InputError
 from twdpo.leave_out import is_equal
 from twdpo.logps import response_logps
 from twdpo.models.policy import load_policy
@@ -318,7 +319,10 @@ def main(argv: list[str] | None = None) -> None:
     free = ("work", "out", "record", "arms", "model", "pairs")
     settings = {name: value for name, value in vars(flags).items() if name not in free}
     report = {"machine": machine(device), "model": Path(flags.model).name, "settings": settings}
-    pairs, in_file, fit = choose_pairs(flags)
+    try:
+        pairs, in_file, fit = choose_pairs(flags)
+    except InputError as error:
+        raise SystemExit(f"real_model.py: error: {error}") from None
     counts = {name: len(part) for name, part in pairs.items()}
     report["pairs"] = {"in the file": in_file, "that fit": fit} | counts
     identity = [settings, str(Path(flags.model).resolve()), torch.__version__,

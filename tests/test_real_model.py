@@ -204,6 +204,8 @@ def test_the_difference_by_hand():
 def test_too_few_pairs_and_unknown_arms_are_one_message(run, capsys):
     with pytest.raises(SystemExit, match="0 of the 19 pairs"):
         run("--max-length", "16")
+    with pytest.raises(SystemExit, match="error: .*/nowhere"):
+        run("--model", "/nowhere")
     with pytest.raises(SystemExit):
         run("--arms", "dpo,ipo")
     assert "--arms has 'ipo': choose from dpo, twdpo, consistent" in capsys.readouterr().err
