@@ -67,8 +67,8 @@ RECORDED = ROOT / "benchmarks/results/cpu/methods"
 SEARCH_SEED, TRIES = 1000, 16
 BETA_STEP, LR_STEP, LR_START = 3.0, 2.0, 1.25e-4
 HEADLINE = ("uniform", "attention", "attention_surprise", "oracle", "shuffled")
-# Of the toy's training: a name, what it is trained with, the steps after which it is kept. With the probe its lift rises
-# from 1 at step 75 to 9 at 200 and 18 at 700, its right verdicts from half to all.
+# Of the toy's training: a name, what it is trained with, the steps after which it is kept. Seed 1's lift rises from 1.5
+# at step 75 to 9 at 200 and 18 at 700, its share of right verdicts from half to all.
 JUDGES = {"seed-1": (("--seed", "1"), (75, 100, 150, 200, 700)), "seed-2": (("--seed", "2"), (75, 100, 700)),
           "no-probe": (("--seed", "0", "--no-probe"), (700,))}
 LAB: list[Lab] = []  # of this process
