@@ -208,7 +208,7 @@ def held_out_odds(model: str, flags: argparse.Namespace, folder: Path) -> list[f
         dtype = pick_dtype("auto", process.device)
         logps = response_logps(load_policy(opened.folder, dtype, process), process, examples,
                                evaluation_batches(len(examples), flags.batch_size), RowOptions(False, TOKENS),
-                               folder / "cache/odds" / opened.fingerprint[:16])
+                               folder / "cache/odds" / opened.fingerprint[:16], "held-out")
     finally:
         dist.stop()
     return [float(chosen.sum() - rejected.sum()) for chosen, rejected in (logps[pair.key] for pair in pairs)]
