@@ -1,7 +1,8 @@
 """Every loss and weight source on the toy, where it is known which words decide.
 
     python benchmarks/methods.py                         the headline: half an hour on two cores
-    python benchmarks/methods.py --parts all             and the control, judges, sources and losses: four hours
+    python benchmarks/methods.py --parts all             and the control, judges, sources and losses (by their cells'
+                                                         cost four hours: not run as a whole yet)
     python benchmarks/methods.py --parts sources --sources decay,tis --seeds 3
 
 Parts, each compared with `twdpo` on uniform weights, the same pairs and the same order, seed by seed:

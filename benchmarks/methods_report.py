@@ -40,6 +40,15 @@ def best_tried(cells: list[dict]) -> dict:
     return min(cells, key=lambda cell: min(map(worth, cell["validation"]["neutral"])))
 
 
+def has_neighbours(best: dict, tried: list[dict], name: str, fixed: str) -> bool:
+    """Whether a smaller and a larger value of a setting were tried with the other one as it is in the best; also of a
+    setting that was never varied: beta, where a loss does not read it."""
+    if len({arm[name] for arm in tried}) == 1:
+        return True
+    beside = [arm[name] for arm in tried if arm[fixed] == best[fixed]]
+    return min(beside) < best[name] < max(beside)
+
+
 class Trained:
     """An arm at the setting that its search found: cells by seed. `inside`: whether all neighbours of that setting were
     tried (of a beta that a loss reads, and of the rate)."""
@@ -49,9 +58,8 @@ class Trained:
         self.arm, self.beta = best, best_tried(searched)["beta"]
         self.finals = {cell["arm"]["seed"]: cell for cell in cells
                        if (cell["arm"]["factor"], cell["arm"]["lr"]) == (best["factor"], best["lr"])}
-        self.inside = all(
-            not others or min(others) < best[name] < max(others) for name, others in (
-                (name, {cell["arm"][name] for cell in searched} - {best[name]}) for name in ("factor", "lr")))
+        tried = [cell["arm"] for cell in searched]
+        self.inside = all(has_neighbours(best, tried, *names) for names in (("factor", "lr"), ("lr", "factor")))
 
     @property
     def name(self) -> str:

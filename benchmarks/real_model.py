@@ -121,7 +121,7 @@ def run_judge(flags: argparse.Namespace, folder: Path) -> dict[str, object]:
 def describe_verdicts(stored: WeightsFile, pairs: list[Pair]) -> dict[str, object]:
     """What the judge says: each share with its 95 % interval."""
     keys = [pair.key for pair in pairs]
-    verdict_ER2 = np.stack([stored._verdicts[key] for key in keys])
+    verdict_ER2 = stored.verdicts(keys)
     odds_ER = verdict_ER2[:, :, 0] - verdict_ER2[:, :, 1]
     consistent_E, prefers_chosen_ER = stored.is_consistent(keys), stored.prefers_chosen(keys)
     shares = {"position consistency": consistent_E,

@@ -190,9 +190,13 @@ class WeightsFile:
         """Whether verdicts are stored: not when the layers that were wanted stop before them."""
         return bool(self._verdicts)
 
+    def verdicts(self, keys: list[int]) -> np.ndarray:
+        """What each round gives the letters A and B, as stored, [E, R, 2]; only where there are verdicts."""
+        return np.stack([self._verdicts[key] for key in keys])
+
     def names_a(self, keys: list[int]) -> np.ndarray:
         """Whether each pair's verdicts are A, bool [E, R]; only where there are verdicts."""
-        verdict_ER2 = np.stack([self._verdicts[key] for key in keys])
+        verdict_ER2 = self.verdicts(keys)
         return verdict_ER2[:, :, 0] > verdict_ER2[:, :, 1]
 
     def prefers_chosen(self, keys: list[int]) -> np.ndarray:
