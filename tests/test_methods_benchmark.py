@@ -233,6 +233,16 @@ def test_the_search_goes_on_until_the_best_has_its_neighbours(monkeypatch, tmp_p
     assert {cell["arm"]["factor"] for cell in tried} == {1.0} and methods_report.Trained(tried, []).arm
 
 
+def test_a_setting_with_corners_tried_alone_is_on_an_edge():
+    """Its own four neighbours count, not what was tried beside others."""
+    cross = [(1, 1), (3, 1), (1 / 3, 1), (1, 2), (1, 0.5)]
+    corners = [(1, 1), (3, 2), (3, 0.5), (1 / 3, 2), (1 / 3, 0.5)]
+    inside = [methods_report.Trained([made_up([0.1 * place], tests="none", factor=factor, lr=lr)
+                                      for place, (factor, lr) in enumerate(tried)], []).inside
+              for tried in (cross, corners, cross[:4])]
+    assert inside == [True, False, False]
+
+
 def test_which_losses_have_a_beta():
     assert methods.reads_beta("dpo") and methods.reads_beta("simpo") and not methods.reads_beta("sft")
 
