@@ -81,6 +81,10 @@ class Trained:
         return interval([self.value(seed, where, measure, criterion) - other.value(seed, where, measure, criterion)
                          for seed in self.finals if seed in other.finals])
 
+    def lift(self) -> float:
+        """The mean lift of its weights."""
+        return statistics.fmean(cell["lift"] for cell in self.finals.values())
+
     def steps(self, criterion: str = "neutral") -> float:
         """The median of the chosen steps."""
         return statistics.median(STEPS[choose_step(cell["validation"][criterion])] for cell in self.finals.values())
@@ -120,6 +124,8 @@ def arms_in(part: str, cells: list[dict]) -> list[Trained]:
     found = [arm for arm in every.values() if belongs(arm)]
     if part == "judges" and not any(arm.arm["judge"] for arm in found):
         return []
+    if part == "judges":
+        return [base, *sorted(found, key=lambda arm: (-arm.arm["sink_k"], arm.lift()))]
     return [base, *sorted(found, key=lambda arm: (order.get(arm.arm["source"], 4), arm.name))]
 
 
@@ -141,7 +147,7 @@ def columns_of(part: str, base: Trained) -> list[tuple[str, Callable[[Trained], 
     def mean(where: str, measure: str, digits: int = 3):
         return lambda arm: plus_minus(arm.mean(where, measure), digits)
     key, tested = "neutral" if part == "control" else "reversed", [] if part == "control" else ["reversed"]
-    columns = [("lift", lambda arm: f"{statistics.fmean(cell['lift'] for cell in arm.finals.values()):.1f}")]
+    columns = [("lift", lambda arm: f"{arm.lift():.1f}")]
     if part == "judges":
         columns.append(("right verdicts", lambda arm: f"{verdicts(arm):.2f}" if arm is not base else ""))
     for where in [*tested, "neutral"]:
@@ -206,20 +212,34 @@ def describe(part: str, cells: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sentences: what README and docs may say. Nothing is called better whose interval holds 0.
 
+def told(difference: tuple[float, float]) -> str:
+    """ "more", "less", or "not told apart": the interval holds 0."""
+    mean, half = difference
+    return "not told apart" if abs(mean) <= half else "more" if mean > 0 else "less"
+
+
 def compared(difference: tuple[float, float], more: str, less: str, digits: int = 2) -> str:
     """`more accurate (+0.12 ± 0.03)`, or that the interval holds 0."""
-    mean, half = difference
-    figure = f"({plus_minus(difference, digits, '+')})"
-    if abs(mean) <= half:
-        return f"not told apart {figure}"
-    return f"{more if mean > 0 else less} {figure}"
+    words = {"more": more, "less": less}
+    return f"{words.get(told(difference), told(difference))} ({plus_minus(difference, digits, '+')})"
 
 
 def sentences(part: str, cells: list[dict]) -> list[str]:
     """What a part's figures say, in words that follow its intervals; [] where arms are missing."""
-    arms = {(arm.arm["source"], arm.arm["judge"], arm.arm["sink_k"]): arm for arm in arms_in(part, cells)}
-    named = [arms.get((source, "", 1)) for source in ("uniform", "attention", "oracle", "shuffled")]
-    if part not in ("headline", "control") or None in named:
+    arms = arms_in(part, cells)
+    if len(arms) < 2:
+        return []
+    if part == "judges":
+        return judge_sentences(*arms)
+    if part in ("sources", "losses"):
+        return [list_sentence(part, *arms)]
+    return control_sentences(part, {arm.arm["source"]: arm for arm in arms})
+
+
+def control_sentences(part: str, arms: dict[str, Trained]) -> list[str]:
+    """Of the headline or the control: attention and the two controls, by source."""
+    named = [arms.get(source) for source in ("uniform", "attention", "oracle", "shuffled")]
+    if None in named:
         return []
     uniform, attention, oracle, shuffled = named
     seeds = len(uniform.finals)
@@ -240,6 +260,42 @@ def sentences(part: str, cells: list[dict]) -> list[str]:
             f"{gain(oracle, 'reversed')}, shuffled attention {gain(shuffled, 'reversed')}.",
             f"Where filler says nothing in the test: attention {gain(attention, 'neutral')}, planted words alone "
             f"{gain(oracle, 'neutral')}, shuffled attention {gain(shuffled, 'neutral')}."]
+
+
+def judge_sentences(uniform: Trained, *arms: Trained) -> list[str]:
+    """How good a judge must be, and what the sink fix does, on reversed pairs."""
+    pinned = sorted((arm for arm in arms if arm.arm["sink_k"]), key=Trained.lift)
+    found = [told(arm.gain(uniform, "reversed", "accuracy")) for arm in pinned]
+    worse = [place for place, word in enumerate(found) if word != "more"]
+    first = worse[-1] + 1 if worse else 0  # of those from which on all are better
+
+    def count(words: list[str]) -> str:
+        more, less, same = map(words.count, ("more", "less", "not told apart"))
+        return f"{more} more accurate, {less} less, {same} not told apart"
+    said = f"Of {len(pinned)} judges, with lifts from {pinned[0].lift():.1f} to {pinned[-1].lift():.1f}, "
+    if first < len(pinned):
+        said += (f"the attention of {'all' if not first else f'all {len(pinned) - first}'} with a lift of at least "
+                 f"{pinned[first].lift():.1f} is more accurate than uniform weights on reversed pairs")
+        said += f"; of the {first} below it, {count(found[:first])}" if first else ""
+    else:
+        said += f"against uniform weights on reversed pairs: {count(found)}"
+    other = {arm.arm["judge"]: arm for arm in arms if not arm.arm["sink_k"]}
+    without = [told(other[arm.arm["judge"]].gain(arm, "reversed", "accuracy"))
+               for arm in pinned if arm.arm["judge"] in other]
+    return [f"{said}.", f"Without the sink fix against with it, of {len(without)} judges: {count(without)}."]
+
+
+def list_sentence(part: str, base: Trained, *arms: Trained) -> str:
+    """Which sources or losses are more accurate on reversed pairs, in the order of their gains."""
+    kind = "source" if part == "sources" else "loss"
+    gains = {arm.arm[kind]: arm.gain(base, "reversed", "accuracy") for arm in arms}
+    what = "uniform weights" if part == "sources" else "`twdpo`, both with uniform weights"
+    groups = []
+    for word in ("more", "less", "not told apart"):
+        names = [name for name in sorted(gains, key=lambda name: -gains[name][0]) if told(gains[name]) == word]
+        listed = ", ".join(f"`{name}` ({plus_minus(gains[name], 2, '+')})" for name in names) or "none"
+        groups.append(f"{word}{' accurate' * (word != 'not told apart')}: {listed}")
+    return f"On reversed pairs, against {what}, each by its own interval, {'; '.join(groups)}."
 
 
 def summary(cells: list[dict]) -> str:

@@ -285,6 +285,43 @@ def test_differences_are_paired_by_seed_and_sentences_follow(monkeypatch):
     assert methods_report.sentences("control", cells) == [] == methods_report.arms_in("control", cells)
 
 
+def trained_cells(level: float, **fields) -> list[dict]:
+    """A search and three seeds of an arm whose accuracies are 0.4, 0.6 and 0.5, and this level more in the mean."""
+    cells = [made_up([0.5], tests="none", **fields)]
+    return cells + [made_up([0.5], [(0.4, 0.6, 0.5)[seed] + level * (1, 1.05, 0.95)[seed]], seed, **fields)
+                    for seed in range(3)]
+
+
+def test_judges_are_told_apart_by_lift_and_by_the_sink_fix(monkeypatch):
+    """Better from a lift of 6 on: the one of 4 is better too, but of 5 there is one that is not."""
+    monkeypatch.setattr(methods_report, "STEPS", (4,))
+    cells = trained_cells(0.0)
+    for judge, lift, level, without in (("a", 1.5, -0.1, -0.1), ("b", 4, 0.1, 0.05), ("c", 5, 0.0, 0.1),
+                                        ("d", 6, 0.1, 0.0), ("e", 18, 0.2, 0.1)):
+        cells += trained_cells(level, judge=judge, source="attention", lift=lift)
+        cells += trained_cells(without, judge=judge, source="attention", lift=lift, sink_k=0)
+    first, second = methods_report.sentences("judges", cells)
+    assert first == ("Of 5 judges, with lifts from 1.5 to 18.0, the attention of all 2 with a lift of at least 6.0 is "
+                     "more accurate than uniform weights on reversed pairs; of the 3 below it, 1 more accurate, "
+                     "1 less, 1 not told apart.")
+    assert second == "Without the sink fix against with it, of 5 judges: 1 more accurate, 3 less, 1 not told apart."
+    assert methods_report.sentences("judges", trained_cells(0.0)) == []
+
+
+@pytest.mark.parametrize("part, fields", [("sources", [{"source": name} for name in ("tis", "ld", "decay")]),
+                                          ("losses", [{"loss": name} for name in ("simpo", "ipo", "dpo")])])
+def test_sources_and_losses_are_listed_by_their_gains(part, fields, monkeypatch):
+    monkeypatch.setattr(methods_report, "STEPS", (4,))
+    cells = trained_cells(0.0)
+    for level, each in zip((0.1, -0.2, 0.3), fields):
+        cells += [cell | {"arm": cell["arm"] | {"tests": cell["arm"]["tests"].replace("all", "chosen")}}
+                  for cell in trained_cells(level, **each)]
+    (said,) = methods_report.sentences(part, cells)
+    better, worse, best = (next(iter(each.values())) for each in fields)
+    assert f"more accurate: `{best}` (+0.30 ± 0.04), `{better}` (+0.10 ± 0.01); less accurate: `{worse}` (-0.20" in said
+    assert said.endswith("; not told apart: none.")
+
+
 def test_what_is_chosen():
     sources, losses = (methods.arms_of(part, [], []) for part in ("sources", "losses"))
     named = {arm.source for arm in sources} | set(methods.HEADLINE)
