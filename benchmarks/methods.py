@@ -53,7 +53,8 @@ from tqdm import tqdm
 import methods_lab
 from harness import ROOT, machine, whole_number
 from methods_lab import Arm, Lab, arm_config, arm_loss, train_arm
-from methods_report import NAMES, best_tried, describe, write_pages
+from methods_pages import write_pages
+from methods_report import NAMES, best_tried, describe
 from twdpo import dist
 from twdpo.files import hash_json, make_directory, write_atomic, write_json
 from twdpo.losses import LOSSES

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import methods
 import methods_lab
+import methods_pages
 import methods_report
 from methods_lab import Arm
 from twdpo.batch import Outputs, collate
@@ -48,8 +49,9 @@ def tiny(monkeypatch, tmp_path, capsys):
     """main(flags) of a benchmark of two steps -> cells of --out, by their keys."""
     for name, value in TINY.items():
         monkeypatch.setattr(methods_lab, name, value)
-        if hasattr(methods_report, name):
-            monkeypatch.setattr(methods_report, name, value)
+        for module in (methods_report, methods_pages):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
     def run(*flags: str) -> dict[str, dict]:
         methods.main(["--seeds", "2", "--tries", "1", *flags, "--jobs", "1", "--out", str(tmp_path)])
@@ -70,7 +72,7 @@ def made_up(validation, test=(), seed: int = 0, tests: str = "all", lift: float 
     """A cell: loss on neutral validation pairs after each step; accuracy on both sets of test pairs."""
     figures = [dict.fromkeys(("accuracy", "planted_accuracy", "signal", "drift"), value) for value in test]
     arm, found = Arm(seed=seed, tests=tests, **fields), [{"margin": 3.0, "loss": loss} for loss in validation]
-    return {"arm": dataclasses.asdict(arm), "key": repr(arm), "beta": 0.3, "lift": lift, "verdicts": None,
+    return {"arm": dataclasses.asdict(arm), "key": repr(arm), "beta": 0.3, "lift": lift, "verdicts": 0.5,
             "validation": {"neutral": found, "like training": found[::-1]},
             "test": {"neutral": figures, "reversed": figures, "written": [
                 dict.fromkeys(("good", "grammar", "length", "ended"), value) for value in test]}}
@@ -260,7 +262,8 @@ def test_intervals_and_words_by_hand():
 
 def test_differences_are_paired_by_seed_and_sentences_follow(monkeypatch):
     """Attention is 0.1 better on every seed, though the seeds differ by more; oracle's gain varies; as cells say it."""
-    monkeypatch.setattr(methods_report, "STEPS", (4, 8))
+    for module in (methods_report, methods_pages):
+        monkeypatch.setattr(module, "STEPS", (4, 8))
     cells = []
     for source, gains in (("uniform", (0, 0, 0)), ("attention", (0.1, 0.1, 0.11)), ("oracle", (0.3, 0, -0.1)),
                           ("shuffled", (-0.2, -0.2, -0.21))):
@@ -280,7 +283,7 @@ def test_differences_are_paired_by_seed_and_sentences_follow(monkeypatch):
     assert "attention more accurate (+0.10 ± 0.01)" in second and "planted words alone not told apart (+0.07" in second
     assert "shuffled attention less accurate (-0.20 ± 0.01)" in second
     assert arms["uniform"].steps() == 8 and arms["uniform"].steps("like training") == 4
-    page = methods_report.render(cells)
+    page = methods_pages.render(cells)
     assert "+0.103 ± 0.014" in page and "What the policy writes" in page
     assert methods_report.sentences("control", cells) == [] == methods_report.arms_in("control", cells)
 
@@ -305,6 +308,7 @@ def test_judges_are_told_apart_by_lift_and_by_the_sink_fix(monkeypatch):
                      "more accurate than uniform weights on reversed pairs; of the 3 below it, 1 more accurate, "
                      "1 less, 1 not told apart.")
     assert second == "Without the sink fix against with it, of 5 judges: 1 more accurate, 3 less, 1 not told apart."
+    assert "| a | 0.50 | 1.5 | -0.100 ± 0.012 | -0.100 ± 0.012 |" in methods_report.judge_table(cells)
     assert methods_report.sentences("judges", trained_cells(0.0)) == []
 
 

@@ -299,17 +299,19 @@ def test_what_is_said_of_the_methods_is_what_the_committed_cells_say():
     called better whose interval holds 0."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import methods
+    import methods_pages
     import methods_report
     folder = ROOT / "benchmarks/results/cpu/methods"
     cells = list(methods.read_cells(folder).values())
     assert len(cells) == len((folder / "cells.jsonl").read_text().splitlines())  # none of an older version
-    assert (folder / "methods.md").read_text() == methods_report.render(cells)
-    assert (folder / "methods.svg").read_text() == methods_report.draw_curves(cells)
+    assert (folder / "methods.md").read_text() == methods_pages.render(cells)
+    assert (folder / "methods.svg").read_text() == methods_pages.draw_curves(cells)
     page = " ".join(METHODS.split())
     said = [sentence for part in methods_report.NAMES for sentence in methods_report.sentences(part, cells)]
     assert len(said) >= 3 and all(sentence in page for sentence in said)
     for part in ("headline", "control"):
         assert methods_report.part_table(part, cells) in METHODS
+    assert methods_report.judge_table(cells) in METHODS
     assert methods_report.summary(cells) in " ".join(README.split())
     seeds = {cell["arm"]["seed"] for cell in cells if cell["arm"]["tests"] == "all"}
     assert len(seeds) == 10
