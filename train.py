@@ -47,7 +47,7 @@ from twdpo.pages.run import write_curves
 from twdpo.pages.show import show, write_run_pairs
 from twdpo.pages.weights import write_run_weights
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
-from twdpo.run_folder import drop_later_checkpoints, open_run, start_run, write_environment
+from twdpo.run_folder import describe_origin, drop_later_checkpoints, open_run, start_run, write_environment
 from twdpo.tokens import Example
 from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
@@ -88,8 +88,8 @@ def train(config: TrainConfig, process: Process) -> None:
             if run.held_out and run.is_due(config.eval_every):
                 keep_best(run, evaluate_and_sample(run, log))
             if config.save_every and run.is_due(config.save_every):
-                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, run.identity, process,
-                                config.keep_last)
+                log.sync()
+                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, run.origin, process, config.keep_last)
     finish(run, log)
 
 
@@ -110,7 +110,7 @@ class Run:
     steps: int
     clock: StageClock
     folder: Path = Path()
-    identity: dict[str, str] | None = None  # fingerprints of what the settings only name
+    origin: dict[str, object] | None = None  # run_id, settings, and fingerprints of what these name
     wandb: object = None  # on the first process, with --wandb
     cost: ModelCost | None = None  # with --profile
     step: int = 0  # steps done
@@ -135,7 +135,8 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     needs = open_needs(config, objective, process)
     config = replace(config, weights=config.weights or objective.source_name)
     check_copies(config.replicate, process.world_size)
-    config, folder, checkpoint = open_run(config, process)
+    config, opened = open_run(config, process)
+    folder = opened.path
     dtype = pick_dtype(config.dtype, process.device)
     describe_start(config, objective, folder, dtype, process)
     inputs = check_inputs(config, process, folder, needs)
@@ -156,7 +157,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     rows = RowOptions(settle_packing(policy, config.packing, inputs.used(config), process), budget)
     process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     config = settle(config, needs, rows)
-    process.on_main(lambda: start_run(config, folder))
+    process.on_main(lambda: start_run(config, opened))
     for need in needs:
         need.prepare_with_policy(config, inputs, policy, rows)
     context = open_context(config, needs)
@@ -166,14 +167,15 @@ def prepare(config: TrainConfig, process: Process) -> Run:
         wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
     run = Run(config, process, objective, model, inputs.train, inputs.evaluated, context, policy, optimizer, rows,
               inputs.steps(config), StageClock(config.profile, process.device), folder,
-              run_identity(config, inputs, needs, process), wandb_runs[0] if wandb_runs else None)
+              describe_origin(config, opened, run_identity(config, inputs, needs, process)),
+              wandb_runs[0] if wandb_runs else None)
     if not any(learning_rate(step, run.steps, config) for step in range(run.steps)):
         process.print("the learning rate is 0 in every step: warmup begins at 0 and there is nothing after it; "
                       "--warmup-ratio 0 leaves it out")
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
-    if checkpoint:
-        run.step = load_checkpoint(checkpoint, policy, optimizer, run.identity, process)
+    if checkpoint := opened.checkpoint:
+        run.step = load_checkpoint(checkpoint, policy, optimizer, run.origin["identity"], process)
         process.on_main(lambda: drop_later_checkpoints(folder, run.step))
         process.print(f"resumed from {checkpoint} at step {run.step} of {run.steps}")
     held_out = {name: hash_json([each.pair.key for each in examples]) for name, examples in run.held_out.items()}

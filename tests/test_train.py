@@ -84,7 +84,7 @@ KILLS = {
     "first step": ("train.train_step", 1),
     "middle": ("train.train_step", 4),
     "before a save": ("train.save_checkpoint", 2),
-    "during a save": ("twdpo.checkpoint.sync_to_disk", 5),
+    "during a save": ("twdpo.checkpoint.sync", 5),
     "during best": ("train.export_model", 2),
     "at the end": ("train.summarize", 1),
 }

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from twdpo.flags import InputError
+from twdpo.lock import release_locks
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,6 +107,7 @@ def run_script(name: str, read_config: Callable[[], object], function: Callable[
             print(f"{place}{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
+        release_locks()
         stop()
 
 
