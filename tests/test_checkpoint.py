@@ -65,7 +65,8 @@ def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_p
 
 
 @pytest.mark.parametrize("damage, word", [("flip", "has changed"), ("cut", "has changed"), ("missing", "is missing"),
-                                          ("extra", "does not belong"), ("manifest", "has no digest, files"), ("step", "is not as it was written")])
+                                          ("extra", "does not belong"), ("manifest", "has no digest, files"),
+                                          ("step", "is not as it was written")])
 def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     step(policy, optimizer)

@@ -166,12 +166,12 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], folder: Pat
                     following = pool.submit(inputs.build_all, mine[place + 1][1])
                 keys = [pair.key for pair in group]
                 try:
-                    arrays = judge.shard(keys, judged, bar)
+                    arrays = judge.shard(group, judged, bar)
                 except AnotherFailed:
                     raise
                 except InputError:
                     judge.keep_step(FAILED)
                     raise
-                write_shard(shard_path(folder, number, keys), arrays)
+                write_shard(shard_path(folder, number, keys), arrays, meta)
     judge.finish()
     process.gather(None)  # all ranks have written before any reads

@@ -17,6 +17,7 @@ from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, 
 from twdpo.models.build import build_on_meta, decoder_layers, head_options, suit_device
 from twdpo.models.shards import load_shards
 from twdpo.models.source import Model, load_model_config
+from twdpo.pairs import Pair
 from twdpo.rows import common_beginning, fill_rows, pack
 from twdpo.weights_file import ROLLOUT
 
@@ -192,8 +193,9 @@ class JudgePass:
         capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, final_layer)
         return capture, *self.judge(capture, with_logits)
 
-    def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
-        """The arrays of one shard (twdpo.weights_file)."""
+    def shard(self, pairs: list[Pair], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
+        """The arrays of one shard (twdpo.weights_file). Raises InputError, which names the pair, for attention that is
+        not finite."""
         units = [(pair, (0, 1)) for pair in range(len(judged))]
         if not self.packs:
             units = [(pair, (turn,)) for pair, turns in units for turn in turns]
@@ -205,6 +207,9 @@ class JudgePass:
             attention, verdict_S2, top_S = self.judge_rows([groups[unit] for unit in batch])
             inputs = [(units[unit][0], turn) for unit in batch for turn in units[unit][1]]
             for place, (pair, turn) in enumerate(inputs):
+                if not (np.isfinite(attention[place]).all() and np.isfinite(verdict_S2[place:place + 1]).all()):
+                    raise InputError(f"{pairs[pair].where}: the attention of {self.judge.model.config.model_type} as "
+                                     "its judge is not finite; try --judge-dtype float32")
                 for side in (0, 1):
                     first, stop = judged[pair].ranges[turn][side]
                     rows[pair, side, turn] = attention[place][:, first:stop]
@@ -215,7 +220,7 @@ class JudgePass:
         attention_RLJ = np.stack([np.concatenate([rows[pair, side, turn] for pair, side in answers], axis=1)
                                   for turn in range(ROUNDS)])
         arrays = {
-            "key_E": np.array(keys, dtype=np.int64),
+            "key_E": np.array([pair.key for pair in pairs], dtype=np.int64),
             "length_E2": np.array([[len(ids) for ids in pair.ids] for pair in judged], dtype=np.int32),
             "ids_J": np.concatenate([judged[pair].ids[side] for pair, side in answers]),
             "spans_J2": np.concatenate([judged[pair].spans_N2[side] for pair, side in answers]),
@@ -250,8 +255,5 @@ class JudgePass:
         if self.rollout:
             rows.append(torch.cat(rollout_rows(capture)))
         attention_LT = torch.stack(rows).cpu().numpy()  # sync
-        if not (np.isfinite(attention_LT).all() and np.isfinite(verdict_S2).all()):
-            model_type = self.judge.model.config.model_type
-            raise InputError(f"{model_type}: the judge's attention is not finite; try --judge-dtype float32")
         ends = np.cumsum([len(ids) for group in groups for ids in group])[:-1]
         return np.split(attention_LT, ends, axis=1), verdict_S2, top_S

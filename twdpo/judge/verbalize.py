@@ -55,7 +55,7 @@ class Scoring:
                 keys = [pair.key for pair in group]
                 with writing(model):
                     arrays = score_pairs(model, self.model.chat, group, budget, bar)
-                write_shard(shard_path(self.folder, number, keys), arrays)
+                write_shard(shard_path(self.folder, number, keys), arrays, self.meta)
         process.gather(None)  # all ranks have written before any reads
 
     def open(self) -> ScoresFile:

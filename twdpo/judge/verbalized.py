@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from twdpo.flags import InputError
-from twdpo.weights_file import read_meta, shard_paths
+from twdpo.stored import Damaged
+from twdpo.weights_file import read_meta, read_shard, shard_paths
 
 MIN_MATCHED = 0.9  # paper section 4.2
 
@@ -197,15 +197,14 @@ class ScoresFile:
         for path in shard_paths(self.directory):
             try:
                 self._read(path)
-            except SafetensorError as error:
+            except Damaged as error:
                 raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
                                  "replaces it") from error
         self.left_out = {key for key, sides in self._answers.items()
                          if min(each.matched for each in sides) < MIN_MATCHED}
 
     def _read(self, path: Path) -> None:
-        with safe_open(path, "numpy") as shard:
-            arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+        arrays = read_shard(path)
         ends = np.cumsum(arrays["length_E2"].reshape(-1))[:-1]
         spans, scores = np.split(arrays["spans_J2"], ends), np.split(arrays["score_J"], ends)
         for number, key in enumerate(arrays["key_E"].tolist()):
