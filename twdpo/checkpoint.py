@@ -139,7 +139,7 @@ def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype
         model_config = load_model_config(source)
         dtype = DTYPES[save_dtype] if save_dtype else model_config.dtype or torch.float32
         with torch.device("meta"):  # the shell's dtype is what config.json will say
-            shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
         for name in shell.all_tied_weights_keys:
             state.pop(name, None)

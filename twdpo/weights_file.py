@@ -51,8 +51,8 @@ def write_meta(directory: Path, meta: dict[str, object]) -> None:
         # Its shards say what it was: a loss of power, or a hand, may take meta.json alone.
         shards = [about_shard(shard) for shard in shard_paths(directory)]
         if not (path.exists() or shards) or any(about not in (None, hash_json(meta)) for about in shards):
-            raise InputError(f"{directory} is neither empty nor a weights file of this extraction (no meta.json that can "
-                             "be read): choose another folder")
+            raise InputError(f"{directory} is neither empty nor a weights file of this extraction (no meta.json that "
+                             "can be read): choose another folder")
         print(f"warning: {path} is missing or can't be read: written anew")
     elif old is not None and old != whole:
         changed = [f"  {key}: was {old.get(key)!r}, is {whole.get(key)!r}"

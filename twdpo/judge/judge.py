@@ -15,7 +15,7 @@ from twdpo.judge.prompt import ROUNDS, JudgedPair, verdict_ids
 from twdpo.logratio import logits_of
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows
 from twdpo.models.build import build_on_meta, decoder_layers, head_options, suit_device
-from twdpo.models.shards import load_shards
+from twdpo.models.shards import load_shards, warn_of_unplaced
 from twdpo.models.source import Model, load_model_config
 from twdpo.pairs import Pair
 from twdpo.rows import common_beginning, fill_rows, pack
@@ -54,7 +54,8 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
     """A whole copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
     try:
         model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME,
-                                                            output_loading_info=True)
+                                                            output_loading_info=True, trust_remote_code=False,
+                                                            use_safetensors=True)
         if missing := found["missing_keys"]:  # transformers would make them up at random
             raise ValueError(f"{len(missing)} tensors are missing, {min(missing)} among them")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -62,6 +63,8 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
                          "another one") from error
+    if warning := warn_of_unplaced(model, found["unexpected_keys"], directory):
+        print(warning)
     suit_device(model, device)
     return Judge(model.eval(), num_layers).to(device)
 

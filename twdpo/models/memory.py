@@ -21,7 +21,7 @@ from twdpo.dist import Process
 from twdpo.flags import InputError
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
-from twdpo.models.source import load_model_config, locate_model
+from twdpo.models.source import describe_failure, load_model_config, locate_model
 from twdpo.objective import find_objective
 from twdpo.rows import pack
 
@@ -349,9 +349,10 @@ def find_model_config(config: TrainConfig):
         name, settings = PAPER_MODELS[config.model]
         return AutoConfig.for_model(name, **settings)
     try:
-        return AutoConfig.from_pretrained(config.model)
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - a config may say anything
-        raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
+        raise InputError(f"--model {config.model}: its config can't be read "
+                         f"({describe_failure(error)})") from error
 
 
 def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
