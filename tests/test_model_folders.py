@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import extract
 import train
 from twdpo.flags import InputError
-from twdpo.models.policy import load_policy
 from twdpo.models.source import fingerprint_model, locate_model, open_model
 
 
@@ -26,22 +25,23 @@ def edit(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def commands(folder: Path, tmp_path: Path, run_arguments, run_pairs) -> list:
+@pytest.fixture
+def commands(folder, tmp_path, run_arguments, run_pairs):
     """Both entry points with this model."""
-    extracts = ["--model", str(folder), "--data", str(run_pairs), "--judge-prompt", "short", "--out", str(tmp_path / "w")]
-    return [lambda: extract.main(extracts), lambda: train.main(run_arguments(tmp_path / "run", model=folder, loss="dpo"))]
+    flags = ["--model", str(folder), "--data", str(run_pairs), "--judge-prompt", "short", "--out", str(tmp_path / "w")]
+    argv = run_arguments(tmp_path / "run", model=folder, loss="dpo", max_steps=1)
+    return lambda *extra: extract.main([*flags, *extra]), lambda *extra: train.main([*argv, *extra])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "own"])
-def test_code_that_a_folder_brings_is_never_run(model_type, folder, tmp_path, run_arguments, run_pairs, capsys,
-                                                monkeypatch):
+def test_code_that_a_folder_brings_is_never_run(model_type, folder, commands, tmp_path, capsys, monkeypatch):
     """Neither asked for on standard input nor run, whatever stands there."""
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    auto = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Model", "mine.Model"]}
+    auto = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Model"] * 2}
     edit(folder / "config.json", auto_map=auto, model_type=model_type)
     edit(folder / "tokenizer_config.json", auto_map=auto, tokenizer_class="Mine")
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
-    for command in commands(folder, tmp_path, run_arguments, run_pairs):
+    for command in commands:
         try:
             command()
         except SystemExit as stopped:
@@ -50,10 +50,10 @@ def test_code_that_a_folder_brings_is_never_run(model_type, folder, tmp_path, ru
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_are_never_read(folder, tmp_path, run_arguments, run_pairs, capsys):
+def test_pickled_weights_are_never_read(folder, commands, capsys):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    for command in commands(folder, tmp_path, run_arguments, run_pairs):
+    for command in commands:
         with pytest.raises(SystemExit):
             command()
         assert "pickled weights never" in capsys.readouterr().err
@@ -83,19 +83,18 @@ def test_the_fingerprint_is_of_what_is_read(folder):
     assert len({before, whole, fingerprint_model(folder)}) == 3
 
 
-def test_tensors_without_a_place_are_named(folder, tmp_path, run_arguments, run_pairs, process, capsys):
-    load_policy(folder, torch.float32, process)
+def test_tensors_without_a_place_are_named(folder, commands, capsys):
+    commands[1]()
     assert "have no place" not in capsys.readouterr().out
     edit(folder / "config.json", num_hidden_layers=1)
-    load_policy(folder, torch.float32, process)
-    printed = capsys.readouterr().out
-    assert "9 tensors in" in printed and "model.layers.1.input_layernorm.weight" in printed and ", ..." in printed
-    commands(folder, tmp_path, run_arguments, run_pairs)[0]()
-    assert "9 tensors in" in capsys.readouterr().out
+    for command, extra in zip(commands, ([], ["--overwrite"])):
+        command(*extra)
+        printed = capsys.readouterr().out
+        assert "9 tensors in" in printed and "model.layers.1.input_layernorm.weight" in printed and ", ..." in printed
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"model_type": 7, "added_tokens": 3, "model": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"model_type": 7, "added_tokens": 3}', "\x00"])
 def test_damaged_files_are_one_message(name, text, folder, process):
     """One that the file's own library takes is no error."""
     (folder / name).write_text(text)
