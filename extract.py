@@ -19,11 +19,11 @@ from twdpo.forms import Reading
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import describe_left_out
-from twdpo.models.source import open_model
+from twdpo.models.source import describe_date, open_model
 from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
 from twdpo.printed import check_templated
-from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_meta, warn_of_verdicts
+from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_json, read_meta, warn_of_verdicts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +47,10 @@ def extract(config: ExtractConfig, process: Process) -> None:
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, out, total)
-    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
+    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated,
+                       date=config.date or stored_date(out))
+    if model.printed_date:
+        process.print(describe_date(model))
     if line := check_templated(model.chat, pairs):
         process.print(line)
     if config.verbalized:
@@ -64,6 +67,11 @@ def extract(config: ExtractConfig, process: Process) -> None:
     pairs = [pair for pair in pairs if pair.where not in unfit]
     extraction.run(pairs)
     process.on_main(lambda: finish(config, out, pairs, model.tokenizer, dataset))
+
+
+def stored_date(out: Path) -> str:
+    """The date that the chat template printed for what a folder holds already; "" where there is none."""
+    return str((read_json(out / "meta.json") or {}).get("date", ""))
 
 
 def exports(config: ExtractConfig, dataset: Dataset) -> list[Path]:

@@ -145,8 +145,9 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     check_architecture(model.config, config.head_cache_gib)
     checkpointing, budget = settle_memory(config, model.config, dtype, process, objective.place_of_reference(config))
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
-    config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,
-                     checkpointing=checkpointing, micro_batch_tokens=budget, dtype=name_of_dtype(dtype))
+    config = replace(config, model=model.name, date=model.printed_date or config.date, data=inputs.data,
+                     eval_data=inputs.eval_data, checkpointing=checkpointing, micro_batch_tokens=budget,
+                     dtype=name_of_dtype(dtype))
     wandb_runs: list = []  # one on the first process, none elsewhere
     process.on_main(lambda: wandb_runs.append(start_wandb(config, folder)))
     for need in needs:

@@ -220,7 +220,7 @@ def settled_settings(stored: dict[str, object], config: TrainConfig) -> dict[str
         value, old = getattr(config, field.name), stored.get(key_name(field))
         same = isinstance(old, str) and without_gaps(value) in (old, old.rpartition("@")[0],
                                                                 re.sub("@[0-9a-f]{40}", "", old))
-        if old is not None and value != "" and (same or value in field.metadata.get("settled", ())):
+        if old is not None and (value != "" and same or value in field.metadata.get("settled", ())):
             settled[field.name] = old
     return settled
 

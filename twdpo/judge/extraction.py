@@ -111,7 +111,7 @@ def describe_extraction(config: SharedConfig, model: Model, layers: list[int | s
         "heads": config.judge_heads,
         "layers": layers,
         "data": data_fingerprint,
-    } | ({"templated": True} if model.templated else {})
+    } | ({"templated": True} if model.templated else {}) | ({"date": model.printed_date} if model.printed_date else {})
 
 
 def check_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], process: Process) -> list[BadRow]:

@@ -36,6 +36,7 @@ class Scoring:
                      "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
                      "judge_dtype": name_of_dtype(self.dtype), "data": data_fingerprint, "layers": []}
         self.meta |= {"templated": True} if model.templated else {}
+        self.meta |= {"date": model.printed_date} if model.printed_date else {}
         self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
 
     def run(self, pairs: list[Pair]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from twdpo.chat import Chat, set_chat_template
+from twdpo.chat import Chat, set_chat_template, today
 from twdpo.dist import Process
 from twdpo.files import hash_file, hash_json
 from twdpo.flags import InputError
@@ -32,6 +32,7 @@ class Model:
     process: Process
     templated: bool = False  # whether the data's texts hold the template's marks already
     apart: bool = False  # whether answers are tokenised apart from their prompts
+    date: str = ""  # of its chat template; empty: today's
 
     @cached_property
     def fingerprint(self) -> str:
@@ -41,19 +42,29 @@ class Model:
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer as what makes tokens of conversations takes it."""
-        return Chat(self.tokenizer, self.templated, end_ids(self.folder), self.apart)
+        fixed = {"date": self.date} if self.date else {}
+        return Chat(self.tokenizer, self.templated, end_ids(self.folder), self.apart, **fixed)
+
+    @property
+    def printed_date(self) -> str:
+        """The date that its chat template prints; "" of one that prints none."""
+        return self.chat.date if self.chat.prints_date else ""
 
 
 def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True,
-               templated: bool = False, apart: bool = False) -> Model:
+               templated: bool = False, apart: bool = False, date: str = "") -> Model:
     """Find a model, load its config and tokenizer; its weights are not read. Raises InputError. All ranks.
 
-    name: as `locate_model` takes it. flag: what names it, for messages. templated, apart: as of Chat.
+    name: as `locate_model` takes it. flag: what names it, for messages. templated, apart, date: as of Chat.
     """
     folder = process.on_main(lambda: locate_model(name, flag))
     tokenizer = load_tokenizer(folder, chat_template, needs_template)
     return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, process, templated,
-                 apart)
+                 apart, process.broadcast(date or today()))
+
+
+def describe_date(model: Model) -> str:
+    return f"the chat template prints a date: that of this run is {model.printed_date} (--date)"
 
 
 def locate_model(name: str, flag: str) -> Path:
