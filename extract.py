@@ -12,7 +12,7 @@ from twdpo.authors_columns import export_columns
 from twdpo.config import ExtractConfig, parse_config
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, local_files, parse_sources, read_rows, with_test_split
 from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
-from twdpo.dist import Process, run_script
+from twdpo.dist import Process
 from twdpo.files import check_directory
 from twdpo.flags import InputError
 from twdpo.forms import Reading
@@ -23,12 +23,14 @@ from twdpo.models.source import describe_date, open_model
 from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
 from twdpo.printed import check_templated
+from twdpo.script import run_script
 from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_json, read_meta, warn_of_verdicts
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    run_script("extract.py", lambda: parse_config(ExtractConfig, argv, __doc__.split("\n")[0]), extract)
+    run_script("extract.py", lambda: parse_config(ExtractConfig, argv, __doc__.split("\n")[0]), extract,
+               lambda: "; the same command goes on where it was")
 
 
 def extract(config: ExtractConfig, process: Process) -> None:

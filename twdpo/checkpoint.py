@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM
 
 from twdpo.dist import DTYPES, Process
-from twdpo.files import discard, hash_file, sync, temporary_path, write_atomic, write_json
+from twdpo.files import discard, hash_file, remove, sync, temporary_path, write_atomic, write_json
 from twdpo.flags import InputError
 from twdpo.models.policy import Policy
 from twdpo.models.source import load_model_config
@@ -58,28 +58,35 @@ def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.o
     path = checkpoint_path(run_dir, step)
     temporary = process.broadcast(temporary_path(path))
     process.on_main(lambda: temporary.mkdir(parents=True))
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(state_tensors(policy, optimizer) | rng_tensors(process), storage_writer=writer)
-    mine = list(temporary.glob(f"shard-{process.rank + 1:05d}-*"))
-    for file in mine:  # each process what it wrote: another machine's sync would not wait for it
-        sync(file)
-    hashes = process.gather({file.name: hash_file(file) for file in mine})
-
-    def finish() -> None:
-        known = {name: digest for part in hashes for name, digest in part.items()}
-        for file in temporary.iterdir():
-            if file.name not in known:
-                sync(file)
-        files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
-                 for file in sorted(temporary.iterdir())}
-        write_manifest(temporary, origin | {"step": step, "world_size": process.world_size, "files": files})
-        os.rename(temporary, path)
-        sync(path.parent)
-        for old in list_checkpoints(run_dir)[:-keep_last] if keep_last else []:
-            discard(old)
-
-    process.on_main(finish)
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(state_tensors(policy, optimizer) | rng_tensors(process), storage_writer=writer)
+        mine = list(temporary.glob(f"shard-{process.rank + 1:05d}-*"))
+        for file in mine:  # each process what it wrote: another machine's sync would not wait for it
+            sync(file)
+        hashes = process.gather({file.name: hash_file(file) for file in mine})
+        process.on_main(lambda: finish_checkpoint(temporary, path, hashes, origin | {"step": step}, process))
+    except BaseException:
+        if process.is_main:  # half a checkpoint is large, and the disk may be full
+            remove(temporary)
+        raise
+    if keep_last:
+        process.on_main(lambda: [discard(old) for old in list_checkpoints(run_dir)[:-keep_last]])
     return path
+
+
+def finish_checkpoint(temporary: Path, path: Path, hashes: list[dict[str, str]], manifest: dict[str, object],
+                      process: Process) -> None:
+    """Write the manifest of what all processes have written, and give the folder its name. The first process."""
+    known = {name: digest for part in hashes for name, digest in part.items()}
+    for file in temporary.iterdir():
+        if file.name not in known:
+            sync(file)
+    files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
+             for file in sorted(temporary.iterdir())}
+    write_manifest(temporary, manifest | {"world_size": process.world_size, "files": files})
+    os.rename(temporary, path)
+    sync(path.parent)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],

@@ -1,10 +1,9 @@
 """Process group, progress on the first process, and the FSDP2 plan. One process runs the same code as many."""
 
-import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from twdpo.flags import InputError
-from twdpo.lock import release_locks
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,34 +85,6 @@ class Process:
         if error is not None:
             raise error
         return value
-
-
-def run_script(name: str, read_config: Callable[[], object], function: Callable[[object, Process], None]) -> None:
-    """Run `function(config, process)` in the process group; a user's error becomes one message and SystemExit(2)."""
-    config = wrong = None
-    try:
-        config = read_config()
-    except InputError as error:  # said when the processes are together: the first to end would end the others unheard
-        wrong = error
-    try:
-        process = start()
-        if wrong:
-            raise wrong
-        function(config, process)
-    except InputError as error:
-        if is_first_to_say(str(error)):
-            place = "" if process.is_main else f"[rank {process.rank}] "
-            print(f"{place}{name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    finally:
-        release_locks()
-        stop()
-
-
-def is_first_to_say(message: str) -> bool:
-    """Whether no other process has said this: all of them may find the same error, and one is to print it."""
-    store = dist.distributed_c10d._get_default_store()
-    return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
 
 
 def start() -> Process:

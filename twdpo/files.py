@@ -121,7 +121,10 @@ def write_json(path: Path, value: object) -> None:
 def make_directory(path: Path, flag: str) -> Path:
     """Make a folder that a flag names, if it is not there. Raises InputError, also when it can't be written to."""
     check_directory(path, flag)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: the folder can't be made ({error.strerror})") from error
     return path
 
 
@@ -139,8 +142,12 @@ def check_directory(path: Path, flag: str) -> Path:
 
 def cache_directory(config: SharedConfig) -> Path:
     """--cache-dir, else the user's cache folder; made if it is not there. Raises InputError."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twdpo"
-    return make_directory(Path(config.cache_dir).expanduser() if config.cache_dir else default, "--cache-dir")
+    try:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "twdpo"
+        return make_directory(Path(config.cache_dir).expanduser() if config.cache_dir else default, "--cache-dir")
+    except RuntimeError as error:
+        raise InputError(f"--cache-dir {config.cache_dir}: nobody's home folder is known here ({error}): name a folder"
+                         ) from error
 
 
 def remove(path: Path) -> None:

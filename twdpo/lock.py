@@ -15,7 +15,7 @@ from twdpo.flags import InputError
 LOCK = ".lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
-_held: dict[Path, tuple[int, bool]] = {}  # of this process's locks: descriptor, and whether the folder was made for it
+_held: dict[Path, tuple[int, list[Path]]] = {}  # of this process's locks: descriptor, and folders made for it
 
 
 def take_lock(folder: Path) -> None:
@@ -28,7 +28,7 @@ def take_lock(folder: Path) -> None:
     path = folder.resolve() / LOCK
     if path in _held:
         return
-    was_there = path.parent.exists()
+    made = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -50,7 +50,7 @@ def take_lock(folder: Path) -> None:
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps(owner).encode())
-    _held[path] = descriptor, not was_there
+    _held[path] = descriptor, made
 
 
 def describe_owner(path: Path) -> str:
@@ -70,11 +70,16 @@ def is_same_file(path: Path, descriptor: int) -> bool:
 
 
 def release_locks() -> None:
-    """Give up all locks of this process; a folder that was made for one and holds nothing else goes with it."""
+    """Give up all locks of this process; folders that were made for one and hold nothing else go with it."""
     while _held:
-        path, (descriptor, was_made) = _held.popitem()
+        path, (descriptor, made) = _held.popitem()
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if was_made:
-            with suppress(OSError):  # it holds something
-                path.parent.rmdir()
+        with suppress(OSError):  # it holds something
+            for folder in made:  # the innermost first
+                folder.rmdir()
+
+
+def owned_folders() -> list[Path]:
+    """The folders that this process owns."""
+    return [path.parent for path in _held]

@@ -74,8 +74,12 @@ class Log:
 
 
 def open_cut_back(path: Path, step: int):
-    """A file of JSON lines, open for appending, without the rows after `step`; 0 empties it."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    """A file of JSON lines, open for appending, without the rows after `step`; 0 empties it. A line that is no row is
+    dropped with a word, but for a last one that a kill cut off."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):
+        if row_step(line) == math.inf:
+            print(f"warning: {path}, line {number}: {line!r:.80} is no row of a run: dropped")
     kept = [line for line in lines if row_step(line) <= step]
     write_atomic(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept), "utf-8"))
     return open(path, "a", encoding="utf-8")
@@ -146,9 +150,10 @@ def start_wandb(config: TrainConfig, run_dir: Path):
 def row_step(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity for one that is no row, as a kill leaves it."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def held_out_names(row: dict[str, float]) -> list[str]:

@@ -20,7 +20,7 @@ from twdpo.config import TrainConfig
 from twdpo.dist import Process
 from twdpo.files import check_directory, discard, hash_json, mend, write_json
 from twdpo.flags import InputError, changed_settings, flag_name, key_name, to_json
-from twdpo.lock import take_lock
+from twdpo.lock import owned_folders, take_lock
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
 ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
@@ -83,6 +83,17 @@ def describe_origin(config: TrainConfig, folder: RunFolder, identity: dict[str, 
     free = {key_name(field) for field in fields(config) if field.metadata.get("free")}
     settings = {name: value for name, value in to_json(config).items() if name not in free}
     return {"run_id": folder.run_id, "settings": settings, "identity": identity}
+
+
+def describe_resume() -> str:
+    """How the run goes on whose folder this process owns; "" of none."""
+    for folder in owned_folders():
+        if checkpoints := list_checkpoints(folder):
+            return f"; --output-dir {folder} --resume goes on from {checkpoints[-1].name}"
+        if (folder / CONFIG).exists():
+            return f"; {folder} has no checkpoint yet (--save-every): --resume there begins at step 0"
+        return "; nothing was trained yet: the same command begins anew, and finds what it has cached"
+    return ""
 
 
 def write_environment(run_dir: Path, step: int, process: Process, found: dict[str, object]) -> None:
@@ -206,8 +217,8 @@ def check_inputs_stay(config: TrainConfig, run_dir: Path) -> None:
         parts = [value, *value.split(",")]
         parts += [part.partition("=")[2] for part in parts]
         for part in filter(None, map(str.strip, parts)):
-            path = Path(part).expanduser()
-            if path.exists() and any(path.resolve().is_relative_to(each) for each in lost):
+            path = Path(os.path.expanduser(part))
+            if os.path.exists(path) and any(path.resolve().is_relative_to(each) for each in lost):
                 what = "--overwrite deletes" if config.overwrite else "the run replaces"
                 raise InputError(f"{flag_name(config, field.name)} {part} lies in what {what} in {run_dir}: choose "
                                  "another --output-dir, or move it out of there")

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from twdpo.chat import Chat
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
 from twdpo.dataset import load_dataset
-from twdpo.dist import Process, run_script
+from twdpo.dist import Process
 from twdpo.files import make_directory, mend, temporary_folder, write_atomic, write_json
 from twdpo.flags import InputError, flag, parse_flags, require
 from twdpo.forms import parse_row
@@ -40,6 +40,7 @@ from twdpo.judge.prompt import ROUNDS, JudgeInputs, load_judge_prompt, verdict_i
 from twdpo.lock import take_lock
 from twdpo.models.source import open_model
 from twdpo.pairs import Pair
+from twdpo.script import run_script
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import (
     KINDS,
@@ -181,7 +182,7 @@ class ToyTrainConfig:
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
     run_script("twdpo.toy.train", lambda: ToyTrainConfig(**parse_flags(ToyTrainConfig, argv, __doc__.split("\n")[0])),
-               toy_train)
+               toy_train, lambda: "; nothing of it is kept")
 
 
 def toy_train(config: ToyTrainConfig, process: Process) -> None:
