@@ -21,8 +21,8 @@ PAGES += (ROOT / "docs").glob("*.md")
 
 # A file imports only from files before it. README's order, but that folders stand last there.
 IMPORT_ORDER = """
-    flags config lock files stored dist script plugins toy/grammar data_files messages pairs forms dataset chat printed tokens examples
-    aux_prompts rows weights_file align postprocess judge/verbalized importance transport weights authors_columns batch
+    flags config lock files stored dist script plugins toy/grammar data_files messages pairs forms dataset chat printed
+    tokens examples aux_prompts rows weights_file align postprocess judge/verbalized importance transport weights authors_columns batch
     kernels/tile_kernels kernels/token_kernels kernels/tiles kernels/weighted_logratio chunked_logps logratio
     loss_parts vocabulary_losses losses loss_sum objective
     leave_out divergence metrics models/source models/varlen models/attention models/build models/shards

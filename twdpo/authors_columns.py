@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from twdpo.weights_file import ROLLOUT, JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")
 ROLLOUT_COLUMN = "attention_rollout"
-COMPARED = 1 << 22  # tokens times tokens that difflib may compare: half a second
+COMPARED = 1 << 20  # tokens times tokens that difflib may compare
+MOST_RUNS, NEARBY = 1000, 32  # runs of one answer; tokens between two of them
 COLUMN = re.compile(r"(chosen|rejected)_(tokens|weights_(\d+|attention_rollout))|(cr|rc)_last_token")
 CONTEXTS = (("", ""), ("\n", "\n"), ("\n", "\n<"), (" ", "\n"))  # what stands around an answer in a judge prompt
 
@@ -160,7 +162,7 @@ def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
         for before, after in CONTEXTS:
             found, spans_T2 = encode(tokenizer, [before + text + after])[0]
             spans_T2 = np.clip(spans_T2 - len(before), 0, len(text)) + answer.find(text)
-            if (place := find_run(np.array(found, dtype=np.int32), ids_J)) >= 0:
+            if (place := find_run(found, ids_J)) >= 0:
                 return spans_T2[place:place + len(ids_J)].astype(np.int32)
     spans_J2 = np.full((len(ids_J), 2), -1, dtype=np.int32)
     for place, own, size in common_runs(found, ids_J.tolist()):
@@ -178,9 +180,9 @@ def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
     return np.stack([spans_J2[:, 0], np.maximum(spans_J2[:, 0], spans_J2[:, 1])], axis=1)
 
 
-def find_run(ids_T: np.ndarray, ids_J: np.ndarray) -> int:
-    """Where int32 ids stand within others, in one run; -1: nowhere."""
-    whole, run, place = ids_T.tobytes(), ids_J.tobytes(), -1
+def find_run(ids_T: np.ndarray | list[int], ids_J: np.ndarray) -> int:
+    """Where ids stand within others, in one run; -1: nowhere."""
+    (whole, run), place = (np.asarray(ids, dtype=np.int32).tobytes() for ids in (ids_T, ids_J)), -1
     while (place := whole.find(run, place + 1)) >= 0:
         if place % 4 == 0:
             return place // 4
@@ -188,14 +190,19 @@ def find_run(ids_T: np.ndarray, ids_J: np.ndarray) -> int:
 
 
 def common_runs(ids: list[int], own: list[int]) -> list[tuple[int, int, int]]:
-    """(place in `ids`, place in `own`, length) of runs that both have, in order: their common beginning and end, and
-    what difflib finds between, unless that is too much to compare."""
-    size = min(len(ids), len(own))
-    first = next((place for place in range(size) if ids[place] != own[place]), size)
-    last = next((place for place in range(size - first) if ids[-1 - place] != own[-1 - place]), size - first)
-    runs = [(0, 0, first)]
-    middle, own_middle = ids[first:len(ids) - last], own[first:len(own) - last]
-    if len(middle) * len(own_middle) <= COMPARED:
-        matches = difflib.SequenceMatcher(None, middle, own_middle, autojunk=False).get_matching_blocks()
-        runs += [(first + place, first + own_place, length) for place, own_place, length in matches]
-    return [*runs, (len(ids) - last, len(own) - last, last)]
+    """(place in `ids`, place in `own`, length) of runs that both have, in order: what difflib finds, and of much text,
+    which it would compare for minutes, runs that begin near the end of the one before."""
+    if len(ids) * len(own) <= COMPARED:
+        return difflib.SequenceMatcher(None, ids, own, autojunk=False).get_matching_blocks()
+    runs, place, own_place = [], 0, 0
+    for _ in range(MOST_RUNS):
+        step = next(((i, total - i) for total in range(NEARBY) for i in range(total + 1)
+                     if ids[place + i:place + i + 4] == own[own_place + total - i:own_place + total - i + 4]), None)
+        if step is None or place + step[0] >= len(ids) or own_place + step[1] >= len(own):
+            break
+        place, own_place = place + step[0], own_place + step[1]
+        length = next((k for k, (one, other) in enumerate(zip(islice(ids, place, None), islice(own, own_place, None)))
+                       if one != other), min(len(ids) - place, len(own) - own_place))
+        runs.append((place, own_place, length))
+        place, own_place = place + length, own_place + length
+    return runs
