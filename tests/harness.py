@@ -5,9 +5,10 @@ input that is anything.
     python -m tests.harness --minutes 5 --only kills,bits --seed 7
 
 What must never happen: a run that ends with another result and says nothing, a traceback, a run that hangs. Each
-attempt either comes to the result of the run that nothing happened to ("survived"), or is refused with one message that
-says what to do ("refused", where that is allowed); everything else "fell short" and is printed with what repeats it. The
-exit code is 1 if something did. Neither pytest nor the README's test command runs this; one of each kind is in the suite.
+attempt either comes to the result of the run that nothing happened to ("survived"), or is refused with one message
+that says what to do ("refused", where that is allowed); everything else "fell short" and is printed with what repeats
+it. The exit code is 1 if something did. Neither pytest nor the README's test command runs this; one of each kind is in
+the suite.
 """
 # ruff: noqa: E402 - where tests and entry points are must be known first
 
