@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]  # of the checkout, if it is one
 class RunFolder:
     """The folder of a run, which this process owns until it ends.
 
-    run_id: of the run, in its config.json and its checkpoints. checkpoint: that it goes on from, in `source`, which is
-    another folder when the run branches off. settings: those that a resume may not change, of config.json.
+    run_id: of the run, in its config.json and its checkpoints. checkpoint: that it goes on from, of the run in
+    `source`, which is another folder when this one branches off.
     """
 
     path: Path
@@ -142,6 +142,8 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
     if config.resume and not config.output_dir:
         if config.resume == "auto":
             raise InputError("--resume needs --output-dir, the folder of the run to go on with")
+        if Path(config.resume).resolve().parent.name != "checkpoints":
+            raise InputError(f"--resume {config.resume} lies in no run's checkpoints/: name the run's --output-dir")
         run_dir = Path(config.resume).resolve().parent.parent
     check_directory(run_dir, "--output-dir")
     take_lock(run_dir)
