@@ -13,7 +13,7 @@ from twdpo.config import ExtractConfig, parse_config
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, local_files, parse_sources, read_rows, with_test_split
 from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
 from twdpo.dist import Process
-from twdpo.files import check_directory
+from twdpo.files import check_directory, read_object
 from twdpo.flags import InputError
 from twdpo.forms import Reading
 from twdpo.judge.extraction import Extraction
@@ -24,7 +24,7 @@ from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
 from twdpo.printed import check_templated
 from twdpo.script import run_script
-from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_json, read_meta, warn_of_verdicts
+from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_meta, warn_of_verdicts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def extract(config: ExtractConfig, process: Process) -> None:
 
 def stored_date(out: Path) -> str:
     """The date that the chat template printed for what a folder holds already; "" where there is none."""
-    return str((read_json(out / "meta.json") or {}).get("date", ""))
+    return str((read_object(out / "meta.json") or {}).get("date", ""))
 
 
 def exports(config: ExtractConfig, dataset: Dataset) -> list[Path]:

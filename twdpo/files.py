@@ -118,6 +118,15 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_object(path: Path) -> dict[str, object] | None:
+    """A JSON object; None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def make_directory(path: Path, flag: str) -> Path:
     """Make a folder that a flag names, if it is not there. Raises InputError, also when it can't be written to."""
     check_directory(path, flag)

@@ -18,7 +18,7 @@ import torch
 
 from twdpo.config import TrainConfig
 from twdpo.dist import Process
-from twdpo.files import check_directory, discard, hash_json, mend, write_json
+from twdpo.files import check_directory, discard, hash_json, mend, read_object, write_json
 from twdpo.flags import InputError, changed_settings, flag_name, key_name, to_json
 from twdpo.lock import owned_folders, take_lock
 
@@ -161,7 +161,7 @@ def _open_run(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
     if source != run_dir.resolve() and (left := files_of_run(run_dir)):
         raise InputError(f"--resume {config.resume}: --output-dir {run_dir} holds another run ({', '.join(left)}): "
                          "leave the flag out to go on in the checkpoint's folder, or choose a new one to branch off")
-    stored = read_config(source / CONFIG)
+    stored = read_object(source / CONFIG)
     if checkpoint:
         manifest = read_manifest(checkpoint)
         if stored is None:
@@ -197,15 +197,6 @@ def files_of_run(run_dir: Path) -> list[str]:
     """What a folder holds of the names that a run writes, and a start would not leave as it is."""
     left = [name for name in RUN_FILES if name not in ("checkpoints", "weights") and (run_dir / name).exists()]
     return left + ["checkpoints"] * bool(list_checkpoints(run_dir))
-
-
-def read_config(path: Path) -> dict[str, object] | None:
-    """A stored config.json; None where there is none that can be read."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return stored if isinstance(stored, dict) else None
 
 
 def check_inputs_stay(config: TrainConfig, run_dir: Path) -> None:
@@ -307,9 +298,7 @@ def drop_later_checkpoints(run_dir: Path, step: int) -> None:
 
 def read_step(path: Path) -> float:
     """The step of an evaluation.json; 0 where there is none, infinity for one that can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["step"]
-    except FileNotFoundError:
+    if not path.exists():
         return 0
-    except (OSError, ValueError, TypeError, KeyError):
-        return math.inf
+    step = (read_object(path) or {}).get("step")
+    return step if isinstance(step, int) else math.inf

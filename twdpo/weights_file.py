@@ -16,7 +16,6 @@ Shards are written to a temporary name and renamed: one that can be seen is comp
 """
 
 import copy
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twdpo.files import hash_json, write_json
+from twdpo.files import hash_json, read_object, write_json
 from twdpo.flags import InputError
 from twdpo.stored import Damaged, StoredTensors, write_tensors
 
@@ -46,7 +45,7 @@ def write_meta(directory: Path, meta: dict[str, object]) -> None:
     """Start a weights file, or check that `directory` holds the same extraction. Raises InputError when it does not."""
     directory = Path(directory)
     path, whole = directory / "meta.json", {"format": FORMAT_VERSION} | meta
-    old = read_json(path)
+    old = read_object(path)
     if old is None and (path.exists() or directory.is_dir() and any(is_foreign(each) for each in directory.iterdir())):
         # Its shards say what it was: a loss of power, or a hand, may take meta.json alone.
         shards = [about_shard(shard) for shard in shard_paths(directory)]
@@ -77,18 +76,9 @@ def about_shard(path: Path) -> str | None:
         return None
 
 
-def read_json(path: Path) -> dict[str, object] | None:
-    """A JSON object; None where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def read_meta(directory: Path) -> dict[str, object]:
     """meta.json of a weights file. Raises InputError when it is not one, or of another format."""
-    meta = read_json(Path(directory) / "meta.json")
+    meta = read_object(Path(directory) / "meta.json")
     if meta is None:
         raise InputError(f"{directory} is no weights file: it has no meta.json that can be read (run extract.py "
                          "into the same folder again, if it was one)")
