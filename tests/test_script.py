@@ -39,6 +39,7 @@ def run_and_signal(script: str, argv: list[str], function: str, number: int, sen
             os.kill(os.getpid(), sent)
         return original(*args, **kwargs)
     setattr(importlib.import_module(module), name, replacement)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.redirect_stdout(printed):
         try:
             importlib.import_module(script).main(argv)

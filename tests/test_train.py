@@ -189,14 +189,11 @@ def test_resume_may_ask_for_token_stats(tmp_path, arguments, capsys):
     train.main([*arguments(tmp_path / "run", max_steps=2, save_every=1), "--resume", "--token-stats"])
 
 
-@pytest.mark.parametrize("file, text, message", [
-    ("config.json", "{", "is not JSON"), ("checkpoints/step-0000001/manifest.json", "{}", "has no files"),
-])
-def test_resume_of_a_damaged_run_is_one_message(file, text, message, tmp_path, arguments, capsys):
+def test_resume_of_a_damaged_run_is_one_message(tmp_path, arguments, capsys):
     argv = arguments(tmp_path / "run", max_steps=1, save_every=1)
     train.main(argv)
-    (tmp_path / "run" / file).write_text(text)
-    fails([*argv, "--resume"], message, capsys)
+    (tmp_path / "run/checkpoints/step-0000001/manifest.json").write_text("{}")
+    fails([*argv, "--resume"], "manifest.json has no digest, files", capsys)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import sys
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
@@ -80,11 +81,20 @@ class Process:
             try:
                 value = function()
             except Exception as raised:  # noqa: BLE001 - carried to every process, so that none waits for ever
-                error = raised
+                error = carriable(raised)
         value, error = self.broadcast((value, error))
         if error is not None:
             raise error
         return value
+
+
+def carriable(error: Exception) -> Exception:
+    """An error that other processes can be sent: one that can't is its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - of any library
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def start() -> Process:
