@@ -12,23 +12,25 @@ from twdpo.authors_columns import export_columns
 from twdpo.config import ExtractConfig, parse_config
 from twdpo.data_files import TEST_SPLITS, TRAIN_SPLITS, local_files, parse_sources, read_rows, with_test_split
 from twdpo.dataset import Dataset, load_dataset, parse_eval_data, settle_bad_rows
-from twdpo.dist import Process, run_script
-from twdpo.files import check_directory
+from twdpo.dist import Process
+from twdpo.files import check_directory, read_object
 from twdpo.flags import InputError
 from twdpo.forms import Reading
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.verbalize import Scoring
 from twdpo.judge.verbalized import describe_left_out
-from twdpo.models.source import open_model
+from twdpo.models.source import describe_date, open_model
 from twdpo.pages.weights import write_report
 from twdpo.pairs import Pair
 from twdpo.printed import check_templated
+from twdpo.script import run_script
 from twdpo.weights_file import ROLLOUT, WeightsFile, describe_verdicts, read_meta, warn_of_verdicts
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
-    run_script("extract.py", lambda: parse_config(ExtractConfig, argv, __doc__.split("\n")[0]), extract)
+    run_script("extract.py", lambda: parse_config(ExtractConfig, argv, __doc__.split("\n")[0]), extract,
+               lambda: "; the same command goes on where it was")
 
 
 def extract(config: ExtractConfig, process: Process) -> None:
@@ -47,7 +49,10 @@ def extract(config: ExtractConfig, process: Process) -> None:
     total = len(pairs) + len(dataset.bad_rows)
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, out, total)
-    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated)
+    model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated,
+                       date=config.date or stored_date(out))
+    if model.printed_date:
+        process.print(describe_date(model))
     if line := check_templated(model.chat, pairs):
         process.print(line)
     if config.verbalized:
@@ -64,6 +69,11 @@ def extract(config: ExtractConfig, process: Process) -> None:
     pairs = [pair for pair in pairs if pair.where not in unfit]
     extraction.run(pairs)
     process.on_main(lambda: finish(config, out, pairs, model.tokenizer, dataset))
+
+
+def stored_date(out: Path) -> str:
+    """The date that the chat template printed for what a folder holds already; "" where there is none."""
+    return str((read_object(out / "meta.json") or {}).get("date", ""))
 
 
 def exports(config: ExtractConfig, dataset: Dataset) -> list[Path]:

@@ -9,7 +9,6 @@
 """
 
 import math
-import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.checkpoint import export_model, load_checkpoint, save_checkpoint
 from twdpo.config import TrainConfig, parse_config
-from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype, run_script
+from twdpo.dist import Process, check_copies, clip_gradients, name_of_dtype, pick_dtype
+from twdpo.divergence import explain_step, refuse_not_finite
 from twdpo.files import hash_json
-from twdpo.flags import to_json
+from twdpo.flags import InputError, to_json
 from twdpo.inputs import Need, check_inputs, check_pair_numbers, run_identity, settle_massless
 from twdpo.log import Log, StageClock, lowest_loss, start_wandb, summarize
 from twdpo.losses import LOSSES
@@ -38,7 +38,7 @@ from twdpo.metrics import (
 )
 from twdpo.models.build import check_architecture
 from twdpo.models.generate import sample_answers
-from twdpo.models.memory import GIB, ModelCost, flops, model_cost, peak_tflops, plan_for, settle_memory
+from twdpo.models.memory import ModelCost, model_cost, plan_for, settle_memory, throughput
 from twdpo.models.policy import Policy, load_policy, make_optimizer, settle_packing
 from twdpo.models.source import Model
 from twdpo.needs import open_context, open_needs
@@ -47,7 +47,15 @@ from twdpo.pages.run import write_curves
 from twdpo.pages.show import show, write_run_pairs
 from twdpo.pages.weights import write_run_weights
 from twdpo.rows import RowOptions, evaluation_batches, global_batch
-from twdpo.run_folder import drop_later_checkpoints, open_run, start_run, write_environment
+from twdpo.run_folder import (
+    describe_origin,
+    describe_resume,
+    drop_later_checkpoints,
+    open_run,
+    start_run,
+    write_environment,
+)
+from twdpo.script import StopSignals, run_script
 from twdpo.tokens import Example
 from twdpo.toy.planted import add_planted, source_lift
 from twdpo.weights import WEIGHTS, WeightContext
@@ -60,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     before = dict(LOSSES), dict(WEIGHTS)
     try:
         run_script("train.py", lambda: parse_config(TrainConfig, argv, __doc__.split("\n")[0], settings_of_loss,
-                                                    list_objectives), train)
+                                                    list_objectives), train, describe_resume)
     finally:  # what --import added is this run's
         for table, old in zip((LOSSES, WEIGHTS), before):
             table.clear()
@@ -80,16 +88,23 @@ def train(config: TrainConfig, process: Process) -> None:
     run.best_eval_loss = process.on_main(lambda: lowest_loss(run.folder))
     if run.held_out and run.step == 0:
         evaluate_and_sample(run, log)
-    with process.progress(total=run.steps, initial=run.step, desc="train", unit="step") as bar:
+    progress = process.progress(total=run.steps, initial=run.step, desc="train", unit="step")
+    with StopSignals() as signals, progress as bar:
         while run.step < run.steps:
             row = log.write(train_step(run))
             bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['reward_accuracy']:.2f}", refresh=False)
             bar.update(1)
             if run.held_out and run.is_due(config.eval_every):
                 keep_best(run, evaluate_and_sample(run, log))
-            if config.save_every and run.is_due(config.save_every):
-                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, run.identity, process,
-                                config.keep_last)
+            stops = run.step < run.steps and process.largest(signals.seen)  # of one process is of all
+            if stops or config.save_every and run.is_due(config.save_every):
+                log.sync()
+                refuse_not_finite(run.policy, run.step, process)
+                save_checkpoint(run.folder, run.step, run.policy, run.optimizer, run.origin, process, config.keep_last)
+            if stops:
+                log.close()
+                process.print(f"stopped by signal {stops}{describe_resume()}")
+                return
     finish(run, log)
 
 
@@ -110,7 +125,7 @@ class Run:
     steps: int
     clock: StageClock
     folder: Path = Path()
-    identity: dict[str, str] | None = None  # fingerprints of what the settings only name
+    origin: dict[str, object] | None = None  # run_id, settings, and fingerprints of what these name
     wandb: object = None  # on the first process, with --wandb
     cost: ModelCost | None = None  # with --profile
     step: int = 0  # steps done
@@ -135,7 +150,8 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     needs = open_needs(config, objective, process)
     config = replace(config, weights=config.weights or objective.source_name)
     check_copies(config.replicate, process.world_size)
-    config, folder, checkpoint = open_run(config, process)
+    config, opened = open_run(config, process)
+    folder = opened.path
     dtype = pick_dtype(config.dtype, process.device)
     describe_start(config, objective, folder, dtype, process)
     inputs = check_inputs(config, process, folder, needs)
@@ -144,8 +160,9 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     check_architecture(model.config, config.head_cache_gib)
     checkpointing, budget = settle_memory(config, model.config, dtype, process, objective.place_of_reference(config))
     process.print(f"micro-batches of {budget} tokens, checkpointing {checkpointing}")
-    config = replace(config, model=model.name, data=inputs.data, eval_data=inputs.eval_data,
-                     checkpointing=checkpointing, micro_batch_tokens=budget, dtype=name_of_dtype(dtype))
+    config = replace(config, model=model.name, date=model.printed_date or config.date, data=inputs.data,
+                     eval_data=inputs.eval_data, checkpointing=checkpointing, micro_batch_tokens=budget,
+                     dtype=name_of_dtype(dtype))
     wandb_runs: list = []  # one on the first process, none elsewhere
     process.on_main(lambda: wandb_runs.append(start_wandb(config, folder)))
     for need in needs:
@@ -156,7 +173,7 @@ def prepare(config: TrainConfig, process: Process) -> Run:
     rows = RowOptions(settle_packing(policy, config.packing, inputs.used(config), process), budget)
     process.print("rows are packed" if rows.packs else "rows are plain: one sequence each, padded")
     config = settle(config, needs, rows)
-    process.on_main(lambda: start_run(config, folder))
+    process.on_main(lambda: start_run(config, opened))
     for need in needs:
         need.prepare_with_policy(config, inputs, policy, rows)
     context = open_context(config, needs)
@@ -166,14 +183,15 @@ def prepare(config: TrainConfig, process: Process) -> Run:
         wandb_runs[0].config.update(to_json(config), allow_val_change=True)  # as they were settled
     run = Run(config, process, objective, model, inputs.train, inputs.evaluated, context, policy, optimizer, rows,
               inputs.steps(config), StageClock(config.profile, process.device), folder,
-              run_identity(config, inputs, needs, process), wandb_runs[0] if wandb_runs else None)
+              describe_origin(config, opened, run_identity(config, inputs, needs, process)),
+              wandb_runs[0] if wandb_runs else None)
     if not any(learning_rate(step, run.steps, config) for step in range(run.steps)):
         process.print("the learning rate is 0 in every step: warmup begins at 0 and there is nothing after it; "
                       "--warmup-ratio 0 leaves it out")
     if config.profile:
         run.cost = model_cost(model.config, dtype, config.max_length, measure_layers=False)
-    if checkpoint:
-        run.step = load_checkpoint(checkpoint, policy, optimizer, run.identity, process)
+    if checkpoint := opened.checkpoint:
+        run.step = load_checkpoint(checkpoint, policy, optimizer, run.origin["identity"], process)
         process.on_main(lambda: drop_later_checkpoints(folder, run.step))
         process.print(f"resumed from {checkpoint} at step {run.step} of {run.steps}")
     held_out = {name: hash_json([each.pair.key for each in examples]) for name, examples in run.held_out.items()}
@@ -205,7 +223,7 @@ def settle(config: TrainConfig, needs: list[Need], rows: RowOptions) -> TrainCon
 def train_step(run: Run) -> dict[str, float]:
     """One optimizer step: its row of metrics.jsonl. All ranks.
 
-    Raises FloatingPointError before the optimizer moves when the loss or the gradient is not finite.
+    Raises InputError before the optimizer moves when the loss or the gradient is not finite.
     """
     config, policy, clock = run.config, run.policy, run.clock
     started, totals = time.perf_counter(), {}
@@ -225,8 +243,9 @@ def train_step(run: Run) -> dict[str, float]:
     row = means(figures)
     grad_norm = clip_gradients(policy.parameters(), config.max_grad_norm)  # sync, all ranks
     if not (math.isfinite(row["loss"]) and math.isfinite(grad_norm)):
-        raise FloatingPointError(f"step {run.step + 1}: loss {row['loss']}, gradient norm {grad_norm}; the weights are "
-                                 f"those of step {run.step}. Lower --lr or --beta, or try --dtype float32")
+        why = explain_step(batches, lambda batch: run_pairs(run, batch, {}), run.step + 1, run.process)  # all ranks
+        raise InputError(f"step {run.step + 1}: loss {row['loss']}, gradient norm {grad_norm}; the weights are those "
+                         f"of step {run.step}. {why}")
     lr = learning_rate(run.step, run.steps, config)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -236,7 +255,8 @@ def train_step(run: Run) -> dict[str, float]:
     if run.step == 0 and run.objective.has_reference:
         run.process.print(describe_first_margin(figures, run.config.dtype))
     run.step += 1
-    row |= {"grad_norm": grad_norm, "lr": lr} | throughput(run, batches, len(pairs), started)
+    row |= {"grad_norm": grad_norm, "lr": lr} | throughput(
+        run.process, batches, len(pairs), started, run.cost, run.objective.place_of_reference(config))
     return {"step": run.step} | row | clock.shares()
 
 
@@ -287,27 +307,6 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.lr * step / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def throughput(run: Run, batches: list[PairBatch], num_pairs: int, started: float) -> dict[str, float]:
-    """Rates over all processes since `started`, and the peak memory of one process; with the model's cost also TFLOP/s
-    and MFU of one process, copies that keep it in step not counted. All ranks."""
-    process, cost = run.process, run.cost
-    tokens = sum(process.gather(sum(batch.num_tokens for batch in batches)))
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    if process.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    row = {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / GIB}
-    if process.device.type == "cuda":
-        row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
-    if cost:
-        reference = run.objective.place_of_reference(run.config)
-        done = sum(flops(cost, batch, reference) for batch in batches if not batch.is_copy)
-        row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
-        if peak_rate := peak_tflops(process.device):
-            row["mfu"] = row["tflops"] / peak_rate
-    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,6 +378,7 @@ def export(run: Run, name: str, evaluation: dict[str, float] | None = None) -> N
 def finish(run: Run, log: Log) -> None:
     """The final model, the pages, the summary. All ranks."""
     process = run.process
+    refuse_not_finite(run.policy, run.step, process)
     export(run, "final")
     log.close()
     process.on_main(lambda: write_run_weights(run.folder / "weights", first_set(run), run.objective, run.context,

@@ -1,7 +1,6 @@
 """Shared by all tests: tiny models and tokenizers made on the spot, and the optional real data beside the checkout."""
 
 import functools
-import json
 import os
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run on the CPU
 
+from runs_of_tests import small_run, write_pairs
+
 import train
 from twdpo import dist
 from twdpo.losses import LOSSES
 from twdpo.models.source import load_tokenizer
-from twdpo.toy.grammar import toy_rows
 from twdpo.toy.train import build_toy_model
 from twdpo.weights import WEIGHTS
 
@@ -86,13 +86,7 @@ def toy_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_pairs(tmp_path_factory) -> Path:
-    """Nineteen toy pairs, one of them far longer than any micro-batch budget of the tests."""
-    rows = toy_rows()[0][:18]
-    long_answer = " ".join(row["chosen"] for row in rows[:4])
-    rows.append({"prompt": "say a lot", "chosen": long_answer, "rejected": rows[5]["rejected"]})
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -103,13 +97,7 @@ def run_cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run_arguments(toy_model, run_pairs, run_cache):
     """Flags of a small run of train.py into a folder."""
-    def make(output_dir, **flags) -> list[str]:
-        flags = {"model": toy_model, "data": run_pairs, "cache_dir": run_cache, "judge_prompt": "short",
-                 "max_length": 256, "max_prompt_length": 64, "batch_size": 3, "max_steps": 6, "lr": 1e-3,
-                 "warmup_ratio": 0, "beta": 0.1, "eval_every": 3, "eval_fraction": 0.2, "save_every": 0,
-                 "output_dir": output_dir} | flags
-        return [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
-    return make
+    return small_run(toy_model, run_pairs, run_cache)
 
 
 @pytest.fixture(scope="session")

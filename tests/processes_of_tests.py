@@ -53,16 +53,19 @@ def run_rank(script: str, argv: list[str], place: dict, constants: dict, errors)
 
 
 def run_and_die(script: str, argv: list[str], function: str, number: int,
-                constants: dict[str, object] | None = None) -> None:
+                constants: dict[str, object] | None = None, quiet: bool = False) -> None:
     """Run SCRIPT.main(argv) in a process that SIGKILLs itself at that call, from 1, of a function: "module.name"."""
-    child = CONTEXT.Process(target=run_until_call, args=(script, argv, function, number, constants or {}))
+    child = CONTEXT.Process(target=run_until_call, args=(script, argv, function, number, constants or {}, quiet))
     child.start()
     child.join(TIMEOUT)
     assert child.exitcode == -signal.SIGKILL
 
 
-def run_until_call(script: str, argv: list[str], function: str, number: int, constants: dict) -> None:
+def run_until_call(script: str, argv: list[str], function: str, number: int, constants: dict, quiet: bool) -> None:
     """In the child."""
+    if quiet:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
     set_constants(constants)
     module, name = function.rsplit(".", 1)
     original, calls = getattr(importlib.import_module(module), name), []

@@ -19,6 +19,10 @@ def make(directory, process, dtype=torch.float32):
     return policy, make_optimizer(policy, 1e-2, 0.1)
 
 
+def origin(identity: dict[str, str]) -> dict[str, object]:
+    return {"run_id": "a", "settings": {}, "identity": identity}
+
+
 def step(policy, optimizer) -> None:
     """One optimizer step on an arbitrary loss."""
     for parameter in policy.parameters():
@@ -43,7 +47,7 @@ def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_p
     policy, optimizer = make(toy_model, process, dtype)
     for _ in range(3):
         step(policy, optimizer)
-    save_checkpoint(tmp_path, 3, policy, optimizer, {"the pairs": "x"}, process, keep_last=2)
+    save_checkpoint(tmp_path, 3, policy, optimizer, origin({"the pairs": "x"}), process, keep_last=2)
     state, random = snapshot(policy, optimizer), torch.get_rng_state()
     step(policy, optimizer)
     torch.rand(3)
@@ -61,11 +65,12 @@ def test_a_loaded_checkpoint_is_the_saved_state(dtype, toy_model, process, tmp_p
 
 
 @pytest.mark.parametrize("damage, word", [("flip", "has changed"), ("cut", "has changed"), ("missing", "is missing"),
-                                          ("extra", "does not belong"), ("manifest", "has no files, identity")])
+                                          ("extra", "does not belong"), ("manifest", "has no digest, files"),
+                                          ("step", "is not as it was written")])
 def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_path):
     policy, optimizer = make(toy_model, process)
     step(policy, optimizer)
-    path = save_checkpoint(tmp_path, 1, policy, optimizer, {}, process, keep_last=1)
+    path = save_checkpoint(tmp_path, 1, policy, optimizer, origin({}), process, keep_last=1)
     (file, *_) = sorted(path.glob("*.safetensors"))
     if damage == "flip":
         data = bytearray(file.read_bytes())
@@ -77,6 +82,9 @@ def test_a_damaged_checkpoint_is_named(damage, word, toy_model, process, tmp_pat
         file.unlink()
     elif damage == "manifest":
         (path / "manifest.json").write_text("{}")
+    elif damage == "step":
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"step": 2}))
     else:
         (path / "shard-stray.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match=word):
@@ -87,7 +95,7 @@ def test_no_pickle_is_written_and_old_checkpoints_go(toy_model, process, tmp_pat
     policy, optimizer = make(toy_model, process)
     for number in (1, 2, 3):
         step(policy, optimizer)
-        path = save_checkpoint(tmp_path, number, policy, optimizer, {}, process, keep_last=2)
+        path = save_checkpoint(tmp_path, number, policy, optimizer, origin({}), process, keep_last=2)
     assert [each.name for each in list_checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
     assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json"}
     assert not [each for each in (tmp_path / "checkpoints").iterdir() if each.name.startswith(".")]

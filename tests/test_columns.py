@@ -13,7 +13,7 @@ from tokenizers_of_tests import TRIMMED, byte_level, gemma_like, sentencepiece_l
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extract
-from twdpo.authors_columns import WeightsColumns, export_columns, token_spans
+from twdpo.authors_columns import WeightsColumns, export_columns, find_run, token_spans
 from twdpo.data_files import read_file
 from twdpo.dataset import load_dataset
 from twdpo.flags import InputError
@@ -155,6 +155,25 @@ def test_ids_that_no_surroundings_give_keep_the_characters_of_those_that_agree()
     assert (found == spans).all()
     with pytest.raises(ValueError, match="no part of the answer"):
         token_spans(tokenizer, np.array([7, 8, 9, 10]), "The quick brown fox")
+
+
+@pytest.mark.parametrize("text", ["The quick brown fox jumps. ", "a ", "spam and eggs, "])
+@pytest.mark.parametrize("changes", [(0.5,), (0.0, 1.0), (0.1, 0.9)])
+def test_long_answers_are_compared_in_one_pass(text, changes):
+    """200,000 characters that differ in a few tokens. Where all tokens are equal, none is at home."""
+    tokenizer, answer = byte_level(), text * (200_000 // len(text))
+    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = np.array(encoded["input_ids"], dtype=np.int32), np.array(encoded["offset_mapping"])
+    changed = [int(place * (len(ids) - 1)) for place in changes]
+    ids[changed] = 7
+    assert np.abs(token_spans(tokenizer, ids, answer) - spans).max() <= (50 if text == "a " else 0)
+
+
+def test_a_run_of_ids_is_found_at_whole_numbers():
+    ids = [1 << 8, 1, 2, 1, 2, 3]
+    assert find_run(ids, np.array([1, 2, 3])) == 3
+    assert find_run(ids, np.array([1])) == 1  # not the second byte of the first
+    assert find_run(ids, np.array([3, 1])) == -1
 
 
 def test_text_that_the_tokenizer_normalises_is_found():

@@ -15,7 +15,9 @@ MODEL_REVISION, DATA_REVISION = "a" * 40, "b" * 40
 
 
 def stored(run_dir) -> dict:
-    return json.loads((run_dir / "config.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text())
+    assert len(config.pop("run_id")) == 16  # of this run alone
+    return config
 
 
 def final(run_dir) -> dict[str, bytes]:

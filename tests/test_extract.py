@@ -187,14 +187,14 @@ def test_rotary_embeddings_that_adapt_do_not_remember(rope, tmp_path, arguments,
 def test_a_killed_extraction_resumes_to_the_same_bytes(tmp_path, arguments, monkeypatch, whole, capsys):
     written = []
 
-    def dies_at_the_third(path, arrays):
+    def dies_at_the_third(path, arrays, meta):
         if len(written) == 2:
             path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path)
-        write_shard(path, arrays)
+        write_shard(path, arrays, meta)
     monkeypatch.setattr(extraction, "write_shard", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         extract.main(arguments(tmp_path / "killed"))
     monkeypatch.setattr(extraction, "write_shard", write_shard)
     assert len(shard_paths(tmp_path / "killed")) == 2

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from twdpo.files import make_directory, remove_temporaries, write_atomic
+from twdpo.files import make_directory, mend, write_atomic
 
 
 def folder_of(text: str):
@@ -50,9 +50,9 @@ def test_files_have_the_permissions_of_new_files(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
-    folder_of("half")(tmp_path / ".final.12ab.tmp")
+    folder_of("half")(tmp_path / ".final.0123abcd.tmp")
     (tmp_path / "kept").write_text("x")
-    remove_temporaries(tmp_path)
+    mend(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

@@ -257,7 +257,7 @@ def test_quantised_checkpoints_and_odd_indices_are_input_errors(bf16_checkpoint,
     (tmp_path / "index/model.safetensors").unlink()
     for text in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": null}}'):
         (tmp_path / "index/model.safetensors.index.json").write_text(text)
-        with pytest.raises(InputError, match="names no file by tensor"):
+        with pytest.raises(InputError, match="names no file by tensor|it may name .safetensors"):
             load_policy(tmp_path / "index", torch.float32, process)
 
 
@@ -291,7 +291,7 @@ def test_model_folder_errors_say_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="no config.json"):
         locate_model(str(tmp_path), "--model")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="no .safetensors"):
+    with pytest.raises(InputError, match="no model.safetensors and no model.safetensors.index.json"):
         locate_model(str(tmp_path), "--model")
 
 

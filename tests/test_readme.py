@@ -21,15 +21,15 @@ PAGES += (ROOT / "docs").glob("*.md")
 
 # A file imports only from files before it. README's order, but that folders stand last there.
 IMPORT_ORDER = """
-    flags config files dist plugins toy/grammar data_files messages pairs forms dataset chat printed tokens examples
-    aux_prompts rows weights_file align postprocess judge/verbalized importance transport weights authors_columns batch
-    kernels/tile_kernels kernels/token_kernels kernels/tiles kernels/weighted_logratio chunked_logps logratio
-    loss_parts vocabulary_losses losses loss_sum objective
-    leave_out metrics models/source models/varlen models/attention models/build models/shards
-    models/policy models/attribution models/reference models/generate models/anchor models/memory
-    judge/prompt judge/judge judge/extraction judge/verbalize logps
-    inputs needs run_folder checkpoint log pages/style pages/charts pages/run pages/compare pages/tokens pages/pairs
-    pages/show pages/figures pages/weights toy/planted toy/train
+    flags config lock files stored dist script plugins toy/grammar data_files messages pairs forms dataset chat
+    printed tokens examples aux_prompts rows weights_file align postprocess judge/verbalized importance
+    transport weights authors_columns batch kernels/tile_kernels kernels/token_kernels kernels/tiles
+    kernels/weighted_logratio chunked_logps logratio loss_parts vocabulary_losses losses loss_sum objective
+    leave_out divergence metrics models/source models/varlen models/attention models/build models/shards
+    models/policy models/attribution models/reference models/generate models/anchor models/memory judge/prompt
+    judge/judge judge/extraction judge/verbalize logps inputs needs run_folder checkpoint log pages/style
+    pages/charts pages/run pages/compare pages/tokens pages/pairs pages/show pages/figures pages/weights
+    toy/planted toy/train
 """.split()
 
 

@@ -15,7 +15,7 @@ from processes_of_tests import run_and_die, run_ranks
 from reference_of_tests import DRIFT, dpo_kl, gradients, in_bfloat16, made_run, save_model
 from runs_of_tests import assert_close_rows, read_rows
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_model import plain_logps
 from test_packing import EXAMPLES
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -33,6 +33,7 @@ from twdpo.models.attention import ATTENTION_NAME
 from twdpo.models.policy import load_policy
 from twdpo.models.reference import Reference, StoredReference, keep_head, load_reference, response_logps_of
 from twdpo.rows import MicroBatch, RowOptions, evaluation_batches
+from twdpo.stored import write_tensors
 
 ALL = MicroBatch((0, 1, 2, 3))
 PLACES = ("memory", "disk")
@@ -210,10 +211,10 @@ def test_a_damaged_file_is_made_again_and_a_full_disk_is_one_message(tmp_path, p
     assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
     assert "is damaged" in capsys.readouterr().out
     tensors = load_file(path)  # one that can be read, and is not what it says
-    save_file(tensors | {"states_ND": tensors["states_ND"][:-1].clone()}, path)
+    write_tensors(path, tensors | {"states_ND": tensors["states_ND"][:-1].clone()})
     assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
     assert "tokens, and its lengths say" in capsys.readouterr().out
-    save_file({name: tensor for name, tensor in tensors.items() if name != "states_ND"}, path)
+    write_tensors(path, {name: tensor for name, tensor in tensors.items() if name != "states_ND"})
     assert torch.equal(store(tmp_path / "model", process, tmp_path / "cache")(batch), whole)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20 if folder.exists() else 0))
     store(tmp_path / "model", process, tmp_path / "small")
@@ -224,7 +225,7 @@ def test_a_damaged_file_is_made_again_and_a_full_disk_is_one_message(tmp_path, p
 
 
 def test_a_disk_that_fills_meanwhile_is_one_message(tmp_path, process, monkeypatch):
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     monkeypatch.setattr(safetensors.torch, "save_file", fail)

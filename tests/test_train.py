@@ -84,7 +84,7 @@ KILLS = {
     "first step": ("train.train_step", 1),
     "middle": ("train.train_step", 4),
     "before a save": ("train.save_checkpoint", 2),
-    "during a save": ("twdpo.checkpoint.sync_to_disk", 5),
+    "during a save": ("twdpo.checkpoint.sync", 5),
     "during best": ("train.export_model", 2),
     "at the end": ("train.summarize", 1),
 }
@@ -189,14 +189,11 @@ def test_resume_may_ask_for_token_stats(tmp_path, arguments, capsys):
     train.main([*arguments(tmp_path / "run", max_steps=2, save_every=1), "--resume", "--token-stats"])
 
 
-@pytest.mark.parametrize("file, text, message", [
-    ("config.json", "{", "is not JSON"), ("checkpoints/step-0000001/manifest.json", "{}", "has no files"),
-])
-def test_resume_of_a_damaged_run_is_one_message(file, text, message, tmp_path, arguments, capsys):
+def test_resume_of_a_damaged_run_is_one_message(tmp_path, arguments, capsys):
     argv = arguments(tmp_path / "run", max_steps=1, save_every=1)
     train.main(argv)
-    (tmp_path / "run" / file).write_text(text)
-    fails([*argv, "--resume"], message, capsys)
+    (tmp_path / "run/checkpoints/step-0000001/manifest.json").write_text("{}")
+    fails([*argv, "--resume"], "manifest.json has no digest, files", capsys)
 
 
 @pytest.mark.slow
@@ -412,12 +409,12 @@ def test_one_pair_is_trained_on_and_nothing_held_out(tmp_path, arguments):
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2]
 
 
-def test_non_finite_gradient_stops_before_the_optimizer(tmp_path, arguments):
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, arguments, capsys):
     (tmp_path / "bad.py").write_text(
         "from twdpo.losses import LOSSES\n"
         "def nan(ratio_S, logps_N, batch, config):\n"
         "    return ratio_S[0::2] * float('nan'), {}\n"
         "LOSSES['nan'] = nan\n")
-    with pytest.raises(FloatingPointError, match="step 1"):
-        train.main([*arguments(tmp_path / "run", eval_fraction=0), "--import", str(tmp_path / "bad.py"),
-                    "--loss", "nan", "--weights", "uniform"])
+    argv = [*arguments(tmp_path / "run", eval_fraction=0), "--import", str(tmp_path / "bad.py"), "--loss", "nan",
+            "--weights", "uniform"]
+    fails(argv, "is not finite, its log-probabilities are: lower --beta", capsys)

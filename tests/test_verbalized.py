@@ -156,3 +156,15 @@ def test_the_model_itself_generates(tmp_path, toy_model, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in toy_rows()[0][:2]))
     extract.main(["--model", str(toy_model), "--data", str(path), "--verbalized", "--out", str(tmp_path / "scores")])
     assert "2 of 2 pairs have answers of which less than 90 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['"', '"a', '["a", 3', '"\\",3', '"' + "\\" * 99, '",' + " " * 99, '"a", '])
+def test_long_output_is_read_once(text):
+    """A million characters; each was read again for every quote before it."""
+    parse_parts(text * (1_000_000 // len(text)))
+
+
+def test_a_part_is_looked_for_nearby_alone():
+    """Twenty thousand parts that are nowhere, of an answer of a million characters."""
+    spans_J2, _ = locate_parts("word " * 200_000, [("nowhere", 3)] * 20_000 + [("word", 4)])
+    assert spans_J2.tolist() == [[0, 4]]

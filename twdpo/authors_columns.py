@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from twdpo.weights_file import ROLLOUT, JudgedAnswer, WeightsFile, pick_layers
 
 SIDES = ("chosen", "rejected")
 ROLLOUT_COLUMN = "attention_rollout"
+COMPARED = 1 << 20  # tokens times tokens that difflib may compare
+MOST_RUNS, NEARBY = 1000, 32  # runs of one answer; tokens between two of them
 COLUMN = re.compile(r"(chosen|rejected)_(tokens|weights_(\d+|attention_rollout))|(cr|rc)_last_token")
 CONTEXTS = (("", ""), ("\n", "\n"), ("\n", "\n<"), (" ", "\n"))  # what stands around an answer in a judge prompt
 
@@ -153,26 +156,53 @@ def token_spans(tokenizer, ids_J: np.ndarray, answer: str) -> np.ndarray:
     The answer is tokenised again, with what may stand around it in a prompt; where no surroundings give the same
     tokens, those that agree keep their characters and the others share what lies between.
     """
-    ids = ids_J.tolist()
     if not answer.strip():  # --empty-answers space: whatever white space its tokens spell is the answer
-        return np.full((len(ids), 2), (0, len(answer)), dtype=np.int32)
+        return np.full((len(ids_J), 2), (0, len(answer)), dtype=np.int32)
     for text in dict.fromkeys((answer, answer.strip())):
         for before, after in CONTEXTS:
             found, spans_T2 = encode(tokenizer, [before + text + after])[0]
             spans_T2 = np.clip(spans_T2 - len(before), 0, len(text)) + answer.find(text)
-            for place in range(len(found) - len(ids) + 1):
-                if found[place] == ids[0] and found[place:place + len(ids)] == ids:
-                    return spans_T2[place:place + len(ids)].astype(np.int32)
-    matches = difflib.SequenceMatcher(None, found, ids, autojunk=False).get_matching_blocks()
-    spans_J2 = np.full((len(ids), 2), -1, dtype=np.int32)
-    for place, own, size in matches:
+            if (place := find_run(found, ids_J)) >= 0:
+                return spans_T2[place:place + len(ids_J)].astype(np.int32)
+    spans_J2 = np.full((len(ids_J), 2), -1, dtype=np.int32)
+    for place, own, size in common_runs(found, ids_J.tolist()):
         spans_J2[own:own + size] = spans_T2[place:place + size]
     known = spans_J2[:, 0] >= 0
-    if known.sum() < 0.5 * len(ids):
-        raise ValueError(f"its tokens spell {tokenizer.decode(ids)!r:.60}, which is no part of the answer; "
+    if known.sum() < 0.5 * len(ids_J):
+        raise ValueError(f"its tokens spell {tokenizer.decode(ids_J.tolist())!r:.60}, which is no part of the answer; "
                          "--weights-tokenizer must be the one that made them")
-    for place in np.flatnonzero(~known):
-        left = spans_J2[:place][known[:place]]
-        right = spans_J2[place:][known[place:]]
-        spans_J2[place] = (left[-1, 1] if len(left) else 0), (right[0, 0] if len(right) else len(answer))
+    places = np.arange(len(ids_J))
+    before = np.maximum.accumulate(np.where(known, places, -1))
+    after = np.minimum.accumulate(np.where(known, places, len(ids_J))[::-1])[::-1]
+    starts = np.where(before >= 0, spans_J2[before, 1], 0)
+    ends = np.where(after < len(ids_J), spans_J2[np.minimum(after, len(ids_J) - 1), 0], len(answer))
+    spans_J2[~known] = np.stack([starts, ends], axis=1)[~known]
     return np.stack([spans_J2[:, 0], np.maximum(spans_J2[:, 0], spans_J2[:, 1])], axis=1)
+
+
+def find_run(ids_T: np.ndarray | list[int], ids_J: np.ndarray) -> int:
+    """Where ids stand within others, in one run; -1: nowhere."""
+    (whole, run), place = (np.asarray(ids, dtype=np.int32).tobytes() for ids in (ids_T, ids_J)), -1
+    while (place := whole.find(run, place + 1)) >= 0:
+        if place % 4 == 0:
+            return place // 4
+    return -1
+
+
+def common_runs(ids: list[int], own: list[int]) -> list[tuple[int, int, int]]:
+    """(place in `ids`, place in `own`, length) of runs that both have, in order: what difflib finds, and of much text,
+    which it would compare for minutes, runs that begin near the end of the one before."""
+    if len(ids) * len(own) <= COMPARED:
+        return difflib.SequenceMatcher(None, ids, own, autojunk=False).get_matching_blocks()
+    runs, place, own_place = [], 0, 0
+    for _ in range(MOST_RUNS):
+        step = next(((i, total - i) for total in range(NEARBY) for i in range(total + 1)
+                     if ids[place + i:place + i + 4] == own[own_place + total - i:own_place + total - i + 4]), None)
+        if step is None or place + step[0] >= len(ids) or own_place + step[1] >= len(own):
+            break
+        place, own_place = place + step[0], own_place + step[1]
+        length = next((k for k, (one, other) in enumerate(zip(islice(ids, place, None), islice(own, own_place, None)))
+                       if one != other), min(len(ids) - place, len(own) - own_place))
+        runs.append((place, own_place, length))
+        place, own_place = place + length, own_place + length
+    return runs

@@ -1,9 +1,14 @@
 """Chat template: conversations as it prints them, what it does with their turns, and what ends one."""
 
+import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +18,13 @@ from twdpo.flags import InputError
 from twdpo.pairs import Pair
 
 Message = dict[str, object]  # role, content, and what else of it a template may print
+RENDER_SECONDS = 10  # most of one rendering
 THINK, THINK_END = "<think>", "</think>"
+
+
+def today() -> str:
+    """YYYY-MM-DD, local time."""
+    return date.today().isoformat()
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,24 @@ class Chat:
 
     templated: texts of the data hold the template's marks already (--templated). end_ids: what ends an answer by the
     model's generation config. apart: answers are tokenised apart from their prompts, as TRL does (--align edits).
+    date: that a template prints which asks for today's (YYYY-MM-DD).
     """
 
     tokenizer: object
     templated: bool = False
     end_ids: frozenset[int] = frozenset()
     apart: bool = False
+    date: str = field(default_factory=today)  # fixed: a run may last over midnight
+
+    @cached_property
+    def prints_date(self) -> bool:
+        """Whether the template may print the date, so that tokens depend on it."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    @cached_property
+    def template(self) -> str:
+        """The tokenizer's template, with a clock that stands still."""
+        return freeze_clock(self.date) * self.prints_date + self.tokenizer.chat_template
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -92,6 +115,17 @@ def set_chat_template(tokenizer, path: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Rendering
 
+def freeze_clock(day: str) -> str:
+    """Jinja text that puts a macro in the place of transformers' `strftime_now`: as at the beginning of that day."""
+    # %- leaves out zeros in front; %% goes last, as a character that no format has.
+    values = {"%%": "\ue000"} | {f"%{sign}{letter}": datetime.fromisoformat(day).strftime(f"%{sign}{letter}")
+                                 for letter in "aAbBcdfGHIjmMpSuUVwWxXyY" for sign in ("", "-")}
+    replaced = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in values.items())
+    # The empty expression keeps a line break that the template begins with: behind a block it would be dropped.
+    return ("{% macro strftime_now(format) %}{{ format" + replaced
+            + '|replace("\ue000", "%") }}{% endmacro %}{{ "" }}')
+
+
 def messages_of(pair: Pair) -> tuple[list[Message], dict[str, Message], object]:
     """(turns before the answers, the message of either answer by side, tools or None), as templates take them."""
     row = pair.to_row()
@@ -101,11 +135,33 @@ def messages_of(pair: Pair) -> tuple[list[Message], dict[str, Message], object]:
 def render(chat: Chat, messages: list[Message], tools: object = None, generation_prompt: bool = False) -> str:
     """The conversation as the chat template prints it. Raises ValueError when the template refuses it."""
     try:
-        return chat.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
-                                                  add_generation_prompt=generation_prompt)
-    except (jinja2.TemplateError, TypeError) as error:
+        with time_limit(RENDER_SECONDS):
+            return chat.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                      add_generation_prompt=generation_prompt,
+                                                      chat_template=chat.template)
+    except jinja2.TemplateError as error:
         cure = "; --fold-system puts the system turn into the user's" if messages[0]["role"] == "system" else ""
         raise ValueError(f"the chat template refuses the conversation: {error}{cure}") from error
+    except Exception as error:  # noqa: BLE001 - a template is a program, and may do anything
+        raise ValueError(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError when what is inside takes longer. In the main thread alone; elsewhere it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def mark(place: int) -> str:

@@ -6,7 +6,6 @@ OUT/checkpoints/step-0000500/  sharded tensors (model, AdamW moments, RNG states
 OUT/final, OUT/best            Hugging Face models
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM
 
 from twdpo.dist import DTYPES, Process
-from twdpo.files import hash_file, remove, write_atomic, write_json
+from twdpo.files import discard, hash_file, remove, sync, temporary_path, write_atomic, write_json
 from twdpo.flags import InputError
 from twdpo.models.policy import Policy
 from twdpo.models.source import load_model_config
-from twdpo.run_folder import EVALUATION, MANIFEST, checkpoint_path, list_checkpoints
+from twdpo.run_folder import EVALUATION, MANIFEST, checkpoint_path, list_checkpoints, read_manifest, write_manifest
 
 
 def state_tensors(policy: Policy, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -49,46 +48,45 @@ def rng_tensors(process: Process) -> dict[str, torch.Tensor]:
     return states
 
 
-def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
+def save_checkpoint(run_dir: Path, step: int, policy: Policy, optimizer: torch.optim.AdamW, origin: dict[str, object],
                     process: Process, keep_last: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the last `keep_last` (0: keep all). All ranks.
 
-    identity: fingerprints of what the run is made from, which `load_checkpoint` compares.
+    origin: what the run is made from, which stands in the manifest: run_id, settings, and the identity that
+    `load_checkpoint` compares.
     """
     path = checkpoint_path(run_dir, step)
-    temporary = path.with_name(f".{path.name}.tmp")
-    process.on_main(lambda: (remove(temporary), temporary.mkdir(parents=True)))
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    dcp.save(state_tensors(policy, optimizer) | rng_tensors(process), storage_writer=writer)
-    # Each process hashes what it wrote.
-    mine = temporary.glob(f"shard-{process.rank + 1:05d}-*")
-    hashes = process.gather({file.name: hash_file(file) for file in mine})
-
-    def finish() -> None:
-        known = {name: digest for part in hashes for name, digest in part.items()}
-        files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
-                 for file in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"step": step, "world_size": process.world_size, "identity": identity,
-                                          "files": files})
-        for file in temporary.iterdir():
-            sync_to_disk(file)
-        remove(path)
-        os.rename(temporary, path)
-        sync_to_disk(path.parent)
-        for old in list_checkpoints(run_dir)[:-keep_last] if keep_last else []:
-            remove(old)
-
-    process.on_main(finish)
+    temporary = process.broadcast(temporary_path(path))
+    process.on_main(lambda: temporary.mkdir(parents=True))
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(state_tensors(policy, optimizer) | rng_tensors(process), storage_writer=writer)
+        mine = list(temporary.glob(f"shard-{process.rank + 1:05d}-*"))
+        for file in mine:  # each process what it wrote: another machine's sync would not wait for it
+            sync(file)
+        hashes = process.gather({file.name: hash_file(file) for file in mine})
+        process.on_main(lambda: finish_checkpoint(temporary, path, hashes, origin | {"step": step}, process))
+    except BaseException:
+        if process.is_main:  # half a checkpoint is large, and the disk may be full
+            remove(temporary)
+        raise
+    if keep_last:
+        process.on_main(lambda: [discard(old) for old in list_checkpoints(run_dir)[:-keep_last]])
     return path
 
 
-def sync_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def finish_checkpoint(temporary: Path, path: Path, hashes: list[dict[str, str]], manifest: dict[str, object],
+                      process: Process) -> None:
+    """Write the manifest of what all processes have written, and give the folder its name. The first process."""
+    known = {name: digest for part in hashes for name, digest in part.items()}
+    for file in temporary.iterdir():
+        if file.name not in known:
+            sync(file)
+    files = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or hash_file(file)}
+             for file in sorted(temporary.iterdir())}
+    write_manifest(temporary, manifest | {"world_size": process.world_size, "files": files})
+    os.rename(temporary, path)
+    sync(path.parent)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, identity: dict[str, str],
@@ -114,19 +112,6 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.AdamW, id
     for name, state in rng.items():
         (torch.cuda if ".cuda." in name else torch).set_rng_state(state)
     return manifest["step"]
-
-
-def read_manifest(path: Path) -> dict[str, object]:
-    """manifest.json of a checkpoint. Raises InputError."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        missing = {"step", "world_size", "identity", "files"} - dict(manifest).keys()
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"checkpoint {path}: {MANIFEST} can't be read ({error})") from error
-    if missing:
-        raise InputError(f"checkpoint {path}: {MANIFEST} has no {', '.join(sorted(missing))}; resume from another one "
-                         "with --resume DIR")
-    return manifest
 
 
 def check_identity(path: Path, manifest: dict[str, object], identity: dict[str, str]) -> None:
@@ -161,7 +146,7 @@ def export_model(path: Path, policy: Policy, tokenizer, source: Path, save_dtype
         model_config = load_model_config(source)
         dtype = DTYPES[save_dtype] if save_dtype else model_config.dtype or torch.float32
         with torch.device("meta"):  # the shell's dtype is what config.json will say
-            shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            shell = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
         for name in shell.all_tied_weights_keys:
             state.pop(name, None)

@@ -4,6 +4,7 @@ Precedence, lowest first: the field's default, the preset, `--config FILE.json`,
 """
 
 import dataclasses
+import datetime
 import math
 import typing
 from collections.abc import Callable
@@ -34,6 +35,8 @@ class SharedConfig:
     eval_data: str = flag("", "data", "held-out pairs, same forms, or sets of them: NAME=FILE,NAME=FILE; empty: the "
                           "data's test split, else --eval-fraction")
     chat_template: str = flag("", "data", "Jinja file; empty: the tokenizer's own template")
+    date: str = flag("", "data", "YYYY-MM-DD, of a template that prints today's; empty: the day of the start",
+                     settled=("",))
     columns: str = flag("", "data", "NAME=COLUMN,...: prompt=question; weight=, margin= of a pair; empty: by name")
     fold_system: bool = flag(False, "data", "put the system turn before the first user turn's text; off: as it is")
     templated: bool = flag(False, "data", "texts hold the template's marks already: taken as they are; off: refused")
@@ -76,7 +79,15 @@ class SharedConfig:
             require(self, field.name, not choices or value in choices, spell_choices(choices))
             if isinstance(value, (int, float)):
                 require(self, field.name, 0 <= value < math.inf, "a finite number >= 0")
+        require(self, "date", not self.date or is_date(self.date), "a day as YYYY-MM-DD")
         require(self, "judge_prompt", bool(self.judge_prompt), "paper, authors, short or a file")
+
+
+def is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -130,6 +131,24 @@ def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list
             [pair for pair in pairs if pair.messages in held_out])
 
 
+def strict_json(value: object) -> str:
+    """JSON that every reader takes: text of what it has no form for (dates and bytes, which .parquet may hold, and
+    numbers that are not finite)."""
+    try:
+        return json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(value), default=str, allow_nan=False)
+
+
+def without_nan(value: object) -> object:
+    """With "nan" and "inf" as text."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def settle_bad_rows(bad_rows: list[BadRow], skip: bool, directory: Path, total: int) -> None:
     """Stop with the first ten bad rows, or write all of them to `directory/rejected_rows.jsonl`.
 
@@ -145,7 +164,6 @@ def settle_bad_rows(bad_rows: list[BadRow], skip: bool, directory: Path, total: 
         raise InputError(message + "\nMend them, or leave them out with --skip-bad-rows.")
     if len(bad_rows) == total:
         raise InputError(f"{message}\nNo row is left.")
-    lines = [json.dumps({"where": bad.where, "reason": bad.reason, "row": bad.row}, default=str) + "\n"
-             for bad in bad_rows]  # str: of dates and bytes, which .parquet may hold
+    lines = [strict_json({"where": bad.where, "reason": bad.reason, "row": bad.row}) + "\n" for bad in bad_rows]
     write_atomic(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
     print(f"{message}\nThey are left out and stand in {path}.")

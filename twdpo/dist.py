@@ -1,10 +1,10 @@
 """Process group, progress on the first process, and the FSDP2 plan. One process runs the same code as many."""
 
-import hashlib
 import math
 import os
+import pickle
 import sys
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -81,38 +81,20 @@ class Process:
             try:
                 value = function()
             except Exception as raised:  # noqa: BLE001 - carried to every process, so that none waits for ever
-                error = raised
+                error = carriable(raised)
         value, error = self.broadcast((value, error))
         if error is not None:
             raise error
         return value
 
 
-def run_script(name: str, read_config: Callable[[], object], function: Callable[[object, Process], None]) -> None:
-    """Run `function(config, process)` in the process group; a user's error becomes one message and SystemExit(2)."""
-    config = wrong = None
+def carriable(error: Exception) -> Exception:
+    """An error that other processes can be sent: one that can't is its text."""
     try:
-        config = read_config()
-    except InputError as error:  # said when the processes are together: the first to end would end the others unheard
-        wrong = error
-    try:
-        process = start()
-        if wrong:
-            raise wrong
-        function(config, process)
-    except InputError as error:
-        if is_first_to_say(str(error)):
-            place = "" if process.is_main else f"[rank {process.rank}] "
-            print(f"{place}{name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    finally:
-        stop()
-
-
-def is_first_to_say(message: str) -> bool:
-    """Whether no other process has said this: all of them may find the same error, and one is to print it."""
-    store = dist.distributed_c10d._get_default_store()
-    return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - of any library
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def start() -> Process:

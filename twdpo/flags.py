@@ -128,6 +128,8 @@ def read_config_file(cls, path: str) -> dict[str, object]:
     by_key = {key_name(field): field.name for field in dataclasses.fields(cls)}
     settings = {}
     for key, value in values.items():
+        if key == "run_id":  # OUT/config.json's
+            continue
         if key not in by_key:
             raise InputError(f"--config {path}: unknown key {key!r}; the keys are the flags' names with underscores")
         kind = hints[by_key[key]]

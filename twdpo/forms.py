@@ -184,7 +184,7 @@ def make_pair(where: str, turns: list[Turn], answers: list[Turn], tools: list[di
     extras = {name: value for name, value in extras.items() if value}
     # Keys within these keep their order: templates print calls and tools in it.
     shown = json.dumps(extras, ensure_ascii=False) if extras else ""
-    for text in (*(turn.text for turn in (*turns, *answers)), shown):
+    for text in (*(text for turn in (*turns, *answers) for text in (turn.role, turn.text)), shown):
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
     return Pair(tuple((turn.role, turn.text) for turn in turns), answers[0].text, answers[1].text, where, shown,
                 weight, margin)

@@ -17,7 +17,7 @@ from twdpo.forms import Reading
 from twdpo.leave_out import leave_out, leave_out_massless, reads_reference
 from twdpo.logps import example_key
 from twdpo.loss_sum import options_bound
-from twdpo.models.source import Model, check_length, check_vocabulary, open_model
+from twdpo.models.source import Model, check_length, check_vocabulary, describe_date, open_model
 from twdpo.objective import Objective
 from twdpo.plugins import name_of, split_paths
 from twdpo.printed import check_templated
@@ -100,7 +100,9 @@ def check_inputs(config: TrainConfig, process: Process, run_dir: Path, needs: "l
     if not config.skip_bad_rows:
         settle_bad_rows(dataset.bad_rows, False, run_dir, total_rows)
     model = open_model(config.model or "toy", process, config.chat_template, templated=config.templated,
-                       apart=config.align == "edits")
+                       apart=config.align == "edits", date=config.date)
+    if model.printed_date:
+        process.print(describe_date(model))
     train, held_out_sets, bad = prepare_examples(config, dataset, model.chat, process)
     train, held_out_sets, took = leave_out(config, train, held_out_sets, process)
     inputs = Inputs(model, train, held_out_sets, dataset.data, dataset.eval_data, dataset.fingerprint)

@@ -3,6 +3,7 @@ the summary at the end."""
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ class Log:
         self.file = self.samples = None
         if process.is_main:
             self.file = open_cut_back(run_dir / "metrics.jsonl", step)
+            if missing := missing_steps(run_dir / "metrics.jsonl", step):
+                print(f"warning: {run_dir / 'metrics.jsonl'} lacks the rows of {describe_steps(missing)} of the {step} "
+                      "steps before this start: its curves have a gap there; what is trained is not affected")
             self.samples_path = run_dir / "samples.jsonl"
             if self.samples_path.exists():
                 self.samples = open_cut_back(self.samples_path, step)
@@ -57,6 +61,11 @@ class Log:
         self.process.print(f"step {step} | the policy's answer to {pairs[0].messages[-1][1]!r:.60}: "
                            f"{answers[0]!r:.200}")
 
+    def sync(self) -> None:
+        """All rows so far are on the disk: a checkpoint stands on them."""
+        for file in filter(None, (self.file, self.samples)):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         for file in filter(None, (self.file, self.samples)):
             file.close()
@@ -65,11 +74,32 @@ class Log:
 
 
 def open_cut_back(path: Path, step: int):
-    """A file of JSON lines, open for appending, without the rows after `step`; 0 empties it."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    """A file of JSON lines, open for appending, without the rows after `step`; 0 empties it. A line that is no row is
+    dropped with a word, but for a last one that a kill cut off."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):
+        if row_step(line) == math.inf:
+            print(f"warning: {path}, line {number}: {line!r:.80} is no row of a run: dropped")
     kept = [line for line in lines if row_step(line) <= step]
     write_atomic(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept), "utf-8"))
     return open(path, "a", encoding="utf-8")
+
+
+def missing_steps(path: Path, step: int) -> list[int]:
+    """The steps up to `step` that have no row of training."""
+    found = {row["step"] for row in read_rows(path) if "loss" in row}
+    return [number for number in range(1, step + 1) if number not in found]
+
+
+def describe_steps(steps: list[int]) -> str:
+    """Ascending numbers as spans: `3, 5 to 9`."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    return ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in spans)
 
 
 class StageClock:
@@ -120,9 +150,10 @@ def start_wandb(config: TrainConfig, run_dir: Path):
 def row_step(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity for one that is no row, as a kill leaves it."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def held_out_names(row: dict[str, float]) -> list[str]:

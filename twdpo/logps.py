@@ -8,23 +8,23 @@ named by what log-probs depend on; a pair in it by its tokens.
 import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from twdpo.batch import Outputs, PairBatch, collate, plan_micro_batches
 from twdpo.config import TrainConfig
 from twdpo.dist import Process, pick_dtype, send
-from twdpo.files import cache_directory, hash_json, hash_to_int64, write_atomic
+from twdpo.files import cache_directory, hash_json, hash_to_int64
 from twdpo.flags import InputError
 from twdpo.logratio import LOGPS_VERSION, HeadOptions, weighted_logratio
 from twdpo.models.policy import Policy, load_policy, settle_packing
 from twdpo.models.source import Model, check_length, open_model
 from twdpo.rows import RowOptions, evaluation_batches
+from twdpo.stored import Damaged, StoredTensors, checksum, write_tensors
 from twdpo.tokens import Example
 from twdpo.weights import Logps
 
@@ -40,12 +40,14 @@ Part = tuple[list[Example], list[list[int]]]  # examples, and the global batches
 
 
 class Place(NamedTuple):
-    """Rows of a file of the cache: the chosen answer's, first .. middle, then the rejected one's, .. last."""
+    """Rows of a file of the cache: the chosen answer's, first .. middle, then the rejected one's, .. last; and the
+    checksums of both."""
 
     path: Path
     first: int
     middle: int
     last: int
+    checksums: tuple[int, int]
 
 
 def logps_directory(cache: Path, model_fingerprint: str, dtype: torch.dtype, device: torch.device, packs: bool,
@@ -81,6 +83,7 @@ def response_logps(model: Callable[[PairBatch], Outputs], process: Process, exam
     def write(new: Sides) -> set[int]:
         own = {key: tuple(side.numpy() for side in sides) for key, sides in new.items()}
         found = {key: sides for part in process.gather(own) for key, sides in part.items()}  # all ranks
+        refuse_not_finite(found, keys, examples, what)
         if process.is_main and found:
             write_cache(folder, LOGPS, {key: tuple(map(torch.from_numpy, sides)) for key, sides in found.items()})
         stored.update(found)
@@ -89,6 +92,14 @@ def response_logps(model: Callable[[PairBatch], Outputs], process: Process, exam
         run_missing(process, examples, batches, rows, keys, set(stored), what,
                     lambda batch: model(batch).logps_N.float().cpu(), write)  # sync
     return {examples[pair].pair.key: stored[key] for pair, key in keys.items()}
+
+
+def refuse_not_finite(found: dict[int, Logps], keys: dict[int, int], examples: list[Example], what: str) -> None:
+    """Raise InputError for log-probs that are none, which names a pair of them."""
+    bad = {key for key, sides in found.items() if not all(np.isfinite(side).all() for side in sides)}
+    if pair := next((pair for pair, key in keys.items() if key in bad), None):
+        raise InputError(f"{examples[pair].pair.where}: its log-probabilities under {what} are not finite, before any "
+                         "training; the model may need --dtype float32")
 
 
 def run_missing(process: Process, examples: list[Example], batches: list[list[int]], rows: RowOptions,
@@ -121,10 +132,17 @@ def cached_logps(process: Process, examples: list[Example], folder: Path) -> lis
 
 
 def read_logps(folder: Path, wanted: set[int]) -> dict[int, Logps]:
-    """Cached log-probs of the wanted keys."""
-    places = {key: place for key, place in read_places(folder, LOGPS).items() if key in wanted}
-    return {key: (chosen.numpy(), rejected.numpy())
-            for key, (chosen, rejected) in zip(places, read_sides(places.values(), LOGPS))}
+    """Cached log-probs of the wanted keys. A file that is damaged is removed, with a word."""
+    found: dict[int, Logps] = {}
+    for path, places in read_files(folder, LOGPS):
+        own = {key: place for key, place in places.items() if key in wanted}
+        try:
+            sides = [(chosen.numpy(), rejected.numpy()) for chosen, rejected in read_sides(own.values(), LOGPS)]
+        except Damaged as error:
+            remove_damaged(path, error)
+            continue
+        found |= dict(zip(own, sides))
+    return found
 
 
 def write_cache(folder: Path, kind: str, values: Sides) -> None:
@@ -134,44 +152,56 @@ def write_cache(folder: Path, kind: str, values: Sides) -> None:
     tensors = {
         "key_E": torch.tensor(keys, dtype=torch.int64),
         "length_E2": torch.tensor([[len(side) for side in values[key]] for key in keys], dtype=torch.int64),
+        "checksum_E2": torch.tensor([[checksum(side) for side in values[key]] for key in keys], dtype=torch.int64),
         kind: torch.cat([side for key in keys for side in values[key]]),
     }
     path = folder / f"{kind.split('_')[0]}-{hash_json(keys)[:16]}.safetensors"
     try:
-        write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+        write_tensors(path, tensors)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} can't be written ({error}): what stands in {folder} already is kept and found again; "
                          "make room, or name another --cache-dir") from error
 
 
 def read_places(folder: Path, kind: str) -> dict[int, Place]:
-    """Where the cache has what, by key. A file that can't be read is removed, with a word."""
-    found: dict[int, Place] = {}
+    """Where the cache has what, by key."""
+    return {key: place for _, places in read_files(folder, kind) for key, place in places.items()}
+
+
+def read_files(folder: Path, kind: str) -> Iterator[tuple[Path, dict[int, Place]]]:
+    """The cache's files, and where each has what, by key. One that is damaged there is removed, with a word."""
     for path in sorted(folder.glob(f"{kind.split('_')[0]}-*.safetensors")):
         try:
-            with safe_open(path, "pt") as file:  # which looks at the size too
-                keys, lengths = file.get_tensor("key_E"), file.get_tensor("length_E2")
-                rows = file.get_slice(kind).get_shape()[0]
+            file = StoredTensors(path)
+            keys, lengths, sums = file["key_E"], file["length_E2"], file["checksum_E2"]
+            rows = file.shapes.get(kind, (0,))[0]
             if rows != int(lengths.sum()):
-                raise SafetensorError(f"it holds {rows} tokens, and its lengths say {int(lengths.sum())}")
-        except SafetensorError as error:
-            print(f"warning: {path} is damaged ({error}): removed, what it held is computed again")
-            path.unlink(missing_ok=True)  # another process may have been faster
+                raise Damaged(f"it holds {rows} tokens, and its lengths say {int(lengths.sum())}")
+        except Damaged as error:
+            remove_damaged(path, error)
             continue
         ends = lengths.flatten().cumsum(0).view(-1, 2)
-        found |= {key: Place(path, *row) for key, row in
-                  zip(keys.tolist(), torch.cat([ends[:, :1] - lengths[:, :1], ends], dim=1).tolist())}
-    return found
+        places = torch.cat([ends[:, :1] - lengths[:, :1], ends], dim=1).tolist()
+        yield path, {key: Place(path, *place, tuple(both)) for key, place, both in
+                     zip(keys.tolist(), places, sums.tolist())}
+
+
+def remove_damaged(path: Path, error: Damaged) -> None:
+    """With a word."""
+    print(f"warning: {path} is damaged ({error}): removed, what it held is computed again")
+    path.unlink(missing_ok=True)  # another process may have been faster
 
 
 def read_sides(places: Iterable[Place], kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both answers' values of each place, in this order; of the files only these are read."""
-    with ExitStack() as stack:
-        files: dict[Path, object] = {}
-        for path, first, middle, last in places:
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, "pt")).get_slice(kind)
-            yield files[path][first:middle], files[path][middle:last]
+    """Both answers' values of each place, in this order; of the files only these are read. Raises Damaged."""
+    files: dict[Path, object] = {}
+    for path, first, middle, last, sums in places:
+        if path not in files:
+            files[path] = StoredTensors(path).slices(kind)
+        sides = files[path][first:middle], files[path][middle:last]
+        if tuple(map(checksum, sides)) != sums:
+            raise Damaged(f"{kind} of {path} is not as it was written")
+        yield sides
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,10 +215,17 @@ class StoredStates:
         self.places = places
 
     def __call__(self, batch: PairBatch) -> torch.Tensor:
-        """[N, D] in the compute dtype, on the batch's device. The host does not wait for it."""
+        """[N, D] in the compute dtype, on the batch's device. The host does not wait for it. Raises InputError for a
+        file that is damaged, which is removed."""
         places = [self.places[example.pair.key] for example in batch.examples]
-        return send(torch.cat([side for sides in read_sides(places, STATES) for side in sides]),
-                    batch.targets_N.device)
+        try:
+            sides = [side for sides in read_sides(places, STATES) for side in sides]
+        except Damaged as error:
+            for path in {place.path for place in places}:
+                path.unlink(missing_ok=True)
+            raise InputError(f"hidden states of the reference are damaged ({error}): removed; the same command makes "
+                             "them again, with --resume if the run has a checkpoint") from error
+        return send(torch.cat(sides), batch.targets_N.device)
 
 
 @torch.no_grad()

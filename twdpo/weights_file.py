@@ -16,20 +16,19 @@ Shards are written to a temporary name and renamed: one that can be seen is comp
 """
 
 import copy
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+import torch
 
-from twdpo.files import hash_json, write_atomic, write_json
+from twdpo.files import hash_json, read_object, write_json
 from twdpo.flags import InputError
+from twdpo.stored import Damaged, StoredTensors, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 ROLLOUT = "rollout"  # stands among layers: attention rollout through all of them
 
 
@@ -45,27 +44,44 @@ class JudgedAnswer:
 def write_meta(directory: Path, meta: dict[str, object]) -> None:
     """Start a weights file, or check that `directory` holds the same extraction. Raises InputError when it does not."""
     directory = Path(directory)
-    meta = {"format": FORMAT_VERSION} | meta
-    if (directory / "meta.json").exists():
-        old = read_meta(directory)
-        changed = [f"  {key}: was {old.get(key)!r}, is {meta.get(key)!r}"
-                   for key in sorted(old.keys() | meta.keys()) if old.get(key) != meta.get(key)]
-        if changed:
-            raise InputError(f"{directory} holds another extraction; choose another folder. What differs:\n"
-                             + "\n".join(changed))
-    elif directory.is_dir() and any(path.name != "rejected_rows.jsonl" and not path.name.startswith(".")
-                                    for path in directory.iterdir()):  # a kill leaves temporary files, named .*
-        raise InputError(f"{directory} is neither empty nor a weights file (no meta.json): choose another folder")
-    else:
-        write_json(directory / "meta.json", meta)
+    path, whole = directory / "meta.json", {"format": FORMAT_VERSION} | meta
+    old = read_object(path)
+    if old is None and (path.exists() or directory.is_dir() and any(is_foreign(each) for each in directory.iterdir())):
+        # Its shards say what it was: a loss of power, or a hand, may take meta.json alone.
+        shards = [about_shard(shard) for shard in shard_paths(directory)]
+        if not (path.exists() or shards) or any(about not in (None, hash_json(meta)) for about in shards):
+            raise InputError(f"{directory} is neither empty nor a weights file of this extraction (no meta.json that "
+                             "can be read): choose another folder")
+        print(f"warning: {path} is missing or can't be read: written anew")
+    elif old is not None and old != whole:
+        changed = [f"  {key}: was {old.get(key)!r}, is {whole.get(key)!r}"
+                   for key in sorted(old.keys() | whole.keys()) if old.get(key) != whole.get(key)]
+        raise InputError(f"{directory} holds another extraction; choose another folder. What differs:\n"
+                         + "\n".join(changed))
+    if old is None:
+        write_json(path, whole)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file in a folder without meta.json was put there by something else than a kill, or a row that was
+    rejected."""
+    return path.name != "rejected_rows.jsonl" and not path.name.startswith(".")
+
+
+def about_shard(path: Path) -> str | None:
+    """The hash of a shard's meta; None for one that is damaged."""
+    try:
+        return StoredTensors(path).about
+    except Damaged:
+        return None
 
 
 def read_meta(directory: Path) -> dict[str, object]:
     """meta.json of a weights file. Raises InputError when it is not one, or of another format."""
-    try:
-        meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory} is no weights file: its meta.json can't be read ({error})") from error
+    meta = read_object(Path(directory) / "meta.json")
+    if meta is None:
+        raise InputError(f"{directory} is no weights file: it has no meta.json that can be read (run extract.py "
+                         "into the same folder again, if it was one)")
     if meta.get("format") != FORMAT_VERSION:
         raise InputError(f"{directory} has format {meta.get('format')!r}, this code reads {FORMAT_VERSION}: extract "
                          "it again")
@@ -77,9 +93,26 @@ def shard_path(directory: Path, number: int, keys: list[int]) -> Path:
     return Path(directory) / f"shard-{number:05d}-{hash_json(keys)[:12]}.safetensors"
 
 
-def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write one shard atomically."""
-    write_atomic(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary))
+def write_shard(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, object]) -> None:
+    """Write one shard atomically. meta: that of `write_meta`, whose hash stands in the shard."""
+    write_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, in_parts=("attention_RLJ",),
+                  about=hash_json(meta))
+
+
+def read_shard(path: Path, places: Collection[int] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a shard, of attention that of the layers at these places (None: of all). Raises Damaged."""
+    shard = StoredTensors(path)
+    arrays = {name: shard[name].numpy() for name in shard.shapes if name != "attention_RLJ" or places is None}
+    if places is not None:
+        arrays["attention_RLJ"] = np.stack([shard.part("attention_RLJ", place).numpy() for place in places], axis=1)
+    if missing := {"key_E", "length_E2", "spans_J2"} - arrays.keys():
+        raise Damaged(f"it has no {min(missing)}")
+    total = int(arrays["length_E2"].sum())
+    for name, array in arrays.items():
+        axis = name.rpartition("_")[2].find("J")
+        if axis >= 0 and array.shape[axis] != total:
+            raise Damaged(f"{name} has {array.shape[axis]} tokens, and its lengths say {total}")
+    return arrays
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -88,15 +121,14 @@ def shard_paths(directory: Path) -> list[Path]:
 
 
 def stored_keys(directory: Path) -> set[int]:
-    """Keys of all pairs that the weights file holds. A shard that can't be read is removed, with a word."""
+    """Keys of all pairs that the weights file holds. A shard that is damaged is removed, with a word."""
     keys: set[int] = set()
     for path in shard_paths(directory):
         try:
-            with safe_open(path, "numpy") as shard:
-                keys.update(shard.get_tensor("key_E").tolist())
-        except SafetensorError as error:
+            keys.update(read_shard(path)["key_E"].tolist())
+        except Damaged as error:
             print(f"warning: {path} is damaged ({error}): removed, its pairs are extracted again")
-            path.unlink()
+            path.unlink(missing_ok=True)
     return keys
 
 
@@ -137,34 +169,26 @@ class WeightsFile:
         for path in shard_paths(directory):
             try:
                 self._read(path, places, keys)
-            except SafetensorError as error:
+            except Damaged as error:
                 raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
                                  "replaces it") from error
 
     def _read(self, path: Path, places: list[int], keys: Collection[int] | None) -> None:
-        with safe_open(path, "numpy") as shard:
-            keys_E = shard.get_tensor("key_E").tolist()
-            if keys is not None and not set(keys_E) & set(keys):
-                return
-            attention = shard.get_slice("attention_RLJ")
-            attention_LRJ = np.stack([attention[:, place, :] for place in places])
-            ids_J, spans_J2 = shard.get_tensor("ids_J"), shard.get_tensor("spans_J2")
-            ends = np.cumsum(shard.get_tensor("length_E2").reshape(-1)).tolist()
-            has_verdict = "verdict_ER2" in shard.keys()
-            verdict_ER2, top_token_ER = (shard.get_tensor(name) if has_verdict else None
-                                         for name in ("verdict_ER2", "top_token_ER"))
-            for number, key in enumerate(keys_E):
-                if keys is not None and key not in keys:
-                    continue
-                cuts = [slice(start, end) for start, end in
-                        zip(([0] + ends)[2 * number:2 * number + 2], ends[2 * number:2 * number + 2])]
-                self._answers[key] = tuple(JudgedAnswer(ids_J[cut], spans_J2[cut], attention_LRJ[:, :, cut])
-                                           for cut in cuts)
-                if keys is not None:  # a few views would keep whole shards in memory
-                    self._answers[key] = copy.deepcopy(self._answers[key])
-                if verdict_ER2 is not None:
-                    self._verdicts[key] = verdict_ER2[number]
-                    self._top_tokens[key] = top_token_ER[number].tolist()
+        arrays = read_shard(path, places)
+        attention_LRJ = arrays["attention_RLJ"].swapaxes(0, 1)
+        ends = np.cumsum(arrays["length_E2"].reshape(-1)).tolist()
+        for number, key in enumerate(arrays["key_E"].tolist()):
+            if keys is not None and key not in keys:
+                continue
+            cuts = [slice(start, end) for start, end in
+                    zip(([0] + ends)[2 * number:2 * number + 2], ends[2 * number:2 * number + 2])]
+            self._answers[key] = tuple(JudgedAnswer(arrays["ids_J"][cut], arrays["spans_J2"][cut],
+                                                    attention_LRJ[:, :, cut]) for cut in cuts)
+            if keys is not None:  # a few views would keep whole shards in memory
+                self._answers[key] = copy.deepcopy(self._answers[key])
+            if "verdict_ER2" in arrays:
+                self._verdicts[key] = arrays["verdict_ER2"][number]
+                self._top_tokens[key] = arrays["top_token_ER"][number].tolist()
 
     def __contains__(self, key: int) -> bool:
         return key in self._answers

@@ -111,7 +111,7 @@ def describe_extraction(config: SharedConfig, model: Model, layers: list[int | s
         "heads": config.judge_heads,
         "layers": layers,
         "data": data_fingerprint,
-    } | ({"templated": True} if model.templated else {})
+    } | ({"templated": True} if model.templated else {}) | ({"date": model.printed_date} if model.printed_date else {})
 
 
 def check_judge_inputs(inputs: JudgeInputs, pairs: list[Pair], process: Process) -> list[BadRow]:
@@ -166,12 +166,12 @@ def extract_attention(config: SharedConfig, meta: dict[str, object], folder: Pat
                     following = pool.submit(inputs.build_all, mine[place + 1][1])
                 keys = [pair.key for pair in group]
                 try:
-                    arrays = judge.shard(keys, judged, bar)
+                    arrays = judge.shard(group, judged, bar)
                 except AnotherFailed:
                     raise
                 except InputError:
                     judge.keep_step(FAILED)
                     raise
-                write_shard(shard_path(folder, number, keys), arrays)
+                write_shard(shard_path(folder, number, keys), arrays, meta)
     judge.finish()
     process.gather(None)  # all ranks have written before any reads

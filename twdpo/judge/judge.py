@@ -15,8 +15,9 @@ from twdpo.judge.prompt import ROUNDS, JudgedPair, verdict_ids
 from twdpo.logratio import logits_of
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows
 from twdpo.models.build import build_on_meta, decoder_layers, head_options, suit_device
-from twdpo.models.shards import load_shards
+from twdpo.models.shards import load_shards, warn_of_unplaced
 from twdpo.models.source import Model, load_model_config
+from twdpo.pairs import Pair
 from twdpo.rows import common_beginning, fill_rows, pack
 from twdpo.weights_file import ROLLOUT
 
@@ -53,7 +54,8 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
     """A whole copy of the model that can give attention rows, in eval mode on one device. Raises InputError."""
     try:
         model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=ATTENTION_NAME,
-                                                            output_loading_info=True)
+                                                            output_loading_info=True, trust_remote_code=False,
+                                                            use_safetensors=True)
         if missing := found["missing_keys"]:  # transformers would make them up at random
             raise ValueError(f"{len(missing)} tensors are missing, {min(missing)} among them")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -61,6 +63,8 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
                          "another one") from error
+    if warning := warn_of_unplaced(model, found["unexpected_keys"], directory):
+        print(warning)
     suit_device(model, device)
     return Judge(model.eval(), num_layers).to(device)
 
@@ -192,8 +196,9 @@ class JudgePass:
         capture = JudgeCapture(row, frozenset(layers), self.heads, self.eager, keep, final_layer)
         return capture, *self.judge(capture, with_logits)
 
-    def shard(self, keys: list[int], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
-        """The arrays of one shard (twdpo.weights_file)."""
+    def shard(self, pairs: list[Pair], judged: list[JudgedPair], bar) -> dict[str, np.ndarray]:
+        """The arrays of one shard (twdpo.weights_file). Raises InputError, which names the pair, for attention that is
+        not finite."""
         units = [(pair, (0, 1)) for pair in range(len(judged))]
         if not self.packs:
             units = [(pair, (turn,)) for pair, turns in units for turn in turns]
@@ -205,6 +210,9 @@ class JudgePass:
             attention, verdict_S2, top_S = self.judge_rows([groups[unit] for unit in batch])
             inputs = [(units[unit][0], turn) for unit in batch for turn in units[unit][1]]
             for place, (pair, turn) in enumerate(inputs):
+                if not (np.isfinite(attention[place]).all() and np.isfinite(verdict_S2[place:place + 1]).all()):
+                    raise InputError(f"{pairs[pair].where}: the attention of {self.judge.model.config.model_type} as "
+                                     "its judge is not finite; try --judge-dtype float32")
                 for side in (0, 1):
                     first, stop = judged[pair].ranges[turn][side]
                     rows[pair, side, turn] = attention[place][:, first:stop]
@@ -215,7 +223,7 @@ class JudgePass:
         attention_RLJ = np.stack([np.concatenate([rows[pair, side, turn] for pair, side in answers], axis=1)
                                   for turn in range(ROUNDS)])
         arrays = {
-            "key_E": np.array(keys, dtype=np.int64),
+            "key_E": np.array([pair.key for pair in pairs], dtype=np.int64),
             "length_E2": np.array([[len(ids) for ids in pair.ids] for pair in judged], dtype=np.int32),
             "ids_J": np.concatenate([judged[pair].ids[side] for pair, side in answers]),
             "spans_J2": np.concatenate([judged[pair].spans_N2[side] for pair, side in answers]),
@@ -250,8 +258,5 @@ class JudgePass:
         if self.rollout:
             rows.append(torch.cat(rollout_rows(capture)))
         attention_LT = torch.stack(rows).cpu().numpy()  # sync
-        if not (np.isfinite(attention_LT).all() and np.isfinite(verdict_S2).all()):
-            model_type = self.judge.model.config.model_type
-            raise InputError(f"{model_type}: the judge's attention is not finite; try --judge-dtype float32")
         ends = np.cumsum([len(ids) for group in groups for ids in group])[:-1]
         return np.split(attention_LT, ends, axis=1), verdict_S2, top_S

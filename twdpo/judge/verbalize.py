@@ -36,6 +36,7 @@ class Scoring:
                      "prompt": hash_json([SYSTEM_PROMPT, USER_PROMPT]),
                      "judge_dtype": name_of_dtype(self.dtype), "data": data_fingerprint, "layers": []}
         self.meta |= {"templated": True} if model.templated else {}
+        self.meta |= {"date": model.printed_date} if model.printed_date else {}
         self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
 
     def run(self, pairs: list[Pair]) -> None:
@@ -55,7 +56,7 @@ class Scoring:
                 keys = [pair.key for pair in group]
                 with writing(model):
                     arrays = score_pairs(model, self.model.chat, group, budget, bar)
-                write_shard(shard_path(self.folder, number, keys), arrays)
+                write_shard(shard_path(self.folder, number, keys), arrays, self.meta)
         process.gather(None)  # all ranks have written before any reads
 
     def open(self) -> ScoresFile:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from twdpo.flags import InputError
-from twdpo.weights_file import read_meta, shard_paths
+from twdpo.stored import Damaged
+from twdpo.weights_file import read_meta, read_shard, shard_paths
 
+WHITE_SPACE = 1000  # characters of it that a part may lack, and is found all the same
 MIN_MATCHED = 0.9  # paper section 4.2
 
 SYSTEM_PROMPT = """\
@@ -54,9 +55,10 @@ Response: {answer}"""  # Fig. 8
 # A quoted text, then its score: as the next item, as the value of its own key, or of a second key. The text ends at
 # the first quote that a score and a closing bracket or a comma follow, so that quotes within it need not be escaped. A
 # number out of range, or a word in place of the score, ends the part all the same.
-PART = re.compile(r"""["'\u201c\u2018](?P<text>(?:\\.|[^\\])*?)["'\u201d\u2019]\s*[,:]\s*"""
-                  r"""(?:["']?\w[\w ]*["']?\s*[:=]\s*)?(?:["']?(?P<score>-?\d+)(?:\.0)?["']?\s*(?=[\]\)\},]|$)"""
-                  r"""|["'][^"'\]]{0,20}["']\s*(?=[\]\)]))""", re.DOTALL)
+OPENING = re.compile(r"""["'\u201c\u2018]""")
+CLOSING = re.compile(r"""(?<!\\)(?P<escapes>(?:\\\\)*)(?P<quote>["'\u201d\u2019])\s*[,:]\s*"""
+                     r"""(?:["']?\w[\w ]*["']?\s*[:=]\s*)?(?:["']?(?P<score>-?\d+)(?:\.0)?["']?\s*(?=[\]\)\},]|$)"""
+                     r"""|["'][^"'\]]{0,20}["']\s*(?=[\]\)]))""", re.DOTALL)
 KEY = re.compile(r"""^\s*(?:text|part|phrase|part_\d+(?:_text)?|content|segment)["']?\s*[:=]\s*["']""")
 
 
@@ -77,10 +79,15 @@ def parse_parts(output: str) -> list[tuple[str, int]]:
                 return read_parts(load(text))
             except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 continue  # the next reader, and in the end the one below, which reads what it can
-    parts = []
-    for match in PART.finditer(output):
-        if match["score"] in ("1", "2", "3", "4", "5"):
-            parts.append((unescape(KEY.sub("", match["text"])), int(match["score"])))
+    parts, place = [], 0
+    while opening := OPENING.search(output, place):
+        closing = CLOSING.search(output, opening.end())
+        if not closing:  # nor for any later opening: so the whole is read once
+            break
+        if closing["score"] in ("1", "2", "3", "4", "5"):
+            text = output[opening.end():closing.start("quote")]
+            parts.append((unescape(KEY.sub("", text)), int(closing["score"])))
+        place = closing.end()
     return parts
 
 
@@ -137,9 +144,10 @@ def locate_parts(answer: str, parts: list[tuple[str, int]]) -> tuple[np.ndarray,
         words = text.split()
         if not words:
             continue
-        match = re.compile(r"\s*".join(map(re.escape, words))).search(answer, place)
-        # Far ahead it is a later occurrence of a text that the model made up here.
-        if match and match.start() - place <= 2 * len(text) + 40:
+        ahead = 2 * len(text) + 40  # further on it is a later occurrence of a text that the model made up here
+        pattern = re.compile(r"\s*".join(map(re.escape, words)))
+        match = pattern.search(answer, place, place + ahead + 2 * len(text) + WHITE_SPACE)
+        if match and match.start() - place <= ahead:
             spans.append(match.span())
             scores.append(score)
             place = match.end()
@@ -197,15 +205,14 @@ class ScoresFile:
         for path in shard_paths(self.directory):
             try:
                 self._read(path)
-            except SafetensorError as error:
+            except Damaged as error:
                 raise InputError(f"{path} is damaged ({error}): run extract.py into the same folder again, which "
                                  "replaces it") from error
         self.left_out = {key for key, sides in self._answers.items()
                          if min(each.matched for each in sides) < MIN_MATCHED}
 
     def _read(self, path: Path) -> None:
-        with safe_open(path, "numpy") as shard:
-            arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+        arrays = read_shard(path)
         ends = np.cumsum(arrays["length_E2"].reshape(-1))[:-1]
         spans, scores = np.split(arrays["spans_J2"], ends), np.split(arrays["score_J"], ends)
         for number, key in enumerate(arrays["key_E"].tolist()):

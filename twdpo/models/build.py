@@ -48,7 +48,8 @@ def build_on_meta(model_config, dtype: torch.dtype):
                          "before quantisation")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=ATTENTION_NAME,
+                                                     trust_remote_code=False)
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"{model_config.model_type} can't be built from its config with transformers' "
                          f"AttentionInterface (KeyError: {error}): mend the config, or use another model") from error

@@ -5,6 +5,8 @@ is alive.
 """
 
 import re
+import resource
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ from twdpo.dist import Process
 from twdpo.flags import InputError
 from twdpo.models.attention import Layout, run_decoder
 from twdpo.models.build import build_on_meta, decoder_layers, use_fused_norms
-from twdpo.models.source import load_model_config, locate_model
+from twdpo.models.source import describe_failure, load_model_config, locate_model
 from twdpo.objective import find_objective
 from twdpo.rows import pack
 
@@ -349,9 +351,10 @@ def find_model_config(config: TrainConfig):
         name, settings = PAPER_MODELS[config.model]
         return AutoConfig.for_model(name, **settings)
     try:
-        return AutoConfig.from_pretrained(config.model)
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - a config may say anything
-        raise InputError(f"--model {config.model}: its config can't be read ({error})") from error
+        raise InputError(f"--model {config.model}: its config can't be read "
+                         f"({describe_failure(error)})") from error
 
 
 def flops(cost: ModelCost, batch: PairBatch, reference: str = "") -> float:
@@ -375,3 +378,23 @@ def peak_tflops(device: torch.device) -> float | None:
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(rf"\b{pattern}\b", name)), None)
+
+
+def throughput(process: Process, batches: list[PairBatch], num_pairs: int, started: float, cost: ModelCost | None,
+               reference: str) -> dict[str, float]:
+    """Rates over all processes since `started`, and the peak memory of one process; with the model's cost also TFLOP/s
+    and MFU of one process, copies that keep it in step not counted. reference: as of `flops`. All ranks."""
+    tokens = sum(process.gather(sum(batch.num_tokens for batch in batches)))
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    if process.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    row = {"tokens_per_s": tokens / seconds, "pairs_per_s": num_pairs / seconds, "peak_memory_gib": peak / GIB}
+    if process.device.type == "cuda":
+        row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB  # what the card has to hold, gaps included
+    if cost:
+        done = sum(flops(cost, batch, reference) for batch in batches if not batch.is_copy)
+        row["tflops"] = sum(process.gather(done)) / process.world_size / seconds / 1e12
+        if peak_rate := peak_tflops(process.device):
+            row["mfu"] = row["tflops"] / peak_rate
+    return row

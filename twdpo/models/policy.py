@@ -21,7 +21,7 @@ from twdpo.models.build import (
     head_options,
     suit_device,
 )
-from twdpo.models.shards import load_shards
+from twdpo.models.shards import load_shards, warn_of_unplaced
 from twdpo.models.source import load_model_config
 from twdpo.rows import MicroBatch
 from twdpo.tokens import Example
@@ -125,7 +125,9 @@ def load_policy(directory: Path, compute_dtype: torch.dtype, process: Process, c
     """
     policy = build_policy(load_model_config(directory), compute_dtype, process, checkpointing, replicate, compile,
                           head_cache_gib)
-    load_shards(policy, directory, process.device)
+    unplaced = load_shards(policy, directory, process.device)
+    if warning := warn_of_unplaced(policy.model, unplaced, directory):
+        process.print(warning)
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
     return policy
 

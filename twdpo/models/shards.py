@@ -1,6 +1,6 @@
 """Shards of a checkpoint: its tensors read from safetensors files, of a sharded model each process's part alone."""
 
-import json
+import re
 from pathlib import Path
 
 import torch
@@ -10,17 +10,19 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from twdpo.flags import InputError
+from twdpo.models.source import checkpoint_files
 
 
-def load_shards(root: torch.nn.Module, directory: Path, device: torch.device) -> None:
-    """Give a sharded module on meta its memory, and each process its part of the checkpoint. Raises InputError."""
+def load_shards(root: torch.nn.Module, directory: Path, device: torch.device) -> list[str]:
+    """Give a sharded module on meta its memory, and each process its part of the checkpoint; the names of tensors that
+    have no place in it. Raises InputError."""
     model = root.model
     root.to_empty(device=device)
     if not isinstance(root, FSDPModule):  # which keeps ties through to_empty
         model.tie_weights()
     state = model.state_dict()
     try:
-        read_tensors(model, state, directory)
+        unplaced = read_tensors(model, state, directory)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the tensors in {directory} don't match a {model.config.model_type} model: {error}"
                          ) from error
@@ -29,11 +31,13 @@ def load_shards(root: torch.nn.Module, directory: Path, device: torch.device) ->
     for tensor in loaded:
         tensor._is_hf_initialized = True
     model.initialize_weights()
+    return unplaced
 
 
-def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> None:
-    """Copy a checkpoint's tensors into `state`, of a sharded tensor this process's part. Raises ValueError when one is
-    missing, has another shape, or differs from one that the model's config ties it to."""
+def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> list[str]:
+    """Copy a checkpoint's tensors into `state`, of a sharded tensor this process's part; the names of those that have
+    no place there. Raises ValueError when one is missing, has another shape, or differs from one that the model's
+    config ties it to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
     renamings, found = get_model_conversion_mapping(model) or [], {}
@@ -60,6 +64,7 @@ def read_tensors(model, state: dict[str, torch.Tensor], directory: Path) -> None
         if not torch.equal(local, part.to(local)):
             raise ValueError(f"its config ties {name} to {tied[name]}, the file holds two different tensors: set "
                              "tie_word_embeddings to false in config.json")
+    return [found[name][1] for name in sorted(found.keys() - state.keys() - tied.keys())]
 
 
 def stored_part(tensor: torch.Tensor, path: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,15 +84,12 @@ def stored_part(tensor: torch.Tensor, path: Path, name: str) -> tuple[torch.Tens
         return local, stored[tuple(slice(start, start + size) for start, size in zip(first, local.shape))]
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The files that hold a checkpoint, as transformers picks them; others in the folder are not read."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            return [directory / name for name in names]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index.name} names no file by tensor ({type(error).__name__}: {error})") from error
-    raise ValueError("neither model.safetensors nor model.safetensors.index.json is there")
+def warn_of_unplaced(model, names: list[str], directory: Path) -> str:
+    """What to say of tensors of a checkpoint that a model has no place for; "" without any, or for those that its
+    architecture is known to leave."""
+    known = ["rotary_emb\\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())]
+    names = sorted(name for name in names if not any(re.search(pattern, name) for pattern in known))
+    if not names:
+        return ""
+    return (f"warning: {len(names)} tensors in {directory} have no place in the {model.config.model_type} model that "
+            f"its config.json describes, and are not loaded: {', '.join(names[:4])}{', ...' * (len(names) > 4)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from twdpo.chat import Chat, set_chat_template
+from twdpo.chat import Chat, set_chat_template, today
 from twdpo.dist import Process
 from twdpo.files import hash_file, hash_json
 from twdpo.flags import InputError
@@ -32,6 +32,7 @@ class Model:
     process: Process
     templated: bool = False  # whether the data's texts hold the template's marks already
     apart: bool = False  # whether answers are tokenised apart from their prompts
+    date: str = ""  # of its chat template; empty: today's
 
     @cached_property
     def fingerprint(self) -> str:
@@ -41,19 +42,29 @@ class Model:
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer as what makes tokens of conversations takes it."""
-        return Chat(self.tokenizer, self.templated, end_ids(self.folder), self.apart)
+        fixed = {"date": self.date} if self.date else {}
+        return Chat(self.tokenizer, self.templated, end_ids(self.folder), self.apart, **fixed)
+
+    @property
+    def printed_date(self) -> str:
+        """The date that its chat template prints; "" of one that prints none."""
+        return self.chat.date if self.chat.prints_date else ""
 
 
 def open_model(name: str, process: Process, chat_template: str = "", flag: str = "--model", needs_template: bool = True,
-               templated: bool = False, apart: bool = False) -> Model:
+               templated: bool = False, apart: bool = False, date: str = "") -> Model:
     """Find a model, load its config and tokenizer; its weights are not read. Raises InputError. All ranks.
 
-    name: as `locate_model` takes it. flag: what names it, for messages. templated, apart: as of Chat.
+    name: as `locate_model` takes it. flag: what names it, for messages. templated, apart, date: as of Chat.
     """
     folder = process.on_main(lambda: locate_model(name, flag))
     tokenizer = load_tokenizer(folder, chat_template, needs_template)
     return Model(resolved_name(name, folder), folder, load_model_config(folder), tokenizer, process, templated,
-                 apart)
+                 apart, process.broadcast(date or today()))
+
+
+def describe_date(model: Model) -> str:
+    return f"the chat template prints a date: that of this run is {model.printed_date} (--date)"
 
 
 def locate_model(name: str, flag: str) -> Path:
@@ -79,10 +90,32 @@ def locate_model(name: str, flag: str) -> Path:
         raise InputError(describe_adapter(name, flag, folder / "adapter_config.json"))
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: no config.json in {folder}")
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{flag} {name}: no .safetensors file in {folder}; convert the checkpoint "
-                         "(pickled weights are never read)")
+    try:
+        checkpoint_files(folder)
+    except ValueError as error:
+        raise InputError(f"{flag} {name}: {error}") from error
     return folder
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint, as transformers picks them; others in the folder are not read. Raises
+    ValueError where they are not there."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ValueError(f"no model.safetensors and no {index.name} in {folder}; convert the checkpoint (no "
+                         ".safetensors file of another name is read, and pickled weights never)")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} names no file by tensor ({type(error).__name__}: {error})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}: it may name .safetensors files beside it alone")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there")
+    return [folder / name for name in names]
 
 
 def describe_adapter(name: str, flag: str, path: Path) -> str:
@@ -109,9 +142,9 @@ def resolved_name(name: str, folder: Path) -> str:
 def load_tokenizer(directory: Path, chat_template: str, needs_template: bool = True):
     """The model's fast tokenizer with a chat template. Raises InputError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer in {directory} can't be loaded: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - its files may say anything
+        raise InputError(f"the tokenizer in {directory} can't be loaded: {describe_failure(error)}") from error
     if needs_template:
         set_chat_template(tokenizer, chat_template)
     return tokenizer
@@ -120,9 +153,17 @@ def load_tokenizer(directory: Path, chat_template: str, needs_template: bool = T
 def load_model_config(directory: Path):
     """The model's config. Raises InputError."""
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the config in {directory} can't be loaded: {error}") from error
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - config.json may say anything
+        raise InputError(f"the config in {directory} can't be loaded: {describe_failure(error)}") from error
+
+
+def describe_failure(error: Exception) -> str:
+    """Why transformers does not load something, without advice that does not hold here."""
+    if "trust_remote_code" in str(error):
+        return ("it needs code that its folder brings (auto_map), which is never run here; use a model that "
+                "transformers has the code of")
+    return f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
 def end_ids(folder: Path) -> frozenset[int]:
@@ -137,7 +178,7 @@ def end_ids(folder: Path) -> frozenset[int]:
 
 def fingerprint_model(directory: Path) -> str:
     """sha256 over config.json and every weight file, by content."""
-    paths = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    paths = [directory / "config.json", *checkpoint_files(directory)]
     return hash_json([[path.name, hash_file(path)] for path in paths])
 
 

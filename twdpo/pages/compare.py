@@ -112,8 +112,8 @@ def read_json(path: Path, kind: type) -> dict | list:
 
 
 def changed_keys(runs: list[ComparedRun]) -> list[str]:
-    """Settings that are not the same in all runs, but for those of hardware and output."""
-    free = {name for name, metadata in SETTINGS.items() if metadata.get("free")}
+    """Settings that are not the same in all runs, but for those of hardware and output, and the run's own name."""
+    free = {name for name, metadata in SETTINGS.items() if metadata.get("free")} | {"run_id"}
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in free)
     return [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
 

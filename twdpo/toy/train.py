@@ -31,14 +31,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from twdpo.chat import Chat
 from twdpo.config import PRESETS, ExtractConfig, TrainConfig
 from twdpo.dataset import load_dataset
-from twdpo.dist import Process, run_script
-from twdpo.files import make_directory, remove_temporaries, write_atomic, write_json
+from twdpo.dist import Process
+from twdpo.files import make_directory, mend, temporary_folder, write_atomic, write_json
 from twdpo.flags import InputError, flag, parse_flags, require
 from twdpo.forms import parse_row
 from twdpo.judge.extraction import Extraction
 from twdpo.judge.prompt import ROUNDS, JudgeInputs, load_judge_prompt, verdict_ids
+from twdpo.lock import take_lock
 from twdpo.models.source import open_model
 from twdpo.pairs import Pair
+from twdpo.script import run_script
 from twdpo.tokens import Example, tokenize_pairs
 from twdpo.toy.grammar import (
     KINDS,
@@ -180,7 +182,7 @@ class ToyTrainConfig:
 def main(argv: list[str] | None = None) -> None:
     """Run with a command line (default: sys.argv). Raises SystemExit on a user's error."""
     run_script("twdpo.toy.train", lambda: ToyTrainConfig(**parse_flags(ToyTrainConfig, argv, __doc__.split("\n")[0])),
-               toy_train)
+               toy_train, lambda: "; nothing of it is kept")
 
 
 def toy_train(config: ToyTrainConfig, process: Process) -> None:
@@ -189,8 +191,9 @@ def toy_train(config: ToyTrainConfig, process: Process) -> None:
         raise InputError(f"{process.world_size} processes were started: this is trained by one (python -m)")
     started = time.perf_counter()
     out = make_directory(Path(config.out), "--out")
-    remove_temporaries(out)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".", suffix=".tmp") as temporary:
+    take_lock(out)
+    mend(out)
+    with temporary_folder(out / "model") as temporary:
         build_toy_model(temporary, config.hidden_size, config.seed)
         model = AutoModelForCausalLM.from_pretrained(temporary)
         tokenizer = AutoTokenizer.from_pretrained(temporary)
@@ -202,8 +205,8 @@ def toy_train(config: ToyTrainConfig, process: Process) -> None:
             torch.set_num_threads(threads)
         model.save_pretrained(temporary)
         seconds = time.perf_counter() - started
-        gates = measure_gates(Path(temporary), process)
-        for path in sorted(Path(temporary).iterdir()):
+        gates = measure_gates(temporary, process)
+        for path in sorted(temporary.iterdir()):
             write_atomic(out / path.name, path.rename)
     size = sum((out / path).stat().st_size for path in ("model.safetensors", "tokenizer.json"))
     write_json(out / "gates.json", {
