@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import train
 from twdpo.logps import LOGPS, STATES, read_logps, read_places, read_sides, write_cache
 from twdpo.stored import Damaged, StoredTensors, write_tensors
-from twdpo.weights_file import WeightsFile, read_shard, stored_keys, write_meta, write_shard
+from twdpo.weights_file import WeightsFile, cache_name, read_shard, stored_keys, write_meta, write_shard
 
 TENSORS = {"a_N": torch.arange(7), "b_RLJ": torch.rand(2, 3, 4), "c_ND": torch.rand(3, 2).bfloat16(),
            "d_N": torch.zeros(0)}
@@ -113,6 +113,12 @@ def test_meta_is_made_again_where_the_shards_say_whose_it_was(tmp_path, capsys):
         write_meta(tmp_path, META)
         assert "written anew" in capsys.readouterr().out
         assert json.loads((tmp_path / "meta.json").read_text())["layers"] == [1, 2]
+    own = tmp_path / cache_name(META)  # a folder of the cache can hold nothing else
+    write_meta(own, META)
+    (own / "meta.json").write_text((own / "meta.json").read_text().replace("layers", "lbyers"))
+    write_meta(own, META)
+    assert "is not as it was written" in capsys.readouterr().out
+    assert json.loads((own / "meta.json").read_text())["layers"] == [1, 2]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/meta.json").touch()
     write_meta(tmp_path / "empty", META)

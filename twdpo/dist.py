@@ -101,6 +101,7 @@ def start() -> Process:
     """Join the process group of torchrun, or make one of this process alone."""
     transformers_logging.disable_progress_bar()  # its bars would tear ours
     _before.setdefault("cudnn_sdp", torch.backends.cuda.cudnn_sdp_enabled())
+    _before.setdefault("excepthook", sys.excepthook)  # torch puts its own around it, at every start another one
     # cuDNN builds a plan for every shape, 136 ms for each on an H200: rows, and what is sampled, change their length.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
@@ -114,7 +115,7 @@ def start() -> Process:
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-_before: dict[str, bool] = {}  # what `stop` restores
+_before: dict[str, object] = {}  # what `stop` restores
 
 
 def expand_segments(environment: MutableMapping[str, str]) -> None:
@@ -130,6 +131,7 @@ def stop() -> None:
     transformers_logging.enable_progress_bar()
     if _before:
         torch.backends.cuda.enable_cudnn_sdp(_before.pop("cudnn_sdp"))
+        sys.excepthook = _before.pop("excepthook")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -53,13 +53,21 @@ def write_meta(directory: Path, meta: dict[str, object]) -> None:
             raise InputError(f"{directory} is neither empty nor a weights file of this extraction (no meta.json that "
                              "can be read): choose another folder")
         print(f"warning: {path} is missing or can't be read: written anew")
-    elif old is not None and old != whole:
+    elif old not in (None, whole) and directory.name == cache_name(meta):
+        print(f"warning: {path} is not as it was written: written anew")
+        old = None
+    elif old not in (None, whole):
         changed = [f"  {key}: was {old.get(key)!r}, is {whole.get(key)!r}"
                    for key in sorted(old.keys() | whole.keys()) if old.get(key) != whole.get(key)]
         raise InputError(f"{directory} holds another extraction; choose another folder. What differs:\n"
                          + "\n".join(changed))
     if old is None:
         write_json(path, whole)
+
+
+def cache_name(meta: dict[str, object]) -> str:
+    """The name of an extraction's folder in the cache, which so can hold no other one."""
+    return hash_json(meta)[:24]
 
 
 def is_foreign(path: Path) -> bool:

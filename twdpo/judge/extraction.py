@@ -21,7 +21,16 @@ from twdpo.judge.prompt import JudgeInputs, load_judge_prompt
 from twdpo.models.attention import parse_heads, parse_layers
 from twdpo.models.source import Model, check_length, context_length, fingerprint_tokenizer
 from twdpo.pairs import Pair
-from twdpo.weights_file import ROLLOUT, WeightsFile, parse_layer, shard_path, stored_keys, write_meta, write_shard
+from twdpo.weights_file import (
+    ROLLOUT,
+    WeightsFile,
+    cache_name,
+    parse_layer,
+    shard_path,
+    stored_keys,
+    write_meta,
+    write_shard,
+)
 
 EXTRACTION_VERSION = 1  # raise it when rows change by more than rounding
 PAIRS_PER_SHARD = 128
@@ -40,7 +49,7 @@ class Extraction:
         flag = "--layers" if isinstance(config, ExtractConfig) else "--layer"
         self.meta = describe_extraction(config, model, parse_stored_layers(layers, model.config, flag),
                                         data_fingerprint, process.device)
-        self.folder = folder or cache_directory(config) / "weights" / hash_json(self.meta)[:24]
+        self.folder = folder or cache_directory(config) / "weights" / cache_name(self.meta)
         appended = config.judge_query == "verdict"
         if config.judge_max_length:
             warning = check_length("--judge-max-length", config.judge_max_length, model.config)

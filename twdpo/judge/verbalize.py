@@ -17,7 +17,7 @@ from twdpo.models.source import Model, fingerprint_tokenizer
 from twdpo.pairs import Pair, show_question
 from twdpo.printed import print_pair, without_marks
 from twdpo.tokens import encode, encode_pieces
-from twdpo.weights_file import shard_path, write_shard
+from twdpo.weights_file import cache_name, shard_path, write_shard
 
 
 class Scoring:
@@ -37,7 +37,7 @@ class Scoring:
                      "judge_dtype": name_of_dtype(self.dtype), "data": data_fingerprint, "layers": []}
         self.meta |= {"templated": True} if model.templated else {}
         self.meta |= {"date": model.printed_date} if model.printed_date else {}
-        self.folder = folder or cache_directory(config) / "scores" / hash_json(self.meta)[:24]
+        self.folder = folder or cache_directory(config) / "scores" / cache_name(self.meta)
 
     def run(self, pairs: list[Pair]) -> None:
         """Let the model score all `pairs`; what is stored already is kept. All ranks.
