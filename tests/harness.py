@@ -109,8 +109,9 @@ class Bench:
                 return traceback.format_exc(), 1
         return "", 0
 
-    def resume(self, place: Path, may_refuse: bool, rows: bool = True) -> str:
-        """What a resume comes to, as an outcome. rows: whether its metrics must be those of the whole run."""
+    def resume(self, place: Path, may_refuse: bool, rows: bool = True, best: bool = True) -> str:
+        """What a resume comes to, as an outcome. rows, best: whether its metrics and its best/ must be those of the
+        whole run, beside final/."""
         message, code = self.call(train.main, [*self.argv(place), "--resume"])
         if code == 2 and may_refuse and "Traceback" not in message:
             return "refused"
@@ -119,7 +120,7 @@ class Bench:
         if rows and "lacks the rows" not in self.said.getvalue():
             if read_rows(place / "run") != read_rows(self.whole / "run"):
                 return "other metrics"
-        for name in ("final", "best")[:1 + rows]:  # which step is best is read off the metrics
+        for name in ("final", "best")[:1 + best]:
             model = f"run/{name}/model.safetensors"
             if not (place / model).exists():
                 return f"no {name}/"
@@ -192,7 +193,8 @@ def bits(bench: Bench, rng: random.Random) -> Attempts:
     """One bit of one file of a run or of its caches is flipped, and the run is resumed from a checkpoint before its end
     or begun anew."""
     files = [path.relative_to(bench.whole) for path in sorted(bench.whole.rglob("*"))
-             if path.is_file() and path.suffix in (".safetensors", ".json", ".jsonl")]
+             if path.suffix in (".safetensors", ".json", ".jsonl") and path.parent.name not in ("final", "best")]
+    files.append(Path("run/best/evaluation.json"))  # the other files of exports are results, which no run reads
     while True:
         place = bench.fresh("flipped")
         shutil.copytree(bench.whole, place, dirs_exist_ok=True)
@@ -210,8 +212,9 @@ def bits(bench: Bench, rng: random.Random) -> Attempts:
         what = f"bit {bit} of {file} flipped, {'resumed' if resumes else 'begun anew'}"
         if not resumes:
             (place / "run").mkdir(exist_ok=True)
-        # The figures of metrics.jsonl are nobody's input; a digit of one may have changed.
-        yield bench.resume(place, may_refuse=resumes, rows=file.name != "metrics.jsonl"), what
+        # The figures of metrics.jsonl are nobody's input; a digit of one may have changed, and what is best with it.
+        rows, best = file.name != "metrics.jsonl", file.name not in ("metrics.jsonl", "evaluation.json")
+        yield bench.resume(place, may_refuse=resumes, rows=rows, best=best), what
 
 
 def disks(bench: Bench, rng: random.Random) -> Attempts:
@@ -264,7 +267,8 @@ def signals(bench: Bench, rng: random.Random) -> Attempts:
         child.start()
         time.sleep(rng.uniform(0, 4))
         sent = rng.choice((signal.SIGTERM, signal.SIGUSR1))
-        os.kill(child.pid, sent)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(child.pid, sent)
         child.join(300)
         outcome = bench.resume(place, may_refuse=False)
         yield (outcome if child.exitcode in (0, -sent) else f"exit code {child.exitcode}"), f"signal {sent}"

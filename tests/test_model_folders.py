@@ -93,6 +93,13 @@ def test_tensors_without_a_place_are_named(folder, commands, capsys):
         assert "9 tensors in" in printed and "model.layers.1.input_layernorm.weight" in printed and ", ..." in printed
 
 
+def test_a_judge_whose_generation_config_is_odd_is_one_message(folder, commands, capsys):
+    edit(folder / "generation_config.json", pad_token_id={"a": 1})
+    with pytest.raises(SystemExit):
+        commands[0]()
+    assert f"the model in {folder} can't be loaded: TypeError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"model_type": 7, "added_tokens": 3}', "\x00"])
 def test_damaged_files_are_one_message(name, text, folder, process):

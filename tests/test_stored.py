@@ -119,6 +119,9 @@ def test_meta_is_made_again_where_the_shards_say_whose_it_was(tmp_path, capsys):
     write_meta(own, META)
     assert "is not as it was written" in capsys.readouterr().out
     assert json.loads((own / "meta.json").read_text())["layers"] == [1, 2]
+    (own / "meta.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match="no meta.json that can be read"):
+        WeightsFile(own)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/meta.json").touch()
     write_meta(tmp_path / "empty", META)

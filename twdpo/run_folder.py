@@ -289,7 +289,11 @@ def drop_later_checkpoints(run_dir: Path, step: int) -> None:
     """The run goes on from `step`: checkpoints after it, and best/ if it is of later, are of a branch that is given up.
     """
     later = [path for path in list_checkpoints(run_dir) if int(path.name.split("-")[1]) > step]
-    if read_step(run_dir / "best" / EVALUATION) > step:
+    if (of_best := read_step(run_dir / "best" / EVALUATION)) == math.inf:
+        print(f"warning: {run_dir / 'best' / EVALUATION} can't be read, so that nothing says which step best/ is of: "
+              "removed")
+        discard(run_dir / "best")
+    elif of_best > step:
         later.append(run_dir / "best")
     for path in later:
         print(f"--resume: {path.name} comes after the step that the run goes on from: removed")

@@ -87,7 +87,7 @@ def about_shard(path: Path) -> str | None:
 def read_meta(directory: Path) -> dict[str, object]:
     """meta.json of a weights file. Raises InputError when it is not one, or of another format."""
     meta = read_object(Path(directory) / "meta.json")
-    if meta is None:
+    if meta is None or not isinstance(meta.get("layers"), list):
         raise InputError(f"{directory} is no weights file: it has no meta.json that can be read (run extract.py "
                          "into the same folder again, if it was one)")
     if meta.get("format") != FORMAT_VERSION:

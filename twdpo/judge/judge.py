@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from twdpo.config import SharedConfig
@@ -16,7 +15,7 @@ from twdpo.logratio import logits_of
 from twdpo.models.attention import ATTENTION_NAME, JudgeCapture, judge_forward, parse_heads, rollout_rows
 from twdpo.models.build import build_on_meta, decoder_layers, head_options, suit_device
 from twdpo.models.shards import load_shards, warn_of_unplaced
-from twdpo.models.source import Model, load_model_config
+from twdpo.models.source import Model, describe_failure, load_model_config
 from twdpo.pairs import Pair
 from twdpo.rows import common_beginning, fill_rows, pack
 from twdpo.weights_file import ROLLOUT
@@ -58,11 +57,11 @@ def load_judge(directory: Path, dtype: torch.dtype, device: torch.device, num_la
                                                             use_safetensors=True)
         if missing := found["missing_keys"]:  # transformers would make them up at random
             raise ValueError(f"{len(missing)} tensors are missing, {min(missing)} among them")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the model in {directory} can't be loaded: {error}") from error
     except KeyError as error:  # a table of attention classes of its own
         raise InputError(f"the model in {directory} does not use transformers' AttentionInterface ({error}): use "
                          "another one") from error
+    except Exception as error:  # noqa: BLE001 - its files may say anything
+        raise InputError(f"the model in {directory} can't be loaded: {describe_failure(error)}") from error
     if warning := warn_of_unplaced(model, found["unexpected_keys"], directory):
         print(warning)
     suit_device(model, device)
