@@ -143,7 +143,7 @@ def test_attention_of_other_pairs_is_refused(tmp_path, arguments, other, toy_mod
     (["--weights-options", "against=SCORES"], "it holds scores: extract attention without --verbalized"),
 ])
 def test_bad_input_is_one_message(options, message, tmp_path, run_arguments, capsys):
-    write_meta(tmp_path / "scores", {"source": "verbalized"})
+    write_meta(tmp_path / "scores", {"source": "verbalized", "layers": []})
     options = [option.replace("SCORES", str(tmp_path / "scores")) for option in options]
     with pytest.raises(SystemExit):
         train.main([*run_arguments(tmp_path / "run", weights="attention_contrast"), *options])
