@@ -69,3 +69,25 @@ def test_what_is_sent_to_a_gpu_can_be_pinned(monkeypatch):
     dist.send(torch.zeros(2, device="meta"), cuda)
     dist.send(torch.zeros(2), torch.device("cpu"))
     assert len(pinned) == 1
+
+
+class Unsendable(Exception):
+    """It can be pickled, and not made again: it takes two arguments."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def test_an_error_that_can_not_be_sent_is_its_text(process):
+    error = Unsendable("a", "b")
+    for each in (error, ValueError(lambda: None)):
+        assert str(dist.carriable(each)).startswith(f"{type(each).__name__}: ")
+    assert str(dist.carriable(error)) == "Unsendable: a b"
+    same = ValueError("x")
+    assert dist.carriable(same) is same and dist.carriable(None) is None
+
+    def fails():
+        raise error
+    with pytest.raises(Unsendable) as raised:  # itself, where it was raised
+        process.on_main(fails)
+    assert raised.value is error

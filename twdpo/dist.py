@@ -81,18 +81,18 @@ class Process:
             try:
                 value = function()
             except Exception as raised:  # noqa: BLE001 - carried to every process, so that none waits for ever
-                error = carriable(raised)
-        value, error = self.broadcast((value, error))
-        if error is not None:
-            raise error
+                error = raised
+        value, carried = self.broadcast((value, carriable(error)))
+        if carried is not None:
+            raise error or carried
         return value
 
 
-def carriable(error: Exception) -> Exception:
+def carriable(error: Exception | None) -> Exception | None:
     """An error that other processes can be sent: one that can't is its text."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - of any library
+    except (pickle.PickleError, TypeError, AttributeError, ValueError):
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

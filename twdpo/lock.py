@@ -38,6 +38,7 @@ def take_lock(folder: Path) -> None:
             owner = describe_owner(path)
             os.close(descriptor)
             if error.errno in UNSUPPORTED:
+                path.unlink(missing_ok=True)
                 print(f"warning: {folder} is on a file system without locks ({error.strerror}): nothing keeps a second "
                       "run out of it")
                 return
